@@ -1,0 +1,156 @@
+"""Every default of the project, once: how the method is computed, what a model samples with, what an encoder yields."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+PresetName = Literal["paper", "release"]
+
+
+def _check_choice(owner: object, **choices: tuple[str, ...]) -> None:
+    for name, allowed in choices.items():
+        value = getattr(owner, name)
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Where the authors' released code departs from the paper; the field defaults are the paper's side.
+
+    Attributes:
+        mask_maps: "self_times_cross" multiplies the low-resolution cross-attention of the target words with the
+            high-resolution self-attention (Eq. 14); "all_cross" averages the cross-attention of every layer.
+        mask_normalization: how relevance is scaled before the top-K selection. "max" divides by the maximum, which
+            commutes with the selection and so equals Eq. 15; "min_max" maps to [0, 1]; "min_max_per_layer" does so in
+            every layer before averaging and once more after; "none" keeps the raw mean.
+        mask_selection: "top_k" keeps floor(scope * positions) positions; "threshold" keeps values >= 1 - scope.
+        mask_binary: kept positions become 1 instead of keeping their relevance.
+        disjoint_masks: several subjects share out the positions (Alg. 1); otherwise each selects on its own.
+        local_views: the four local views of Eq. 7 are the "quadrants" of the enlarged picture, or "interleaved"
+            subsamplings of it.
+        reference_resize: "antialias" resizes references with antialiasing in floating point; "bilinear_uint8"
+            repeats the release's chain (bilinear without antialiasing, truncated to 8 bits before the encoder).
+        pooled_projection: the pooled text embedding passes through the text projection, as in stock SDXL.
+        time_ids: order of the size condition, "height_first" as in stock SDXL or "width_first".
+        unconditional_vision: what the unconditional row of Eq. 17 sees: "none", or the "black_picture" inside the
+            same masks.
+    """
+
+    mask_maps: Literal["self_times_cross", "all_cross"] = "self_times_cross"
+    mask_normalization: Literal["max", "min_max", "min_max_per_layer", "none"] = "max"
+    mask_selection: Literal["top_k", "threshold"] = "top_k"
+    mask_binary: bool = False
+    disjoint_masks: bool = True
+    local_views: Literal["quadrants", "interleaved"] = "quadrants"
+    reference_resize: Literal["antialias", "bilinear_uint8"] = "antialias"
+    pooled_projection: bool = True
+    time_ids: Literal["height_first", "width_first"] = "height_first"
+    unconditional_vision: Literal["none", "black_picture"] = "none"
+
+    def __post_init__(self) -> None:
+        _check_choice(
+            self,
+            mask_maps=("self_times_cross", "all_cross"),
+            mask_normalization=("max", "min_max", "min_max_per_layer", "none"),
+            mask_selection=("top_k", "threshold"),
+            local_views=("quadrants", "interleaved"),
+            reference_resize=("antialias", "bilinear_uint8"),
+            time_ids=("height_first", "width_first"),
+            unconditional_vision=("none", "black_picture"),
+        )
+
+    @classmethod
+    def preset(cls, name: PresetName) -> "MethodConfig":
+        """The method as the paper describes it, or as the authors' released code computes it."""
+        if name == "paper":
+            return cls()
+        if name == "release":
+            return cls(
+                mask_maps="all_cross",
+                disjoint_masks=False,
+                local_views="interleaved",
+                reference_resize="bilinear_uint8",
+                pooled_projection=False,
+                time_ids="width_first",
+                unconditional_vision="black_picture",
+            )
+        raise ValueError(f"preset {name!r} does not exist; use 'paper' or 'release'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """What a request that says nothing is sampled with; defaults are the paper's for SDXL (Sec. 4.1).
+
+    Attributes:
+        height, width: pixels of the picture.
+        num_inference_steps: denoising steps.
+        early_stop_step: T_stop; the guidance mask of this step stays in force for the later ones.
+        guidance_scale: ω of Eq. 17; 1 runs no unconditional row.
+        scope_ratio: γ_scope, fraction of positions a subject may influence, in (0, 1].
+    """
+
+    height: int = 1024
+    width: int = 1024
+    num_inference_steps: int = 25
+    early_stop_step: int = 12
+    guidance_scale: float = 7.5
+    scope_ratio: float = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """Which block outputs of the two vision encoders are used; indices count blocks from 0 (Sec. 4.1).
+
+    Attributes:
+        siglip_shallow, dino_shallow: blocks whose outputs are the shallow features, pairwise concatenated.
+        siglip_deep, dino_deep: blocks whose outputs are the deep features (second to last, as in the release).
+    """
+
+    siglip_shallow: tuple[int, ...] = (7, 13, 19)
+    siglip_deep: int = 25
+    dino_shallow: tuple[int, ...] = (4, 10, 16)
+    dino_deep: int = 22
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "siglip_shallow", tuple(self.siglip_shallow))
+        object.__setattr__(self, "dino_shallow", tuple(self.dino_shallow))
+        if len(self.siglip_shallow) != len(self.dino_shallow):
+            raise ValueError(
+                f"siglip_shallow has {len(self.siglip_shallow)} layers and dino_shallow {len(self.dino_shallow)}; "
+                "they are concatenated pairwise, so give both the same number."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealCustomConfig:
+    """The part of a model's configuration that diffusers does not know; stored in its `model_index.json`."""
+
+    method: MethodConfig = field(default_factory=MethodConfig)
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+
+    @classmethod
+    def preset(cls, name: PresetName) -> "RealCustomConfig":
+        """Both presets for SDXL: the paper's settings, or those the authors' demo starts with."""
+        method = MethodConfig.preset(name)
+        if name == "release":
+            return cls(method=method, sampling=SamplingDefaults(guidance_scale=3.5, scope_ratio=0.25))
+        return cls(method=method)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RealCustomConfig":
+        """Read back `to_dict`; an unknown name raises ValueError, as it would otherwise be a silent typo."""
+        parts = {"method": MethodConfig, "sampling": SamplingDefaults, "vision": VisionConfig}
+        _check_names("realcustom_config", values, parts)
+        for name, part in parts.items():
+            _check_names(name, values.get(name, {}), {f.name for f in fields(part)})
+        return cls(**{name: part(**values.get(name, {})) for name, part in parts.items()})
+
+
+def _check_names(owner: str, values: dict[str, Any], known) -> None:
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{owner} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}.")

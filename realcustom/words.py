@@ -1,0 +1,74 @@
+"""Target phrase -> characters -> tokens: whole words only, every occurrence, several tokens per word."""
+
+import re
+
+# A word is a run of letters and digits, with inner apostrophes and hyphens ("dog's", "t-shirt").
+_WORD = re.compile(r"\w+(?:['’\-]\w+)*")
+
+
+def words_of(prompt: str) -> list[str]:
+    """The words of a prompt in order, as a page offers them for picking; repeated words are listed again."""
+    return _WORD.findall(prompt)
+
+
+def find_phrase(prompt: str, phrase: str) -> list[tuple[int, int]]:
+    """Character spans [start, end) of every occurrence of `phrase` in `prompt` as whole words, ignoring case.
+
+    Blanks inside the phrase match any run of blanks. "dog" is found in "the dog's bed", not in "hotdog".
+
+    Raises:
+        ValueError: the phrase is empty or does not occur; the message offers the words that do.
+    """
+    parts = phrase.split()
+    if not parts:
+        raise ValueError(f"target_phrase is empty; name a word of the prompt: {_offer(prompt)}.")
+    pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, parts)) + r"(?!\w)"
+    spans = [match.span() for match in re.finditer(pattern, prompt, flags=re.IGNORECASE)]
+    if not spans:
+        raise ValueError(
+            f"target_phrase {phrase!r} does not occur in the prompt {prompt!r} as whole words; "
+            f"the words there are: {_offer(prompt)}."
+        )
+    return spans
+
+
+def target_token_positions(tokenizer, prompt: str, phrase: str) -> list[int]:
+    """Positions of the tokens that spell `phrase` in `prompt`, counted with the start token at 0.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers (one that reports character offsets).
+        prompt: the text as it is encoded, cut at `tokenizer.model_max_length`.
+        phrase: one or more whole words of it.
+    Returns:
+        Ascending positions over all occurrences within the tokenizer's limit.
+    Raises:
+        ValueError: the phrase does not occur, or only beyond the limit.
+    """
+    spans = find_phrase(prompt, phrase)
+    offsets = encode_offsets(tokenizer, prompt)
+    positions = [
+        position
+        for position, (start, end) in enumerate(offsets)
+        if start < end and any(start < stop and end > begin for begin, stop in spans)
+    ]
+    if not positions:
+        limit = tokenizer.model_max_length
+        reach = max((end for _, end in offsets), default=0)
+        raise ValueError(
+            f"target_phrase {phrase!r} falls beyond the {limit} tokens that the text encoder reads; "
+            f"shorten the prompt or move the phrase forward. Words within the limit: {_offer(prompt[:reach])}."
+        )
+    return positions
+
+
+def encode_offsets(tokenizer, prompt: str) -> list[tuple[int, int]]:
+    """Character span of each token of `prompt`, cut at the tokenizer's limit; special tokens are (0, 0)."""
+    encoded = tokenizer(
+        prompt, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True
+    )
+    return [tuple(span) for span in encoded["offset_mapping"]]
+
+
+def _offer(prompt: str) -> str:
+    words = list(dict.fromkeys(words_of(prompt)))
+    return ", ".join(words) if words else "none (the prompt has no words)"
