@@ -7,6 +7,7 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from .words import find_phrase
@@ -32,14 +33,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Integer or float grey values to 8 bits: 16-bit data is scaled by its type's range, other data is clipped."""
-    low, high = image.getextrema()
-    scale = 255 / 65535 if high > 255 or image.mode.startswith("I;16") else (255.0 if high <= 1.0 else 1.0)
-    if image.mode.startswith("I;16"):
-        image = image.convert("I")
-    if image.mode == "I":
-        scale = 255 / 65535 if high > 255 else 1.0 if scale == 255.0 else scale
-    return image.convert("F").point(lambda value: value * scale + 0.0).convert("L")
+    """Grey values of 16 bits, integers or floats to 8 bits: scaled by the range of their kind, then clipped."""
+    values = np.asarray(image, dtype=np.float64)
+    if image.mode == "F" and values.max(initial=0) <= 1:
+        top = 1.0
+    elif image.mode.startswith("I;16") or values.max(initial=0) > 255:
+        top = 65535.0
+    else:
+        top = 255.0
+    return Image.fromarray((values * (255 / top)).clip(0, 255).round().astype(np.uint8))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,11 @@ class Request:
             guidance_scale=self.guidance_scale if self.guidance_scale is not None else defaults.guidance_scale,
             seed=self.seed if self.seed is not None else secrets.randbelow(2**32),
         )
+
+    def variations(self, number: int) -> list[Request]:
+        """`number` requests that differ in the seed alone: seed, seed + 1, ... (needs a seed)."""
+        assert self.seed is not None
+        return [replace(self, seed=(self.seed + i) % (MAX_SEED + 1)) for i in range(number)]
 
     def _whole_early_stop(self, steps: int, defaults: SamplingDefaults) -> int:
         stop = self.early_stop_step

@@ -1,0 +1,74 @@
+"""What RealCustom++ adds to a frozen text-to-image model: the projector and, per cross-attention layer, W_Ki and W_Vi.
+
+The keys and values of a reference depend on nothing else, so they are computed once per reference (`forward`) and the
+attention processors own no weights. The diffusers layout keeps the adapter in a folder of its own beside the UNet.
+"""
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from .projector import CrossLayerCrossScaleProjector
+from .vision import VisionFeatures
+
+VisionKeysValues = dict[str, tuple[Tensor, Tensor]]  # layer name -> keys and values, each [B, N, channels]
+
+
+def cross_attention_layers(unet) -> dict[str, int]:
+    """Name and width of every text cross-attention layer of a UNet, in the order of its module tree.
+
+    Names are those of the state dict, such as "mid_block.attentions.0.transformer_blocks.0.attn2".
+    """
+    return {
+        name: module.inner_dim
+        for name, module in unet.named_modules()
+        if name.endswith(".attn2") and module.is_cross_attention
+    }
+
+
+class RealCustomAdapter(ModelMixin, ConfigMixin):
+    """Projector (Eq. 5-9) and the visual key and value projections of every cross-attention layer (Eq. 4).
+
+    Args:
+        layers: name and width of the cross-attention layers it serves (see `cross_attention_layers`).
+        vision_dim, condition_dim, head_dim, cross_layer, cross_scale: see `CrossLayerCrossScaleProjector`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        layers: dict[str, int],
+        vision_dim: int = 2176,
+        condition_dim: int = 2048,
+        head_dim: int = 64,
+        cross_layer: bool = True,
+        cross_scale: bool = True,
+    ) -> None:
+        super().__init__()
+        self.projector = CrossLayerCrossScaleProjector(vision_dim, condition_dim, head_dim, cross_layer, cross_scale)
+        # A module's name may hold no dots, so a layer is stored under its name with dashes.
+        self.to_k_vision = nn.ModuleDict({_key(name): nn.Linear(condition_dim, d, bias=False) for name, d in layers.items()})
+        self.to_v_vision = nn.ModuleDict({_key(name): nn.Linear(condition_dim, d, bias=False) for name, d in layers.items()})
+
+    @classmethod
+    def for_unet(cls, unet, *, vision_dim: int, **options) -> "RealCustomAdapter":
+        """An untrained adapter that fits `unet`; W_Ki and W_Vi start as copies of the text's own projections."""
+        layers = cross_attention_layers(unet)
+        adapter = cls(layers=layers, vision_dim=vision_dim, condition_dim=unet.config.cross_attention_dim, **options)
+        modules = dict(unet.named_modules())
+        for name in layers:
+            adapter.to_k_vision[_key(name)].weight.data.copy_(modules[name].to_k.weight.data)
+            adapter.to_v_vision[_key(name)].weight.data.copy_(modules[name].to_v.weight.data)
+        return adapter
+
+    def forward(self, features: VisionFeatures) -> VisionKeysValues:
+        """Keys and values of every layer for a batch of references."""
+        condition = self.projector(features)
+        return {
+            name: (self.to_k_vision[_key(name)](condition), self.to_v_vision[_key(name)](condition))
+            for name in self.config.layers
+        }
+
+
+def _key(layer: str) -> str:
+    return layer.replace(".", "-")

@@ -1,0 +1,105 @@
+"""Generation: the state of one picture under way.
+
+Legend: S subjects, h x w positions of the largest attention resolution, T text tokens.
+"""
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .adapter import VisionKeysValues
+from .mask import resize_map
+from .request import Request
+from .text import TextCondition
+
+
+@dataclass(eq=False, kw_only=True)
+class Generation:
+    """Everything one picture needs from step to step, and nothing of its neighbours.
+
+    Attributes:
+        request: with every default filled in.
+        latents: current sample, fp32 [channels, height, width] at latent resolution.
+        scheduler: its own scheduler object, with its own state.
+        generator: on the CPU, so that a seed means the same picture on every device.
+        text, negative_text: the latter is None when guidance_scale is 1.
+        references: keys and values of each subject's reference.
+        target_tokens: tokens of each subject's words, [S, T].
+        guidance_masks: [S, h, w] in [0, 1]; None until the first guided step.
+        masks_fixed: the masks were given by the caller; the guidance branch is not run.
+        predicted_clean: the scheduler's current estimate of the clean latent, for previews.
+    """
+
+    request: Request
+    latents: Tensor
+    scheduler: Any
+    generator: torch.Generator | None
+    text: TextCondition
+    negative_text: TextCondition | None
+    references: tuple[VisionKeysValues, ...] = ()
+    target_tokens: Tensor | None = None
+    guidance_masks: Tensor | None = None
+    masks_fixed: bool = False
+    predicted_clean: Tensor | None = None
+    step_index: int = 0
+    _level_masks: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.scheduler.timesteps)
+
+    @property
+    def done(self) -> bool:
+        return self.step_index >= self.num_steps
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the picture in pixels; pictures of one size can advance together."""
+        return self.request.height, self.request.width
+
+    @property
+    def timestep(self) -> Tensor:
+        return self.scheduler.timesteps[self.step_index]
+
+    @property
+    def needs_guidance(self) -> bool:
+        """Whether this step computes a new mask: the first T_stop steps do, the later ones reuse the last."""
+        return bool(self.references) and not self.masks_fixed and self.step_index < self.request.early_stop_step
+
+    def set_masks(self, masks: Tensor) -> None:
+        """Put masks [S, h, w] in [0, 1] in force."""
+        assert len(masks) == len(self.references), (masks.shape, len(self.references))
+        self.guidance_masks = masks
+        self._level_masks.clear()
+
+    def masks_at(self, size: tuple[int, int]) -> Tensor:
+        """The masks resized to one attention resolution, [S, Q, 1]; resized once per mask, not once per layer."""
+        if size not in self._level_masks:
+            self._level_masks[size] = resize_map(self.guidance_masks, size).flatten(1)[..., None]
+        return self._level_masks[size]
+
+    def model_input(self) -> Tensor:
+        return self.scheduler.scale_model_input(self.latents, self.timestep)
+
+    def advance(self, model_output: Tensor) -> None:
+        """One scheduler step with the model's output [channels, height, width]."""
+        extra = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            extra["generator"] = self.generator
+        out = self.scheduler.step(model_output[None].float(), self.timestep, self.latents[None], **extra)
+        self.latents = out.prev_sample[0]
+        clean = getattr(out, "pred_original_sample", None)
+        self.predicted_clean = self.latents if clean is None else clean[0]
+        self.step_index += 1
+
+    def mask_images(self) -> list[Image.Image]:
+        """The masks as 8-bit grey pictures of the picture's size, one per subject; empty before the first mask."""
+        if self.guidance_masks is None:
+            return []
+        masks = resize_map(self.guidance_masks.float().cpu(), self.size)
+        return [Image.fromarray(m) for m in (masks.clamp(0, 1).numpy() * 255).round().astype(np.uint8)]

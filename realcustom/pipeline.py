@@ -1,0 +1,515 @@
+"""RealCustomPipeline: prepare, step, decode, and the diffusers-style call over them. The one denoising loop there is.
+
+Legend: R rows of a UNet call, P (row, subject) pairs, S subjects, T text tokens, h x w positions of a level.
+"""
+
+import copy
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from . import adapter as _adapter  # noqa: F401  diffusers finds the adapter's class through the imported module
+from .adapter import RealCustomAdapter, VisionKeysValues
+from .attention import VisualAttention, attention_level, install_processors, level_sizes
+from .config import RealCustomConfig, SamplingDefaults
+from .generation import Generation
+from .mask import average_maps, guidance_masks
+from .recorder import AttentionRecorder, RecordingComplete, plan_recording
+from .request import Request, Subject, to_rgb
+from .text import TextCondition, TextEncoders
+from .vision import VisionEncoders
+
+REFERENCE_CACHE_BYTES = 1 << 30  # about four references of SDXL in bf16
+TEXT_CACHE_ENTRIES = 64
+
+
+@dataclass
+class RealCustomOutput(BaseOutput):
+    """Pictures and what explains them.
+
+    Attributes:
+        images: PIL pictures, or what `output_type` asked for.
+        masks: per picture the final guidance mask of each subject, fp32 [S, h, w] in [0, 1]; None without subjects.
+        seeds: the seed of each picture; a picture drawn from a caller's generator has None.
+    """
+
+    images: list[Image.Image] | np.ndarray | Tensor
+    masks: list[Tensor | None]
+    seeds: list[int | None]
+
+
+class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
+    """Text-to-image in which real words of the prompt become given subjects (RealCustom++).
+
+    Args:
+        vae: `AutoencoderKL` or `AutoencoderDC`.
+        text_encoder, tokenizer, text_encoder_2, tokenizer_2: CLIP; the second pair is None for SD1.5.
+        unet: a stock `UNet2DConditionModel`; it gets attention processors that equal the stock ones for plain use.
+        scheduler: any diffusers scheduler; each generation works on a copy of its own.
+        image_encoder: `SiglipVisionModel`.
+        image_encoder_2: `Dinov2WithRegistersModel`.
+        adapter: projector and W_Ki, W_Vi; without it only plain text-to-image is possible.
+        realcustom_config: `RealCustomConfig` or its dict.
+        force_zeros_for_empty_prompt: an empty negative prompt becomes zeros, as stock SDXL does.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->image_encoder_2->adapter->unet->vae"
+    _optional_components = ["text_encoder_2", "tokenizer_2", "image_encoder", "image_encoder_2", "adapter"]
+
+    def __init__(
+        self,
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        scheduler,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        image_encoder=None,
+        image_encoder_2=None,
+        adapter: RealCustomAdapter | None = None,
+        realcustom_config: RealCustomConfig | dict[str, Any] | None = None,
+        force_zeros_for_empty_prompt: bool = True,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            image_encoder=image_encoder,
+            image_encoder_2=image_encoder_2,
+            adapter=adapter,
+        )
+        if not isinstance(realcustom_config, RealCustomConfig):
+            realcustom_config = RealCustomConfig.from_dict(realcustom_config or {})
+        self.register_to_config(
+            realcustom_config=realcustom_config.to_dict(), force_zeros_for_empty_prompt=force_zeros_for_empty_prompt
+        )
+        self.realcustom_config = realcustom_config
+        self.vae_scale_factor = _spatial_compression(vae)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._num_levels = len(unet.config.down_block_types)
+        install_processors(unet)
+        layers = [name.removesuffix(".processor") for name in unet.attn_processors]
+        self._layer_levels = {name: attention_level(name, self._num_levels) for name in layers}
+        self._recording = plan_recording(self._layer_levels, realcustom_config.method.mask_maps)
+        self._references: OrderedDict[bytes, VisionKeysValues] = OrderedDict()
+        self._texts: OrderedDict[str, TextCondition] = OrderedDict()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **options) -> "RealCustomPipeline":
+        """As in diffusers, with fp32 as the default type, whatever type the files have."""
+        if "torch_dtype" not in options:
+            options.setdefault("dtype", torch.float32)
+        return super().from_pretrained(str(pretrained_model_name_or_path), **options)
+
+    @property
+    def sampling(self) -> SamplingDefaults:
+        """What a request that says nothing is sampled with."""
+        return self.realcustom_config.sampling
+
+    def load_realcustom(self, path: str | PathLike) -> None:
+        """Put the adapter of a safetensors file, or of the authors' .pth, in force (see `weights.load_adapter`).
+
+        Raises:
+            ValueError: not such a file, or one for another model; nothing has been changed then.
+        """
+        from .weights import load_adapter
+
+        adapter = load_adapter(path, self.unet, vision_dim=self._vision_encoders().num_channels)
+        self.register_modules(adapter=adapter.to(self.unet.device, self.unet.dtype))
+        self.clear_caches()
+
+    def save_realcustom(self, path: str | PathLike) -> None:
+        """The adapter alone as one safetensors file, as `load_realcustom` reads it."""
+        from .weights import save_adapter
+
+        assert self.adapter is not None
+        save_adapter(self.adapter, path)
+
+    def clear_caches(self) -> None:
+        """Forget encoded texts and references; needed after changing weights in place."""
+        self._references.clear()
+        self._texts.clear()
+
+    # ---- prepare: everything that depends on the request alone -------------------------------------------------
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        request: Request,
+        *,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        masks: Tensor | None = None,
+        scheduler=None,
+    ) -> Generation:
+        """Text, references, noise and a scheduler of its own: a picture ready for its first step.
+
+        Args:
+            request: missing settings are filled from `sampling`.
+            generator: draws the noise in place of the request's seed.
+            latents: initial noise [channels, height, width] in place of drawing it.
+            masks: guidance masks [S, h, w] in [0, 1] in place of the guidance branch's.
+            scheduler: in place of a copy of the pipeline's; it is copied too.
+        Raises:
+            ValueError: the size does not fit the model's grid, a phrase is beyond the text encoder's limit, or the
+                request has subjects and no adapter is loaded.
+        """
+        request = request.with_defaults(self.sampling)
+        self._check(request)
+        scheduler = copy.deepcopy(scheduler if scheduler is not None else self.scheduler)
+        scheduler.set_timesteps(request.num_inference_steps, device=self._device)
+        generator = generator or torch.Generator("cpu").manual_seed(request.seed)
+        if latents is None:
+            shape = (self.unet.config.in_channels, *self._latent_size(request.height, request.width))
+            latents = torch.randn(shape, generator=generator, device=generator.device)
+        latents = latents.to(self._device, torch.float32) * scheduler.init_noise_sigma
+        text_encoders = self._text_encoders()
+        tokens = text_encoders.target_tokens(request.prompt, [s.target_phrase for s in request.subjects])
+        generation = Generation(
+            request=request,
+            latents=latents,
+            scheduler=scheduler,
+            generator=generator,
+            text=self._encode_text(request.prompt),
+            negative_text=self._negative_text(request),
+            references=tuple(self._encode_reference(s.image) for s in request.subjects),
+            target_tokens=tokens.to(self._device),
+        )
+        if masks is not None:
+            generation.set_masks(masks.to(self._device, torch.float32))
+            generation.masks_fixed = True
+        return generation
+
+    def _check(self, request: Request) -> None:
+        for name in ("height", "width"):
+            if getattr(request, name) % self.vae_scale_factor:
+                raise ValueError(
+                    f"{name} is {getattr(request, name)} px; this model makes multiples of {self.vae_scale_factor} px."
+                )
+        if request.subjects and (self.adapter is None or self.image_encoder is None or self.image_encoder_2 is None):
+            raise ValueError(
+                "the request has subjects, but no RealCustom++ adapter with its vision encoders is loaded; "
+                "call load_realcustom or load a model that has them."
+            )
+
+    @property
+    def _device(self) -> torch.device:
+        return self._execution_device
+
+    def _latent_size(self, height: int, width: int) -> tuple[int, int]:
+        return height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    def _text_encoders(self) -> TextEncoders:
+        pairs = [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
+        return TextEncoders(
+            [pair for pair in pairs if pair[1] is not None],
+            pooled_projection=self.realcustom_config.method.pooled_projection,
+        )
+
+    def _vision_encoders(self) -> VisionEncoders:
+        config = self.realcustom_config
+        return VisionEncoders(self.image_encoder, self.image_encoder_2, config.vision, config.method)
+
+    def _encode_text(self, text: str) -> TextCondition:
+        condition = self._texts.get(text)
+        if condition is None:
+            condition = self._text_encoders().encode(text)
+            self._texts[text] = condition
+            while len(self._texts) > TEXT_CACHE_ENTRIES:
+                self._texts.popitem(last=False)
+        else:
+            self._texts.move_to_end(text)
+        return condition
+
+    def _negative_text(self, request: Request) -> TextCondition | None:
+        if request.guidance_scale <= 1:
+            return None
+        if request.negative_prompt or not self.config.force_zeros_for_empty_prompt:
+            return self._encode_text(request.negative_prompt)
+        text = self._encode_text(request.prompt)
+        pooled = None if text.pooled is None else torch.zeros_like(text.pooled)
+        return TextCondition(embeds=torch.zeros_like(text.embeds), pooled=pooled)
+
+    def _encode_reference(self, image: Image.Image) -> VisionKeysValues:
+        """Keys and values of a reference in every layer, once per content of the picture."""
+        key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+        found = self._references.get(key)
+        if found is None:
+            dtype = self.unet.dtype
+            features = self._vision_encoders().encode([image])
+            features = type(features)(**{n: v.to(self._device, dtype) for n, v in vars(features).items()})
+            found = self.adapter(features)
+            self._references[key] = found
+            size = sum(k.nbytes + v.nbytes for k, v in found.values())
+            while len(self._references) * size > max(REFERENCE_CACHE_BYTES, size):
+                self._references.popitem(last=False)
+        else:
+            self._references.move_to_end(key)
+        return found
+
+    def _black_reference(self) -> VisionKeysValues:
+        return self._encode_reference(Image.new("RGB", (8, 8)))
+
+    # ---- step: the paper's Figure 3(b) -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, generations: Sequence[Generation]) -> None:
+        """Advance every generation by one step, each at its own time step and with its own settings.
+
+        Args:
+            generations: pictures of one size, none of them done.
+        """
+        assert generations and len({g.size for g in generations}) == 1, "pictures of one size advance together"
+        assert not any(g.done for g in generations), "a finished picture has no next step"
+        guided = [g for g in generations if g.needs_guidance]
+        if guided:  # afterwards the last mask stays in force (early stop, Sec. 3.3.1)
+            self.guidance_branch(guided)
+        for generation, noise in zip(generations, self.generation_branch(generations), strict=True):
+            generation.advance(noise)
+
+    def guidance_branch(self, generations: Sequence[Generation]) -> None:
+        """Text alone; what the target words attend to becomes each generation's new guidance masks (Eq. 14, 15, 18)."""
+        num_subjects = max(len(g.references) for g in generations)
+        tokens = torch.stack([_pad_rows(g.target_tokens, num_subjects) for g in generations])  # [R, S, T]
+        cross_levels, self_level, num_layers = self._recording
+        recorder = AttentionRecorder(
+            tokens, cross_levels=cross_levels, self_level=self_level, num_layers=num_layers
+        )
+        try:
+            self._predict(generations, [g.text for g in generations], recorder=recorder)
+        except RecordingComplete:
+            pass
+        else:
+            raise AssertionError(f"{recorder.num_missing} of {num_layers} planned layers recorded nothing")
+        self._set_masks(generations, recorder)
+
+    def _set_masks(self, generations: Sequence[Generation], recorder: AttentionRecorder) -> None:
+        method = self.realcustom_config.method
+        sizes = self._level_sizes(generations[0])
+        largest = sizes[min(self._layer_levels.values())]
+        maps = [m.unflatten(-1, sizes[level]) for level, m in recorder.cross_maps.values()]  # [R, S, h, w] each
+        relevance = torch.stack(
+            [average_maps([m[row] for m in maps], largest, method.mask_normalization) for row in range(len(generations))]
+        )
+        if recorder.self_queries_keys:
+            relevance = recorder.self_attention_times(relevance.flatten(2)).view_as(relevance)
+        for generation, m in zip(generations, relevance, strict=True):
+            scopes = [s.scope_ratio for s in generation.request.subjects]
+            generation.set_masks(guidance_masks(m[: len(scopes)], scopes, method))
+
+    def generation_branch(self, generations: Sequence[Generation]) -> list[Tensor]:
+        """Text and subjects inside their masks, with classifier-free guidance (Eq. 16, 17, 19); outputs per picture."""
+        free = [g for g in generations if g.negative_text is not None]  # those with an unconditional row
+        rows = [*generations, *free]
+        texts = [g.text for g in generations] + [g.negative_text for g in free]
+        outputs = self._predict(rows, texts, vision=self._visual_attention(generations, free))
+        unconditional = dict(zip(map(id, free), outputs[len(generations) :], strict=True))
+        return [
+            output
+            if id(g) not in unconditional
+            else unconditional[id(g)] + g.request.guidance_scale * (output - unconditional[id(g)])
+            for g, output in zip(generations, outputs, strict=False)
+        ]
+
+    def _visual_attention(
+        self, generations: Sequence[Generation], free: Sequence[Generation]
+    ) -> VisualAttention | None:
+        seen = [(row, g, g.references) for row, g in enumerate(generations) if g.references]
+        if self.realcustom_config.method.unconditional_vision == "black_picture":
+            first = len(generations)
+            seen += [
+                (first + row, g, (self._black_reference(),) * len(g.references))
+                for row, g in enumerate(free)
+                if g.references
+            ]
+        if not seen:
+            return None
+        rows = [row for row, _, references in seen for _ in references]
+        num_rows = len(generations) + len(free)
+        sizes = self._level_sizes(generations[0])
+        return VisualAttention(
+            rows=None if rows == list(range(num_rows)) else torch.tensor(rows, device=self._device),
+            keys_values=[kv for _, _, references in seen for kv in references],
+            masks={
+                level: torch.cat([g.masks_at(sizes[level]) for _, g, _ in seen])
+                for level in set(self._layer_levels.values())
+            },
+        )
+
+    def _predict(
+        self,
+        rows: Sequence[Generation],
+        texts: Sequence[TextCondition],
+        vision: VisualAttention | None = None,
+        recorder: AttentionRecorder | None = None,
+    ) -> Tensor:
+        """One UNet call, a row per generation and text; fp32 [R, channels, height, width]."""
+        dtype = self.unet.dtype
+        added = None
+        if texts[0].pooled is not None:
+            added = {
+                "text_embeds": torch.stack([t.pooled for t in texts]).to(dtype),
+                "time_ids": torch.stack([self._time_ids(g) for g in rows]).to(dtype),
+            }
+        output = self.unet(
+            torch.stack([g.model_input() for g in rows]).to(dtype),
+            torch.stack([g.timestep for g in rows]),
+            encoder_hidden_states=torch.stack([t.embeds for t in texts]).to(dtype),
+            added_cond_kwargs=added,
+            cross_attention_kwargs={"vision": vision, "recorder": recorder},
+            return_dict=False,
+        )[0]
+        return output.float()
+
+    def _time_ids(self, generation: Generation) -> Tensor:
+        """Original size, crop corner and target size; the picture is asked for as uncropped."""
+        height, width = generation.size
+        size = (width, height) if self.realcustom_config.method.time_ids == "width_first" else (height, width)
+        return torch.tensor([*size, 0, 0, *size], device=self._device, dtype=torch.float32)
+
+    def _level_sizes(self, generation: Generation) -> list[tuple[int, int]]:
+        return level_sizes(*self._latent_size(*generation.size), self._num_levels)
+
+    # ---- decode ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def decode(self, generations: Sequence[Generation]) -> list[Image.Image]:
+        """Finished pictures; of one size, decoded one by one so that each is the same in any company."""
+        return [self._decode(g.latents) for g in generations]
+
+    @torch.no_grad()
+    def preview(self, generations: Sequence[Generation]) -> list[Image.Image]:
+        """Current estimate of the finished pictures."""
+        return [self._decode(g.latents if g.predicted_clean is None else g.predicted_clean) for g in generations]
+
+    def _decode(self, latents: Tensor, output_type: str = "pil"):
+        config = self.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        latents = latents / config.scaling_factor
+        if mean is not None and std is not None:
+            mean, std = (latents.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
+            latents = latents * std + mean
+        pixels = self.vae.decode(latents[None].to(self.vae.dtype), return_dict=False)[0]
+        pictures = self.image_processor.postprocess(pixels.float(), output_type=output_type)
+        return pictures[0]
+
+    # ---- the diffusers-style call ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        subjects: Sequence[Subject] = (),
+        image: Image.Image | None = None,
+        target_phrase: str | None = None,
+        scope_ratio: float | None = None,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        early_stop_step: int | float | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[["RealCustomPipeline", int, Tensor, dict], dict] | None = None,
+        return_dict: bool = True,
+    ) -> RealCustomOutput | tuple:
+        """Make pictures; see `Request` for the settings and their ranges.
+
+        Args:
+            prompt: text of the pictures.
+            subjects: who becomes which words. For one subject, `image`, `target_phrase` and `scope_ratio` will do.
+            seed: picture i uses seed + i.
+            num_images_per_prompt: pictures made together.
+            generator: draws the noise in place of seeds; a list has one per picture.
+            output_type: "pil", "np", "pt", or "latent" for undecoded latents [N, channels, height, width].
+            callback_on_step_end: called with the pipeline, step index, time step and {"latents": [N, ...]} after
+                every step; latents it returns replace the current ones.
+        Raises:
+            ValueError: a setting out of range.
+        """
+        if image is not None or target_phrase is not None:
+            if image is None or target_phrase is None or subjects:
+                raise ValueError("give image and target_phrase together, or else a list of subjects; not both.")
+            subjects = (Subject(image=to_rgb(image), target_phrase=target_phrase, scope_ratio=scope_ratio),)
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1.")
+        request = Request(
+            prompt=prompt,
+            subjects=tuple(subjects),
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            early_stop_step=early_stop_step,
+            guidance_scale=guidance_scale,
+            seed=seed,
+        ).with_defaults(self.sampling)
+        generators = _one_each(generator, num_images_per_prompt)
+        generations = [self.prepare(r, generator=g) for r, g in zip(request.variations(num_images_per_prompt), generators)]
+        with self.progress_bar(total=generations[0].num_steps) as bar:
+            for index in range(generations[0].num_steps):
+                timestep = generations[0].timestep
+                self.step(generations)
+                if callback_on_step_end is not None:
+                    latents = torch.stack([g.latents for g in generations])
+                    returned = callback_on_step_end(self, index, timestep, {"latents": latents}) or {}
+                    for g, new in zip(generations, returned.get("latents", latents), strict=True):
+                        g.latents = new
+                bar.update()
+        output = RealCustomOutput(
+            images=self._output(generations, output_type),
+            masks=[None if g.guidance_masks is None else g.guidance_masks.float().cpu() for g in generations],
+            seeds=[g.request.seed if own is None else None for g, own in zip(generations, generators)],
+        )
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()
+
+    def _output(self, generations: Sequence[Generation], output_type: str):
+        if output_type == "pil":
+            return self.decode(generations)
+        if output_type == "latent":
+            return torch.stack([g.latents for g in generations])
+        pictures = [self._decode(g.latents, output_type) for g in generations]
+        return torch.stack(pictures) if output_type == "pt" else np.stack(pictures)
+
+
+def _spatial_compression(vae) -> int:
+    """Pixels per latent, by the attribute of the newer autoencoders or from the levels of the classic one."""
+    ratio = getattr(vae, "spatial_compression_ratio", None)
+    return int(ratio) if ratio else 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _pad_rows(tokens: Tensor, num_rows: int) -> Tensor:
+    return torch.nn.functional.pad(tokens, (0, 0, 0, num_rows - len(tokens)))
+
+
+def _one_each(generator, number: int) -> list:
+    if generator is None or isinstance(generator, torch.Generator):
+        return [generator] * number
+    if len(generator) != number:
+        raise ValueError(f"generator has {len(generator)} entries for {number} pictures; give one per picture.")
+    return list(generator)

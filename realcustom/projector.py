@@ -1,0 +1,83 @@
+"""VisionFeatures -> vision condition: the cross-layer cross-scale projector (Eq. 5-9).
+
+Legend: B batch, N vision tokens of the global view, L shallow layers, C vision channels, D channels of the condition.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .vision import VisionFeatures
+
+
+class DeepQueryAttention(nn.Module):
+    """Deep features ask, other features answer: the attention of Eq. 5 (shallow layers) and Eq. 7 (local views).
+
+    No output projection and no residual: an MLP follows (Eq. 6 and 8).
+    """
+
+    def __init__(self, dim: int, head_dim: int = 64) -> None:
+        super().__init__()
+        if dim % head_dim:
+            raise ValueError(f"vision width {dim} is not a multiple of the head width {head_dim}.")
+        self.num_heads = dim // head_dim
+        self.norm_query = nn.LayerNorm(dim)
+        self.norm_answer = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, deep: Tensor, answering: Tensor) -> Tensor:
+        """deep [B, N, C], answering [B, M, C] -> [B, N, C]."""
+        answering = self.norm_answer(answering)
+        query, key, value = (
+            tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, tokens, C / H]
+            for tokens in (self.to_q(self.norm_query(deep)), self.to_k(answering), self.to_v(answering))
+        )
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def _mlp(dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(dim, 4 * dim),
+        nn.GELU(),
+        nn.Linear(4 * dim, out_dim),
+        nn.GELU(),
+        nn.Linear(out_dim, out_dim),
+        nn.LayerNorm(out_dim),
+    )
+
+
+class CrossLayerCrossScaleProjector(nn.Module):
+    """f_ci = shallow' concatenated with (MLP(deep) + high') (Eq. 9).
+
+    Args:
+        vision_dim: C, channels of the concatenated encoders.
+        out_dim: D, the width the UNet's cross-attention expects.
+        head_dim: width of an attention head.
+        cross_layer: compute shallow' (Eq. 5-6); it doubles the number of tokens.
+        cross_scale: add high' (Eq. 7-8). The release's two projectors each leave one of the two out.
+    """
+
+    def __init__(
+        self, vision_dim: int, out_dim: int, head_dim: int = 64, cross_layer: bool = True, cross_scale: bool = True
+    ) -> None:
+        super().__init__()
+        self.deep_mlp = nn.Linear(vision_dim, out_dim)
+        self.cross_layer_attention = DeepQueryAttention(vision_dim, head_dim) if cross_layer else None
+        self.shallow_mlp = _mlp(vision_dim, out_dim) if cross_layer else None
+        self.cross_scale_attention = DeepQueryAttention(vision_dim, head_dim) if cross_scale else None
+        self.high_mlp = _mlp(vision_dim, out_dim) if cross_scale else None
+
+    def forward(self, features: VisionFeatures) -> Tensor:
+        """Vision condition [B, N, D], or [B, 2N, D] with the cross-layer tokens.
+
+        The shallow tokens come last, as in the release; their order has no effect on the attention that reads them.
+        """
+        condition = self.deep_mlp(features.deep)
+        if self.cross_scale_attention is not None:
+            condition = condition + self.high_mlp(self.cross_scale_attention(features.deep, features.local))
+        if self.cross_layer_attention is not None:
+            shallow = self.shallow_mlp(self.cross_layer_attention(features.deep, features.shallow))
+            condition = torch.cat([condition, shallow], dim=1)
+        return condition

@@ -1,0 +1,69 @@
+"""Prompt -> text condition, as SDXL (two encoders, pooled text) and SD1.5 (one encoder) expect it.
+
+Legend: T tokens, C channels of the cross-attention, S subjects.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .words import target_token_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextCondition:
+    """embeds [T, C]; pooled [D] for models that take a pooled text, else None."""
+
+    embeds: Tensor
+    pooled: Tensor | None
+
+
+class TextEncoders:
+    """One or two CLIP text encoders with their tokenizers.
+
+    Args:
+        pairs: (tokenizer, encoder), in the order in which their channels are concatenated.
+        pooled_projection: see `MethodConfig.pooled_projection`.
+    """
+
+    def __init__(self, pairs: Sequence[tuple], *, pooled_projection: bool) -> None:
+        self.pairs = tuple(pairs)
+        self.pooled_projection = pooled_projection
+
+    @torch.no_grad()
+    def encode(self, text: str) -> TextCondition:
+        """Two encoders give their penultimate hidden states (as SDXL), a single one its last (as SD1.5)."""
+        embeds, pooled = [], None
+        for tokenizer, encoder in self.pairs:
+            ids = tokenizer(
+                text,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids.to(encoder.device)
+            out = encoder(ids, output_hidden_states=True)
+            embeds.append(out.hidden_states[-2] if len(self.pairs) > 1 else out.last_hidden_state)
+            if len(self.pairs) > 1:
+                pooled = self._pool(encoder, ids, out)  # that of the last encoder is used
+        return TextCondition(embeds=torch.cat(embeds, dim=-1)[0], pooled=None if pooled is None else pooled[0])
+
+    def _pool(self, encoder, ids: Tensor, out) -> Tensor:
+        if not hasattr(out, "text_embeds"):  # an encoder without projection
+            return out.pooler_output
+        if self.pooled_projection:
+            return out.text_embeds
+        return encoder.text_model(ids).pooler_output
+
+    def target_tokens(self, prompt: str, phrases: Sequence[str]) -> Tensor:
+        """Marks the tokens of each phrase, fp32 [S, T]; ValueError as in `target_token_positions`."""
+        tokenizer = self.pairs[0][0]
+        marks = torch.zeros(len(phrases), tokenizer.model_max_length)
+        for mark, phrase in zip(marks, phrases, strict=True):
+            positions = target_token_positions(tokenizer, prompt, phrase)
+            for other, _ in self.pairs[1:]:
+                assert target_token_positions(other, prompt, phrase) == positions, "tokenizers cut words differently"
+            mark[positions] = 1
+        return marks

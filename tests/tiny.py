@@ -1,0 +1,128 @@
+"""The real classes at toy size: what every test builds its pipeline from. Random weights, seconds on one core."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from PIL import Image, ImageDraw
+from tokenizers import pre_tokenizers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from realcustom import MethodConfig, RealCustomAdapter, RealCustomConfig, RealCustomPipeline, SamplingDefaults
+from realcustom.config import VisionConfig
+
+TEXT_LENGTH = 24
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer without merges: every letter is a token, so words have several tokens."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        import json
+
+        (Path(folder) / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+        (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
+        return CLIPTokenizer(
+            vocab=str(Path(folder) / "vocab.json"),
+            merges=str(Path(folder) / "merges.txt"),
+            model_max_length=TEXT_LENGTH,
+        )
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    """SDXL's shape: no attention at the first level, cross-attention at the second and third."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=(2, 2, 2),
+        transformer_layers_per_block=(1, 1, 2),
+        cross_attention_dim=32,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,
+    )
+
+
+def tiny_pipeline(seed: int = 0, preset: str = "paper", scheduler=None) -> RealCustomPipeline:
+    """A whole pipeline for 64 x 64 px pictures; weights are random but large enough for everything to have effect."""
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    text = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_LENGTH,
+        vocab_size=514,
+        projection_dim=16,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+    vision = dict(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4, hidden_act="gelu"
+    )
+    unet = tiny_unet()
+    pipeline = RealCustomPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            latent_channels=4,
+            norm_num_groups=4,
+            layers_per_block=1,
+        ),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+        tokenizer=tiny_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text)),
+        tokenizer_2=tiny_tokenizer(),
+        unet=unet,
+        scheduler=scheduler or DDIMScheduler(timestep_spacing="trailing", clip_sample=False),
+        image_encoder=SiglipVisionModel(SiglipVisionConfig(intermediate_size=32, vision_use_head=False, **vision)),
+        image_encoder_2=Dinov2WithRegistersModel(Dinov2WithRegistersConfig(mlp_ratio=1, **vision)),
+        adapter=RealCustomAdapter.for_unet(unet, vision_dim=64, head_dim=32),
+        realcustom_config=RealCustomConfig(
+            method=MethodConfig.preset(preset),
+            sampling=SamplingDefaults(
+                height=64, width=64, num_inference_steps=4, early_stop_step=2, guidance_scale=3.0, scope_ratio=0.25
+            ),
+            vision=VisionConfig(siglip_shallow=(0,), siglip_deep=1, dino_shallow=(0,), dino_deep=1),
+        ),
+        force_zeros_for_empty_prompt=False,
+    )
+    with torch.no_grad():
+        for module in (pipeline.unet, pipeline.adapter, pipeline.text_encoder, pipeline.text_encoder_2):
+            for parameter in module.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(1.5)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    torch.set_rng_state(generator_state)
+    return pipeline
+
+
+def picture(colour: str = "red", size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """A coloured blob on white."""
+    image = Image.new("RGB", size, "white")
+    ImageDraw.Draw(image).ellipse([8, 6, size[0] - 8, size[1] - 6], fill=colour, outline="black")
+    return image
