@@ -47,8 +47,12 @@ class RealCustomAdapter(ModelMixin, ConfigMixin):
         super().__init__()
         self.projector = CrossLayerCrossScaleProjector(vision_dim, condition_dim, head_dim, cross_layer, cross_scale)
         # A module's name may hold no dots, so a layer is stored under its name with dashes.
-        self.to_k_vision = nn.ModuleDict({_key(name): nn.Linear(condition_dim, d, bias=False) for name, d in layers.items()})
-        self.to_v_vision = nn.ModuleDict({_key(name): nn.Linear(condition_dim, d, bias=False) for name, d in layers.items()})
+        self.to_k_vision = nn.ModuleDict(
+            {_key(name): nn.Linear(condition_dim, d, bias=False) for name, d in layers.items()}
+        )
+        self.to_v_vision = nn.ModuleDict(
+            {_key(name): nn.Linear(condition_dim, d, bias=False) for name, d in layers.items()}
+        )
 
     @classmethod
     def for_unet(cls, unet, *, vision_dim: int, **options) -> "RealCustomAdapter":

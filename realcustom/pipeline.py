@@ -290,9 +290,7 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         num_subjects = max(len(g.references) for g in generations)
         tokens = torch.stack([_pad_rows(g.target_tokens, num_subjects) for g in generations])  # [R, S, T]
         cross_levels, self_level, num_layers = self._recording
-        recorder = AttentionRecorder(
-            tokens, cross_levels=cross_levels, self_level=self_level, num_layers=num_layers
-        )
+        recorder = AttentionRecorder(tokens, cross_levels=cross_levels, self_level=self_level, num_layers=num_layers)
         try:
             self._predict(generations, [g.text for g in generations], recorder=recorder)
         except RecordingComplete:
@@ -307,7 +305,10 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         largest = sizes[min(self._layer_levels.values())]
         maps = [m.unflatten(-1, sizes[level]) for level, m in recorder.cross_maps.values()]  # [R, S, h, w] each
         relevance = torch.stack(
-            [average_maps([m[row] for m in maps], largest, method.mask_normalization) for row in range(len(generations))]
+            [
+                average_maps([m[row] for m in maps], largest, method.mask_normalization)
+                for row in range(len(generations))
+            ]
         )
         if recorder.self_queries_keys:
             relevance = recorder.self_attention_times(relevance.flatten(2)).view_as(relevance)
@@ -469,7 +470,9 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
             seed=seed,
         ).with_defaults(self.sampling)
         generators = _one_each(generator, num_images_per_prompt)
-        generations = [self.prepare(r, generator=g) for r, g in zip(request.variations(num_images_per_prompt), generators)]
+        generations = [
+            self.prepare(r, generator=g) for r, g in zip(request.variations(num_images_per_prompt), generators)
+        ]
         with self.progress_bar(total=generations[0].num_steps) as bar:
             for index in range(generations[0].num_steps):
                 timestep = generations[0].timestep

@@ -125,12 +125,16 @@ def convert_official(state: StateDict) -> tuple[StateDict, StateDict]:
         if name.startswith(_OFFICIAL_PROJECTOR):
             module, rest = name.removeprefix(_OFFICIAL_PROJECTOR).split(".", 1)
             if module not in _PROJECTOR_MODULES:
-                raise ValueError(f"{name} is not a weight of the authors' projectors ({', '.join(_PROJECTOR_MODULES)}).")
+                raise ValueError(
+                    f"{name} is not a weight of the authors' projectors ({', '.join(_PROJECTOR_MODULES)})."
+                )
             if shallow and module in ("min_attention", "projector"):
                 without_effect.append(name)
                 continue
             part, _, leaf = rest.partition(".")
-            adapter[f"{_PROJECTOR_MODULES[module]}.{_ATTENTION_PARTS.get(part, part)}{'.' if leaf else ''}{leaf}"] = tensor
+            adapter[f"{_PROJECTOR_MODULES[module]}.{_ATTENTION_PARTS.get(part, part)}{'.' if leaf else ''}{leaf}"] = (
+                tensor
+            )
         elif name.endswith((".to_k_vision.weight", ".to_v_vision.weight")):
             layer, kind, _ = name.rsplit(".", 2)
             adapter[f"{kind}.{layer.replace('.', '-')}.weight"] = tensor

@@ -63,9 +63,7 @@ def target_token_positions(tokenizer, prompt: str, phrase: str) -> list[int]:
 
 def encode_offsets(tokenizer, prompt: str) -> list[tuple[int, int]]:
     """Character span of each token of `prompt`, cut at the tokenizer's limit; special tokens are (0, 0)."""
-    encoded = tokenizer(
-        prompt, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True
-    )
+    encoded = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True)
     return [tuple(span) for span in encoded["offset_mapping"]]
 
 

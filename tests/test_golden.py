@@ -1,0 +1,422 @@
+"""Preset `release` agrees with the authors' code, number for number.
+
+The folder is `tests/golden`, or what REALCUSTOM_GOLDEN names: another set in the same layout (batch, sizes, weights).
+"""
+
+import json
+import os
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    CLIPTextModel,
+    CLIPTokenizer,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from realcustom import MethodConfig, RealCustomAdapter, RealCustomConfig, RealCustomPipeline, Request, Subject
+from realcustom.attention import VisualAttention
+from realcustom.config import VisionConfig
+from realcustom.mask import average_maps, guidance_masks
+from realcustom.vision import VisionFeatures, reference_views, to_pixels
+from realcustom.weights import convert_official, convert_timm_vit
+
+FOLDER = Path(os.environ.get("REALCUSTOM_GOLDEN", Path(__file__).parent / "golden"))
+TOLERANCE = {  # five times the differences to float64 that the set states
+    "unet_guidance": 9e-6,
+    "unet_gen": 1e-5,
+    "unet_neg": 7e-6,
+    "cfg": 3.6e-5,
+    "crossmaps": 2.2e-5,
+    "projector": 1.2e-5,
+    "loop": 3.2e-4,
+}
+
+
+class GoldenSet:
+    """The stored numbers, and our pipeline built from the stored weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta = json.loads((folder / "meta.json").read_text())
+        self.inputs = load_file(folder / "inputs.safetensors")
+        self.outputs = load_file(folder / "outputs.safetensors")
+        self.vision = load_file(folder / "vision.safetensors")
+        self.loops = load_file(folder / "loops.safetensors")
+        self.crossmaps = load_file(folder / "crossmaps.safetensors")
+
+    @property
+    def batch(self) -> int:
+        return len(self.inputs["latent"])
+
+    @cached_property
+    def official_state(self):
+        return load_file(self.folder / "unet_weights.safetensors")
+
+    @cached_property
+    def encoders(self):
+        config = json.loads((self.folder / "vision_config.json").read_text())
+        state = load_file(self.folder / "vision_weights.safetensors")
+        width = config["embed_dim"]
+        common = dict(
+            hidden_size=width,
+            num_hidden_layers=config["depth"],
+            num_attention_heads=config["num_heads"],
+            image_size=config["default_image_size"],
+            patch_size=config["patch_size"],
+            hidden_act="gelu",
+            layer_norm_eps=config["siglip"]["norm_eps"],
+        )
+        siglip = SiglipVisionModel(
+            SiglipVisionConfig(intermediate_size=int(width * config["mlp_ratio"]), vision_use_head=False, **common)
+        )
+        dino = Dinov2WithRegistersModel(
+            Dinov2WithRegistersConfig(
+                mlp_ratio=int(config["mlp_ratio"]), num_register_tokens=config["dino"]["reg_tokens"], **common
+            )
+        )
+        for model, prefix, family in ((siglip, "siglip.", "siglip"), (dino, "dino.", "dinov2_with_registers")):
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            model.load_state_dict(convert_timm_vit(own, family), strict=True)
+        shallow = tuple(config["feature_index_shallow"][:-1])
+        (deep,) = config["feature_index_highres"]
+        layers = VisionConfig(siglip_shallow=shallow, siglip_deep=deep, dino_shallow=shallow, dino_deep=deep)
+        return siglip.eval(), dino.eval(), layers
+
+    def adapter(self, shallow: bool = False) -> RealCustomAdapter:
+        state = dict(self.official_state)
+        if shallow:
+            state |= load_file(self.folder / "projector_shallow_extra_weights.safetensors")
+        own, _ = convert_official(state)
+        siglip, dino, _ = self.encoders
+        adapter = RealCustomAdapter.for_unet(
+            self.unet,
+            vision_dim=siglip.config.hidden_size + dino.config.hidden_size,
+            cross_layer=shallow,
+            cross_scale=not shallow,
+        )
+        adapter.load_state_dict(own, strict=True)
+        return adapter.requires_grad_(False).eval()
+
+    @cached_property
+    def unet(self) -> UNet2DConditionModel:
+        config = json.loads((self.folder / "unet_config.json").read_text())
+        config.pop("image_prompt_settings")
+        unet = UNet2DConditionModel.from_config(config)
+        _, plain = convert_official(self.official_state)
+        unet.load_state_dict(plain, strict=True)
+        return unet.requires_grad_(False).eval()
+
+    @cached_property
+    def pipeline(self) -> RealCustomPipeline:
+        siglip, dino, layers = self.encoders
+        texts = [self.folder / f"text_encoder_{i}" for i in (1, 2)]
+        config = RealCustomConfig.preset("release")
+        sampling = replace(config.sampling, height=self.meta["height"], width=self.meta["width"])
+        return RealCustomPipeline(
+            vae=AutoencoderKL(
+                block_out_channels=(4,) * 4,
+                norm_num_groups=2,
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                latent_channels=4,
+            ),
+            text_encoder=CLIPTextModel.from_pretrained(texts[0]),
+            tokenizer=CLIPTokenizer.from_pretrained(texts[0]),
+            text_encoder_2=CLIPTextModel.from_pretrained(texts[1]),
+            tokenizer_2=CLIPTokenizer.from_pretrained(texts[1]),
+            unet=self.unet,
+            scheduler=DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                timestep_spacing="trailing",
+                clip_sample=False,
+                set_alpha_to_one=True,
+            ),
+            image_encoder=siglip,
+            image_encoder_2=dino,
+            adapter=self.adapter(),
+            realcustom_config=replace(config, vision=layers, sampling=sampling),
+            force_zeros_for_empty_prompt=False,
+        )
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.vision[f"image_{index}_uint8_hwc"].numpy())
+
+    def features(self, reference: str) -> VisionFeatures:
+        v = self.vision
+        return VisionFeatures(
+            shallow=torch.cat([v[f"{reference}_shallow{i}"] for i in (1, 2, 3)], dim=1),
+            deep=v[f"{reference}_deep"],
+            local=v[f"{reference}_deep_local"],
+        )
+
+    def keys_values(self, reference: str, adapter: RealCustomAdapter | None = None):
+        """Keys and values of each picture of the batch."""
+        found = (adapter or self.pipeline.adapter)(self.features(reference))
+        return [{n: (k[i : i + 1], v[i : i + 1]) for n, (k, v) in found.items()} for i in range(self.batch)]
+
+    def generations(self, references=("ref1",), phrases=("phrase",), adapter=None, **settings):
+        """One generation per batch item at the stored time step, with the stored references in place."""
+        meta = self.meta
+        subjects = tuple(Subject(image=self.image(i), target_phrase=meta[phrase]) for i, phrase in enumerate(phrases))
+        request = Request(
+            prompt=meta["prompt"],
+            negative_prompt=meta["negative_prompt"],
+            subjects=subjects,
+            guidance_scale=meta["guidance_scale"],
+            seed=0,
+            **settings,
+        )
+        made = []
+        per_reference = [self.keys_values(r, adapter) for r in references]
+        for i in range(self.batch):
+            generation = self.pipeline.prepare(request, latents=self.inputs["latent"][i])
+            generation.references = tuple(r[i] for r in per_reference)
+            if "num_inference_steps" not in settings:
+                generation.scheduler.timesteps = self.inputs["timestep"][None]
+            made.append(generation)
+        return made
+
+
+@pytest.fixture(scope="module")
+def golden() -> GoldenSet:
+    torch.set_grad_enabled(False)
+    yield GoldenSet(FOLDER)
+    torch.set_grad_enabled(True)
+
+
+def close(ours: torch.Tensor, stored: torch.Tensor, tolerance: float) -> None:
+    assert ours.shape == stored.shape, (ours.shape, stored.shape)
+    assert (ours - stored).abs().max().item() <= tolerance
+
+
+def method_of(strategy: list[str]) -> MethodConfig:
+    names = {"max_norm": "max", "min_max_norm": "min_max", "min_max_per_channel": "min_max_per_layer"}
+    return replace(
+        MethodConfig.preset("release"),
+        mask_normalization=next((ours for theirs, ours in names.items() if theirs in strategy), "none"),
+        mask_selection="threshold" if "threshold" in strategy else "top_k",
+        mask_binary="binary" in strategy,
+    )
+
+
+def same_mask(ours: torch.Tensor, stored: torch.Tensor, tolerance: float) -> None:
+    """Kept positions agree exactly, values within the tolerance."""
+    assert torch.equal(ours > 0, stored > 0)
+    close(ours, stored, tolerance)
+
+
+def test_text_embeddings_and_target_tokens(golden):
+    """Prompt, negative prompt, pooled text without projection, and the tokens of both phrases."""
+    (generation, *_) = golden.generations(("ref1", "ref2"), ("phrase", "phrase_2"))
+    inputs = golden.inputs
+    close(generation.text.embeds, inputs["prompt_embeds"][0], 1e-5)
+    close(generation.text.pooled, inputs["pooled"][0], 1e-5)
+    close(generation.negative_text.embeds, inputs["negative_prompt_embeds"][0], 1e-5)
+    close(generation.negative_text.pooled, inputs["negative_pooled"][0], 1e-5)
+    assert torch.equal(generation.target_tokens[0], inputs["target_token"][0])
+    assert torch.equal(generation.target_tokens[1], inputs["target_token_2"][0])
+    assert torch.equal(golden.pipeline._time_ids(generation), inputs["time_ids"][0])
+
+
+def test_reference_pictures_before_the_encoders(golden):
+    """Resizing, interleaved local views and truncation to 8 bits give the pictures the encoders saw."""
+    method = MethodConfig.preset("release")
+    size = golden.encoders[0].config.image_size
+    for index, reference in ((0, "ref1"), (1, "ref2")):
+        if f"{reference}_image_resized" not in golden.vision:
+            continue
+        stored = golden.vision[f"{reference}_image_resized"]
+        ours = to_pixels([golden.image(index)], 2 * size, method)
+        close(ours, stored[:1], 1e-6)
+        view, local = reference_views(stored, method)
+        to_uint8 = lambda x: (x * 255).round().to(torch.uint8).movedim(-3, -1)  # noqa: E731
+        assert torch.equal(to_uint8(view), golden.vision[f"{reference}_global_uint8"])
+        assert torch.equal(to_uint8(local.flatten(0, 1)), golden.vision[f"{reference}_local_uint8"])
+
+
+@pytest.mark.parametrize("reference", ["ref1", "ref2", "neg"])
+def test_vision_features(golden, reference):
+    """Block outputs of both encoders from the source pictures, and from the black picture."""
+    encoders = golden.pipeline._vision_encoders()
+    images = {"ref1": lambda: golden.image(0), "ref2": lambda: golden.image(1), "neg": lambda: Image.new("RGB", (8, 8))}
+    ours, stored = encoders.encode([images[reference]()]), golden.features(reference)
+    for part in ("shallow", "deep", "local"):
+        close(getattr(ours, part), getattr(stored, part)[:1], TOLERANCE["projector"])
+
+
+@pytest.mark.parametrize("kind,reference", [("highres", "ref1"), ("highres", "ref2"), ("highres", "neg"),
+                                            ("shallow", "ref1"), ("shallow", "neg")])  # fmt: skip
+def test_projectors(golden, kind, reference):
+    adapter = golden.adapter(shallow=kind == "shallow")
+    close(adapter.projector(golden.features(reference)), golden.outputs[f"projector_{kind}/{reference}"],
+          TOLERANCE["projector"])  # fmt: skip
+
+
+def test_cross_scale_attention(golden):
+    features = golden.features("ref1")
+    ours = golden.pipeline.adapter.projector.cross_scale_attention(features.deep, features.local)
+    close(ours, golden.outputs["min_attention_highres/ref1"], TOLERANCE["projector"])
+
+
+def test_guidance_pass_and_its_recorded_maps(golden):
+    """Text alone: the noise, and per layer the target words' attention, summed over words and averaged over heads."""
+    generations = golden.generations()
+    pipeline = golden.pipeline
+    ours = pipeline._predict(generations, [g.text for g in generations])
+    close(ours, golden.outputs["unet_guidance"], TOLERANCE["unet_guidance"])
+
+    recorded = {}
+    original = pipeline._set_masks
+    pipeline._set_masks = lambda gens, recorder: (recorded.update(recorder.cross_maps), original(gens, recorder))
+    try:
+        pipeline.guidance_branch(generations)
+    finally:
+        pipeline._set_masks = original
+    assert list(recorded) == golden.meta["attn2_layers_in_order"]
+    target = golden.inputs["target_token"][0].bool()
+    for name, stored in golden.crossmaps.items():
+        _, _, layer = name.split("/")
+        close(recorded[layer][1][:, 0], stored[:, :, target].sum(2).mean(1).flatten(1), TOLERANCE["crossmaps"])
+    for generation, stored in zip(generations, golden.outputs["mask/max_norm/0.25"], strict=True):
+        same_mask(generation.guidance_masks, stored, TOLERANCE["crossmaps"])
+
+
+def stored_maps(golden, token: str) -> list[torch.Tensor]:
+    """The stored maps of the words, per layer [B, h, w], in forward order."""
+    marks = golden.inputs[token][0]
+    return [(m.mean(1) * marks[None, :, None, None]).sum(1) for _, m in sorted(golden.crossmaps.items())]
+
+
+def test_every_mask_strategy(golden):
+    """All fourteen strategies of the release at every stored scope keep exactly the same positions."""
+    size = tuple(golden.meta["mask_target"])
+    for name, strategy in golden.meta["mask_strategies"].items():
+        method = method_of(strategy)
+        for scope in golden.meta["mask_scopes"]:
+            relevance = average_maps(stored_maps(golden, "target_token"), size, method.mask_normalization)
+            for ours, stored in zip(relevance, golden.outputs[f"mask/{name}/{scope}"], strict=True):
+                same_mask(guidance_masks(ours[None], [scope], method), stored, TOLERANCE["crossmaps"])
+
+
+def test_mask_at_an_odd_size_and_without_target(golden):
+    method = MethodConfig.preset("release")
+    maps = stored_maps(golden, "target_token")
+    odd = average_maps(maps, tuple(golden.meta["mask_target_odd"]), "max")
+    none = average_maps([m * 0 for m in maps], tuple(golden.meta["mask_target"]), "max")
+    for relevance, name in ((odd, "mask_odd_target/max_norm/0.25"), (none, "mask_no_target/max_norm/0.25")):
+        for ours, stored in zip(relevance, golden.outputs[name], strict=True):
+            same_mask(guidance_masks(ours[None], [0.25], method), stored, TOLERANCE["crossmaps"])
+
+
+def predict_generation_row(golden, generations, masks, *, negative: bool = False) -> torch.Tensor:
+    """The generation pass (or the negative pass) alone; masks [B, S, h, w] or None for attention everywhere."""
+    pipeline = golden.pipeline
+    black = golden.keys_values("neg")
+    references = [(black[i],) * len(g.references) if negative else g.references for i, g in enumerate(generations)]
+    for g, mask in zip(generations, [None] * len(generations) if masks is None else masks, strict=True):
+        if mask is not None:
+            g.set_masks(mask)
+    sizes = pipeline._level_sizes(generations[0])
+    vision = VisualAttention(
+        rows=torch.tensor([i for i, g in enumerate(generations) for _ in g.references]),
+        keys_values=[kv for r in references for kv in r],
+        masks=None if masks is None else {
+            level: torch.cat([g.masks_at(sizes[level]) for g in generations])
+            for level in set(pipeline._layer_levels.values())
+        },
+    )  # fmt: skip
+    return pipeline._predict(generations, [g.negative_text if negative else g.text for g in generations], vision=vision)
+
+
+def test_generation_negative_and_guided_passes(golden):
+    """Text plus reference inside the mask; the negative pass; the layers inside; and Eq. 17 over both."""
+    outputs, generations = golden.outputs, golden.generations()
+    seen = {}
+    hooks = [
+        golden.unet.get_submodule(name.removeprefix("attn2_output/")).register_forward_hook(
+            lambda module, args, out, name=name: seen.__setitem__(name, out)
+        )
+        for name in outputs
+        if name.startswith("attn2_output/")
+    ]
+    masks = outputs["mask/max_norm/0.25"]
+    close(predict_generation_row(golden, generations, masks), outputs["unet_gen"], TOLERANCE["unet_gen"])
+    for hook in hooks:
+        hook.remove()
+    assert seen
+    for name, out in seen.items():
+        # No tolerance is stated for the inside of the UNet; values there are larger, so it is taken relative to them.
+        close(out, outputs[name], TOLERANCE["unet_gen"] * max(1, outputs[name].abs().max().item()))
+    close(predict_generation_row(golden, generations, masks, negative=True), outputs["unet_neg"], TOLERANCE["unet_neg"])
+    close(torch.stack(golden.pipeline.generation_branch(generations)), outputs["cfg"], TOLERANCE["cfg"])
+    close(predict_generation_row(golden, generations, None), outputs["unet_gen_no_mask"], TOLERANCE["unet_gen"])
+
+
+def test_generation_pass_with_the_shallow_projector(golden):
+    generations = golden.generations(adapter=golden.adapter(shallow=True))
+    ours = predict_generation_row(golden, generations, golden.outputs["mask/max_norm/0.25"])
+    close(ours, golden.outputs["unet_gen_shallow"], TOLERANCE["unet_gen"])
+
+
+def test_two_references(golden):
+    """Masks per phrase with scopes of their own, the sum over references, and the unconditional row under both masks."""
+    outputs = golden.outputs
+    generations = golden.generations(("ref1", "ref2"), ("phrase", "phrase_2"))
+    for g in generations:
+        first, second = g.request.subjects
+        g.request = replace(g.request, subjects=(replace(first, scope_ratio=0.25), replace(second, scope_ratio=0.2)))
+    golden.pipeline.guidance_branch(generations)
+    for g, stored in zip(generations, outputs["multi/masks"], strict=True):
+        same_mask(g.guidance_masks, stored, TOLERANCE["crossmaps"])
+    masks = outputs["multi/masks"]
+    close(predict_generation_row(golden, generations, None), outputs["multi/unet_gen_no_mask"], TOLERANCE["unet_gen"])
+    close(predict_generation_row(golden, generations, masks), outputs["multi/unet_gen"], TOLERANCE["unet_gen"])
+    ours = predict_generation_row(golden, generations, masks, negative=True)
+    close(ours, outputs["multi/unet_neg"], TOLERANCE["unet_neg"])
+    close(torch.stack(golden.pipeline.generation_branch(generations)), outputs["multi/cfg"], TOLERANCE["cfg"])
+
+
+def test_ddim_loop(golden):
+    """The whole loop: mask, guided output, latent and clean estimate after every step, all pictures in one call."""
+    settings = golden.meta["loops"]["ddim"]
+    generations = golden.generations(
+        num_inference_steps=settings["steps"], early_stop_step=min(settings["steps"], settings["mask_reused_step"])
+    )
+    assert generations[0].scheduler.timesteps.tolist() == settings["timesteps"]
+    stored = {name: golden.loops[f"ddim/{name}"] for name in ("latents", "masks", "pred_original_sample")}
+    for step in range(settings["steps"]):
+        golden.pipeline.step(generations)
+        for i, g in enumerate(generations):
+            assert torch.equal(g.guidance_masks > 0, stored["masks"][step, i] > 0)
+            close(g.latents, stored["latents"][step, i], TOLERANCE["loop"])
+            close(g.predicted_clean, stored["pred_original_sample"][step, i], TOLERANCE["loop"])
+
+
+def test_stored_phrase_positions_that_are_whole_words(golden):
+    """Where the release marks whole words, we mark the same tokens (it also marks inside words; we refuse those)."""
+    tokenizer = golden.pipeline.tokenizer
+    from realcustom.words import find_phrase, target_token_positions
+
+    compared = 0
+    for case in golden.meta["phrase_cases"]:
+        try:
+            spans = find_phrase(case["text"], case["phrase"])
+        except ValueError:
+            continue
+        if [start for start, _ in spans] == case["char_positions"]:
+            ours = target_token_positions(tokenizer, case["text"], case["phrase"])
+            assert ours == case["target_token_indices"], case
+            compared += 1
+    assert compared >= 3
