@@ -241,7 +241,7 @@ def test_reference_pictures_before_the_encoders(golden):
         ours = to_pixels([golden.image(index)], 2 * size, method)
         close(ours, stored[:1], 1e-6)
         view, local = reference_views(stored, method)
-        to_uint8 = lambda x: (x * 255).round().to(torch.uint8).movedim(-3, -1)  # noqa: E731
+        to_uint8 = lambda x: (x * 255).round().to(torch.uint8).movedim(-3, -1)
         assert torch.equal(to_uint8(view), golden.vision[f"{reference}_global_uint8"])
         assert torch.equal(to_uint8(local.flatten(0, 1)), golden.vision[f"{reference}_local_uint8"])
 
@@ -371,7 +371,7 @@ def test_generation_pass_with_the_shallow_projector(golden):
 
 
 def test_two_references(golden):
-    """Masks per phrase with scopes of their own, the sum over references, and the unconditional row under both masks."""
+    """Masks per phrase with scopes of their own, the sum over references, and the unconditional row under both."""
     outputs = golden.outputs
     generations = golden.generations(("ref1", "ref2"), ("phrase", "phrase_2"))
     for g in generations:

@@ -1,5 +1,6 @@
 """The real classes at toy size: what every test builds its pipeline from. Random weights, seconds on one core."""
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -29,8 +30,6 @@ def tiny_tokenizer() -> CLIPTokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:
-        import json
-
         (Path(folder) / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
         (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
         return CLIPTokenizer(
@@ -95,7 +94,8 @@ def tiny_pipeline(seed: int = 0, preset: str = "paper", scheduler=None) -> RealC
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text)),
         tokenizer_2=tiny_tokenizer(),
         unet=unet,
-        scheduler=scheduler or DDIMScheduler(timestep_spacing="trailing", clip_sample=False),
+        scheduler=scheduler
+        or DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False),
         image_encoder=SiglipVisionModel(SiglipVisionConfig(intermediate_size=32, vision_use_head=False, **vision)),
         image_encoder_2=Dinov2WithRegistersModel(Dinov2WithRegistersConfig(mlp_ratio=1, **vision)),
         adapter=RealCustomAdapter.for_unet(unet, vision_dim=64, head_dim=32),

@@ -1,0 +1,234 @@
+"""Properties of the whole pipeline at toy size."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from tiny import picture, tiny_pipeline
+
+from realcustom import RealCustomPipeline, Request, Subject
+from realcustom.attention import install_processors
+
+PROMPT = "a dog and a cat"
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> RealCustomPipeline:
+    return tiny_pipeline()
+
+
+def dog(colour="red", **settings) -> Subject:
+    return Subject(image=picture(colour), target_phrase="dog", **settings)
+
+
+def cat(colour="blue", **settings) -> Subject:
+    return Subject(image=picture(colour), target_phrase="cat", **settings)
+
+
+def run(pipeline, generations) -> list[torch.Tensor]:
+    """All generations to their end, those still under way stepping together."""
+    while active := [g for g in generations if not g.done]:
+        pipeline.step(active)
+    return [g.latents for g in generations]
+
+
+def latents(pipeline, request, **options) -> torch.Tensor:
+    return run(pipeline, [pipeline.prepare(request, **options)])[0]
+
+
+def test_without_subjects_it_is_plain_diffusers(pipeline):
+    """The UNet with our processors equals the same UNet with diffusers' own."""
+    request = Request(prompt=PROMPT, seed=3)
+    ours = latents(pipeline, request)
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    before = dict(pipeline.unet.attn_processors)
+    predict = pipeline._predict
+
+    def stock(rows, texts, vision=None, recorder=None):
+        assert vision is None
+        kwargs = pipeline.unet.forward
+
+        def forward(*args, cross_attention_kwargs=None, **rest):
+            return kwargs(*args, **rest)
+
+        pipeline.unet.forward = forward
+        try:
+            return predict(rows, texts)
+        finally:
+            del pipeline.unet.forward
+
+    pipeline.unet.set_attn_processor(AttnProcessor2_0())
+    pipeline._predict = stock
+    try:
+        theirs = latents(pipeline, request)
+    finally:
+        del pipeline._predict
+        pipeline.unet.set_attn_processor(before)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_zero_mask_is_exactly_the_text_alone(pipeline):
+    subject = Request(prompt=PROMPT, subjects=(dog(),), seed=3)
+    alone = Request(prompt=PROMPT, seed=3)
+    assert torch.equal(latents(pipeline, subject, masks=torch.zeros(1, 8, 8)), latents(pipeline, alone))
+
+
+def test_the_reference_matters_and_more_inside_its_mask(pipeline):
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :4, :4] = 1
+    first, second = (
+        latents(pipeline, Request(prompt=PROMPT, subjects=(dog(c),), seed=3), masks=mask) for c in ("red", "green")
+    )
+    change = (first - second).abs().mean(0)
+    assert change[:8, :8].mean() > 2 * change[8:, 8:].mean()
+
+
+def mixed_requests() -> list[Request]:
+    return [
+        Request(prompt=PROMPT, subjects=(dog(),), seed=1),
+        Request(prompt="the cat", subjects=(cat(scope_ratio=0.6),), seed=2, early_stop_step=1, guidance_scale=1.0),
+        Request(prompt=PROMPT, subjects=(dog("green"), cat()), seed=3, num_inference_steps=6),
+        Request(prompt=PROMPT, seed=4, negative_prompt="ugly", num_inference_steps=2, guidance_scale=5.0),
+    ]
+
+
+@pytest.mark.parametrize("preset", ["paper", "release"])
+def test_a_mixed_batch_gives_each_the_picture_it_gets_alone(preset):
+    """Different steps, subjects, scopes, T_stop, CFG, schedulers and seeds advance in one call."""
+    pipeline = tiny_pipeline(preset=preset)
+    schedulers = [
+        None,
+        EulerDiscreteScheduler.from_config(pipeline.scheduler.config),
+        DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config),
+        EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config),
+    ]
+    alone = [latents(pipeline, r, scheduler=s) for r, s in zip(mixed_requests(), schedulers, strict=True)]
+    made = [pipeline.prepare(r, scheduler=s) for r, s in zip(mixed_requests(), schedulers, strict=True)]
+    pipeline.step(made[:1])  # joins must work in mid-flight too
+    pipeline.step(made[:3])
+    for ours, expected in zip(run(pipeline, made), alone, strict=True):
+        assert (ours - expected).abs().max() <= 1e-4
+
+
+def test_the_same_seed_is_the_same_picture_and_another_is_not(pipeline):
+    one, two, other = (np.asarray(pipeline(PROMPT, subjects=[dog()], seed=s).images[0]).astype(int) for s in (5, 5, 6))
+    assert np.array_equal(one, two)
+    assert np.abs(one - other).max() > 3
+
+
+def test_the_guidance_branch_runs_exactly_early_stop_steps(pipeline, monkeypatch):
+    calls = []
+    original = RealCustomPipeline.guidance_branch
+    monkeypatch.setattr(RealCustomPipeline, "guidance_branch", lambda s, g: (calls.append(len(g)), original(s, g)))
+    latents(pipeline, Request(prompt=PROMPT, subjects=(dog(),), num_inference_steps=4, early_stop_step=3))
+    latents(pipeline, Request(prompt=PROMPT))
+    assert calls == [1, 1, 1]
+
+
+def test_after_early_stop_the_last_mask_stays(pipeline):
+    generation = pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), early_stop_step=2))
+    masks = []
+    while not generation.done:
+        pipeline.step([generation])
+        masks.append(generation.guidance_masks)
+    assert not torch.equal(masks[0], masks[1])
+    assert masks[1] is masks[2] is masks[3]
+
+
+def test_guidance_scale_one_runs_no_unconditional_row(pipeline, monkeypatch):
+    rows = []
+    original = RealCustomPipeline._predict
+    monkeypatch.setattr(
+        RealCustomPipeline, "_predict", lambda s, r, *a, **k: (rows.append(len(r)), original(s, r, *a, **k))[1]
+    )
+    latents(pipeline, Request(prompt=PROMPT, guidance_scale=1.0, num_inference_steps=2))
+    assert rows == [1, 1]
+
+
+def test_a_reference_is_encoded_once(pipeline, monkeypatch):
+    pipeline.clear_caches()
+    calls = []
+    forward = pipeline.adapter.forward
+    monkeypatch.setattr(pipeline.adapter, "forward", lambda f: (calls.append(1), forward(f))[1])
+    latents(pipeline, Request(prompt=PROMPT, subjects=(dog("navy"), cat("navy"))))
+    latents(pipeline, Request(prompt="a dog", subjects=(dog("navy"),), seed=9))
+    assert len(calls) == 1
+
+
+def test_no_attention_map_is_stored_at_full_size(pipeline):
+    """The largest tensor a recorder keeps is a query or key, never positions times positions or tokens."""
+    from realcustom import recorder as module
+
+    kept = []
+    original = module.AttentionRecorder.record
+
+    def spy(self, *args, **kwargs):
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            kept.append([m for _, m in self.cross_maps.values()])
+
+    module.AttentionRecorder.record = spy
+    try:
+        latents(pipeline, Request(prompt=PROMPT, subjects=(dog(),), num_inference_steps=1))
+    finally:
+        module.AttentionRecorder.record = original
+    assert kept
+    assert all(m.shape[:2] == (1, 1) and m.shape[2] in (16, 64) for maps in kept for m in maps)
+
+
+@pytest.mark.parametrize("height,width", [(64, 96), (40, 72), (104, 56)])
+def test_any_multiple_of_eight_works(pipeline, height, width):
+    picture_made = pipeline(PROMPT, subjects=[dog(), cat()], height=height, width=width, num_inference_steps=2)
+    assert picture_made.images[0].size == (width, height)
+    assert picture_made.masks[0].shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    "settings,says",
+    [
+        ({"height": 65}, "height is 65 px"),
+        ({"output_type": "png"}, "output_type"),
+        ({"num_images_per_prompt": 0}, "num_images"),
+    ],
+)
+def test_bad_calls_are_refused(pipeline, settings, says):
+    with pytest.raises(ValueError, match=says):
+        pipeline(PROMPT, **settings)
+
+
+def test_saving_and_loading_gives_the_same_picture(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "model")
+    again = RealCustomPipeline.from_pretrained(tmp_path / "model")
+    again.set_progress_bar_config(disable=True)
+    request = Request(prompt=PROMPT, subjects=(dog(),), seed=1)
+    assert torch.allclose(latents(pipeline, request), latents(again, request), atol=1e-5)
+    assert again.realcustom_config == pipeline.realcustom_config
+
+
+def test_the_callback_sees_and_may_replace_latents(pipeline):
+    seen = []
+
+    def callback(pipe, index, timestep, values):
+        seen.append((index, int(timestep)))
+        return {"latents": torch.zeros_like(values["latents"])} if index == 3 else {}
+
+    output = pipeline(PROMPT, callback_on_step_end=callback, output_type="latent", num_images_per_prompt=2)
+    assert [i for i, _ in seen] == [0, 1, 2, 3]
+    assert seen[0][1] > seen[-1][1]
+    assert output.images.shape == (2, 4, 16, 16)
+    assert output.images.abs().max() == 0
+
+
+@pytest.mark.parametrize("output_type,shape", [("np", (2, 64, 64, 3)), ("pt", (2, 3, 64, 64))])
+def test_output_types(pipeline, output_type, shape):
+    output = pipeline(PROMPT, output_type=output_type, num_images_per_prompt=2, num_inference_steps=1)
+    assert tuple(output.images.shape) == shape
+
+
+def test_processors_can_be_taken_out_again(pipeline):
+    unet = tiny_pipeline().unet
+    undo = install_processors(unet)
+    undo()
+    assert len(unet.attn_processors) == len(pipeline.unet.attn_processors)
