@@ -5,6 +5,7 @@ Legend: R rows of a UNet call, P (row, subject) pairs, S subjects, T text tokens
 
 import copy
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from .mask import average_maps, guidance_masks
 from .recorder import AttentionRecorder, RecordingComplete, plan_recording
 from .request import Request, Subject, to_rgb
 from .text import TextCondition, TextEncoders
-from .vision import VisionEncoders
+from .vision import VisionEncoders, VisionFeatures
 
 REFERENCE_CACHE_BYTES = 1 << 30  # about four references of SDXL in bf16
 TEXT_CACHE_ENTRIES = 64
@@ -111,6 +112,7 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         self._recording = plan_recording(self._layer_levels, realcustom_config.method.mask_maps)
         self._references: OrderedDict[bytes, VisionKeysValues] = OrderedDict()
         self._texts: OrderedDict[str, TextCondition] = OrderedDict()
+        self._cache_lock = threading.RLock()  # a server prepares one picture while another one steps
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **options) -> "RealCustomPipeline":
@@ -145,8 +147,9 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
 
     def clear_caches(self) -> None:
         """Forget encoded texts and references; needed after changing weights in place."""
-        self._references.clear()
-        self._texts.clear()
+        with self._cache_lock:
+            self._references.clear()
+            self._texts.clear()
 
     # ---- prepare: everything that depends on the request alone -------------------------------------------------
 
@@ -229,15 +232,13 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         return VisionEncoders(self.image_encoder, self.image_encoder_2, config.vision, config.method)
 
     def _encode_text(self, text: str) -> TextCondition:
-        condition = self._texts.get(text)
-        if condition is None:
-            condition = self._text_encoders().encode(text)
-            self._texts[text] = condition
-            while len(self._texts) > TEXT_CACHE_ENTRIES:
-                self._texts.popitem(last=False)
-        else:
+        with self._cache_lock:
+            if text not in self._texts:
+                self._texts[text] = self._text_encoders().encode(text)
+                while len(self._texts) > TEXT_CACHE_ENTRIES:
+                    self._texts.popitem(last=False)
             self._texts.move_to_end(text)
-        return condition
+            return self._texts[text]
 
     def _negative_text(self, request: Request) -> TextCondition | None:
         if request.guidance_scale <= 1:
@@ -251,19 +252,16 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
     def _encode_reference(self, image: Image.Image) -> VisionKeysValues:
         """Keys and values of a reference in every layer, once per content of the picture."""
         key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
-        found = self._references.get(key)
-        if found is None:
-            dtype = self.unet.dtype
-            features = self._vision_encoders().encode([image])
-            features = type(features)(**{n: v.to(self._device, dtype) for n, v in vars(features).items()})
-            found = self.adapter(features)
-            self._references[key] = found
-            size = sum(k.nbytes + v.nbytes for k, v in found.values())
-            while len(self._references) * size > max(REFERENCE_CACHE_BYTES, size):
-                self._references.popitem(last=False)
-        else:
+        with self._cache_lock:
+            if key not in self._references:
+                features = self._vision_encoders().encode([image])
+                tokens = {name: v.to(self._device, self.unet.dtype) for name, v in vars(features).items()}
+                self._references[key] = self.adapter(VisionFeatures(**tokens))
+                size = sum(k.nbytes + v.nbytes for k, v in self._references[key].values())
+                while len(self._references) * size > max(REFERENCE_CACHE_BYTES, size):
+                    self._references.popitem(last=False)
             self._references.move_to_end(key)
-        return found
+            return self._references[key]
 
     def _black_reference(self) -> VisionKeysValues:
         return self._encode_reference(Image.new("RGB", (8, 8)))
