@@ -1,0 +1,1 @@
+"""Training data: the sprite world, made on the fly from seeds."""

@@ -1,0 +1,172 @@
+"""Stage `adapter`: RealCustom++ itself. Projector and W_Ki, W_Vi learn; text-to-image model and vision encoders are
+frozen.
+
+Visual attention is unmasked in training (Sec. 3.2): the model must find out which words a reference belongs to. Two
+departures, both because the training is short: noisy steps, where appearance is decided, are drawn more often, and the
+loss counts more where the reference's subjects are.
+
+Legend: B batch, N vision tokens, C vision channels.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from realcustom.adapter import RealCustomAdapter, VisionKeysValues
+from realcustom.attention import VisualAttention, install_processors
+from realcustom.vision import VisionFeatures
+
+from ..checkpoint import load_average
+from ..data.pool import Entry, SamplePool
+from ..data.render import CAPTION_BYTES, RenderPairs, unpack_captions
+from ..diffusion import min_snr_weight, sample_latents, size_condition, v_target
+from ..latents import LatentCodec
+from ..loop import LoopConfig, run_loop
+from ..networks import VISION_WIDTH, build_scheduler
+from ..pictures import save_grid, to_signed
+from .base import TextToImage, load_base
+from .vision import load_vision
+
+CURRICULUM_SAMPLES = 24_000  # fresh pairs over which the curriculum of Eq. 10-13 runs
+OUTSIDE_WEIGHT = 0.3
+FEATURES = {"shallow": 3 * 64, "deep": 64, "local": 4 * 64}  # tokens
+
+
+def build_adapter(model: TextToImage) -> RealCustomAdapter:
+    return RealCustomAdapter.for_unet(model.unet, vision_dim=2 * VISION_WIDTH)
+
+
+def everywhere(keys_values: VisionKeysValues, rows: Tensor | None = None) -> VisualAttention:
+    """Reference b for row b of the UNet call (or for `rows`), without a mask."""
+    return VisualAttention(rows=rows, keys_values=(keys_values,), masks=None)
+
+
+class AdapterTask:
+    """The frozen parts, and the loss of the adapter upon them."""
+
+    def __init__(self, out: Path, device: str) -> None:
+        self.device = device
+        self.model = load_base(out, device)
+        self.model.unet.to(memory_format=torch.channels_last)
+        install_processors(self.model.unet)
+        self.encoders = load_vision(out, device)
+        self.codec = LatentCodec(out, device)
+        self.scheduler = build_scheduler()
+
+    def autocast(self):
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16)
+
+    @torch.no_grad()
+    def features(self, references: np.ndarray) -> VisionFeatures:
+        """uint8 [B, 3, 128, 128] -> features."""
+        parts = []
+        for chunk in (to_signed(references) / 2 + 0.5).to(self.device).split(32):
+            with self.autocast():
+                parts.append(vars(self.encoders.encode_pixels(chunk)))
+        return VisionFeatures(**{name: torch.cat([part[name].float() for part in parts]) for name in FEATURES})
+
+    def encode(self, raw: Entry) -> Entry:
+        """Pictures -> what the pool stores."""
+        features = {name: values.half().cpu().numpy() for name, values in vars(self.features(raw["reference"])).items()}
+        latents = self.codec.encode(to_signed(raw["pixels"])).half().cpu().numpy()
+        return {**features, "latents": latents, "caption": raw["caption"], "inside": raw["inside"]}
+
+    def tensors(self, entry: Entry) -> tuple[Tensor, VisionFeatures, Tensor]:
+        """Clean latents, features, weight map [B, 1, 32, 32]."""
+        load = lambda values: torch.from_numpy(np.asarray(values, dtype=np.float32)).to(self.device)
+        features = VisionFeatures(**{name: load(entry[name]) for name in FEATURES})
+        inside = load(entry["inside"])[:, None]
+        return load(entry["latents"]), features, OUTSIDE_WEIGHT + (1 - OUTSIDE_WEIGHT) * inside
+
+    def loss(self, vision, clean: Tensor, weight: Tensor, captions: list[str], noise: Tensor, steps: Tensor) -> Tensor:
+        """Weighted velocity loss per sample, [B]; `vision` None is the base model alone."""
+        noisy, target = v_target(self.scheduler, clean, noise, steps)
+        with self.autocast(), sdpa_kernel(SDPBackend.MATH):  # the fused kernel is slow backwards on a CPU
+            with torch.no_grad():
+                embeds, pooled = self.model.encode_text(self.model.tokens(captions).to(self.device))
+            predicted = self.model.unet(
+                noisy.contiguous(memory_format=torch.channels_last),
+                steps,
+                encoder_hidden_states=embeds,
+                added_cond_kwargs={"text_embeds": pooled, "time_ids": size_condition(len(clean), clean)},
+                cross_attention_kwargs={"vision": vision},
+            ).sample
+        error = (predicted.float() - target).pow(2) * weight
+        return error.mean((1, 2, 3)) * min_snr_weight(self.scheduler, steps)
+
+
+def draw_noisy(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noise, and time steps of which noisy ones are more frequent."""
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    even = (torch.arange(len(clean)) + torch.rand(len(clean), generator=generator)) / len(clean)
+    return noise, (even.pow(0.7) * 1000).long().clamp_max(999).to(clean.device)
+
+
+def train_adapter(out: Path, device: str = "cpu", **options) -> None:
+    config = LoopConfig(
+        out=out / "adapter", batch_size=32, learning_rate=6e-4, warmup_steps=100, average_decay=0.998,
+        save_every_s=120, preview_every_s=240, **options,
+    )  # fmt: skip
+    task = AdapterTask(out, device)
+    adapter = build_adapter(task.model).to(device)
+    fields = {
+        **{name: ((tokens, 2 * VISION_WIDTH), "float16") for name, tokens in FEATURES.items()},
+        "latents": ((4, 32, 32), "float16"),
+        "caption": ((CAPTION_BYTES,), "uint8"),
+        "inside": ((32, 32), "uint8"),
+    }
+    render = RenderPairs(curriculum=CURRICULUM_SAMPLES)
+    pool = SamplePool(config.out / "pool", fields, render, task.encode, start=3000, capacity=12_000, per_step=8)
+    pool.fill(0)
+
+    def loss_of_step(step: int, generator: torch.Generator):
+        pool.refresh(step)
+        entry = pool.batch(step, torch.rand(config.batch_size, generator=generator).numpy())
+        clean, features, weight = task.tensors(entry)
+        noise, steps = draw_noisy(clean, generator)
+        with task.autocast():
+            vision = everywhere(adapter(features))
+        return task.loss(vision, clean, weight, unpack_captions(entry["caption"]), noise, steps).mean(), {}
+
+    raw = RenderPairs(seed=5, split="held_out", with_wrong=True)(range(64))
+    fixed, wrong = task.encode(raw), task.features(raw["wrong"])
+
+    def preview(step: int) -> dict[str, float]:
+        clean, features, weight = task.tensors(fixed)
+        noise, steps = draw_noisy(clean, torch.Generator().manual_seed(1))
+        captions = unpack_captions(fixed["caption"])
+        numbers = {}
+        for name, reference in (("right", features), ("wrong", wrong), ("none", None)):
+            with task.autocast():
+                vision = None if reference is None else everywhere(adapter(reference))
+            numbers[f"loss_{name}"] = round(float(task.loss(vision, clean, weight, captions, noise, steps).mean()), 5)
+        save_grid(_compare(task, adapter, raw, captions), config.out / "pictures" / f"{step * 32:08d}.png", columns=10)
+        return numbers
+
+    run_loop(config, adapter, loss_of_step, preview)
+
+
+def _compare(task: AdapterTask, adapter: RealCustomAdapter, raw: Entry, captions: list[str], count: int = 10) -> Tensor:
+    """Rows: reference; text alone; text and reference (unmasked), all from the same noise."""
+    noise = torch.randn(count, 4, 32, 32, generator=torch.Generator().manual_seed(2)).to(task.device)
+    embeds, pooled = task.model.encode_text(task.model.tokens([*captions[:count], ""]).to(task.device))
+    with task.autocast():
+        keys_values = adapter(task.features(raw["reference"][:count]))
+    text = (embeds[:-1], pooled[:-1], embeds[-1:], pooled[-1:])
+    rows = [to_signed(raw["reference"][:count]).to(task.device)]
+    for vision in (None, everywhere(keys_values, torch.arange(count, device=task.device))):
+        latents = sample_latents(
+            task.model.unet, task.scheduler, *text, noise, cross_attention_kwargs={"vision": vision}
+        )
+        rows.append(task.codec.decode(latents))
+    return torch.cat(rows)
+
+
+def load_adapter(out: Path, model: TextToImage) -> RealCustomAdapter:
+    """Averaged weights of `out/adapter`, or an untrained adapter where that stage has not run yet."""
+    adapter = build_adapter(model)
+    folder = out / "adapter" / "checkpoint"
+    return load_average(folder, adapter) if folder.exists() else adapter

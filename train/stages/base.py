@@ -1,0 +1,140 @@
+"""Stage `base`: text to image. The UNet and both text encoders, from nothing, on latents of the sprite world.
+
+The first part of the run works on half-size pictures, four times as many a second: words, shapes and layout are learned
+there, details afterwards, as SDXL itself was trained.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+
+from ..data.pool import Entry, SamplePool
+from ..data.render import CAPTION_BYTES, RenderSamples, unpack_captions
+from ..diffusion import diffusion_loss, sample_latents
+from ..latents import LatentCodec
+from ..loop import LoopConfig, run_loop
+from ..networks import LATENT_FACTOR, PICTURE_SIZE, build_scheduler, build_text_encoders, build_unet
+from ..pictures import save_grid, to_signed
+from ..tokenizer import load_tokenizer
+
+CAPTION_DROPOUT = 0.1
+HALF_SIZE_SAMPLES = 70_400
+PREVIEW_PROMPTS = (
+    "a dog on the beach",
+    "a cat in the snow",
+    "a fox on green grass",
+    "a bear in the jungle",
+    "a rabbit on a wooden floor",
+    "a frog on a cobblestone street",
+    "a pig at night under stars",
+    "a penguin in the city",
+    "an owl on the beach",
+    "a duck in the snow",
+    "a car on green grass",
+    "a robot in the jungle",
+    "a backpack on a wooden floor",
+    "a teapot on a cobblestone street",
+    "a guitar at night under stars",
+    "a boot in the city",
+    "a dog and a cat on the beach",
+    "a car and a robot in the snow",
+    "a fox and an owl on green grass",
+    "a teapot and a boot on a wooden floor",
+)
+
+
+class TextToImage(nn.Module):
+    """UNet and text encoders as one trainable module."""
+
+    def __init__(self, tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.unet = build_unet().to(memory_format=torch.channels_last)
+        self.text_encoder, self.text_encoder_2 = build_text_encoders(tokenizer)
+
+    def tokens(self, captions: list[str]) -> Tensor:
+        """int64 [B, T]."""
+        return self.tokenizer(
+            captions,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+
+    def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Penultimate states of both encoders [B, T, 128], pooled text of the second [B, 64]."""
+        first = self.text_encoder(tokens, output_hidden_states=True)
+        second = self.text_encoder_2(tokens, output_hidden_states=True)
+        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
+def plain_attention(unet) -> None:
+    """Softmax written out: PyTorch's fused attention runs backwards at half its speed on a CPU."""
+    unet.set_attn_processor(AttnProcessor())
+
+
+def draw_noise(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noise and time steps, the latter spread evenly over the batch so that the loss is less noisy."""
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    offsets = (torch.arange(len(clean)) + torch.rand(len(clean), generator=generator)) / len(clean)
+    return noise, (offsets * 1000).long().clamp_max(999).to(clean.device)
+
+
+def train_base(out: Path, device: str = "cpu", **options) -> None:
+    config = LoopConfig(out=out / "base", batch_size=64, learning_rate=1e-3, warmup_steps=300, **options)
+    torch.manual_seed(0)
+    model = TextToImage(load_tokenizer(out)).to(device)
+    if device == "cpu":
+        plain_attention(model.unet)
+    scheduler = build_scheduler()
+    codec = LatentCodec(out, device)
+    half_steps = HALF_SIZE_SAMPLES // config.batch_size
+    pools: dict[int, SamplePool] = {}
+
+    def encode(raw: Entry) -> Entry:
+        return {"latents": codec.encode(to_signed(raw["pixels"])).cpu().half().numpy(), "caption": raw["caption"]}
+
+    def pool_for(size: int, local_step: int) -> SamplePool:
+        if size not in pools:
+            side = size // LATENT_FACTOR
+            fields = {"latents": ((4, side, side), "float16"), "caption": ((CAPTION_BYTES,), "uint8")}
+            folder = config.out / f"pool_{size}"
+            render = RenderSamples(size=size)
+            pools[size] = SamplePool(folder, fields, render, encode, start=6000, capacity=60_000, per_step=8)
+            pools[size].fill(local_step)
+        return pools[size]
+
+    def loss_of_step(step: int, generator: torch.Generator):
+        half = step < half_steps
+        size, local = (PICTURE_SIZE // 2, step) if half else (PICTURE_SIZE, step - half_steps)
+        pool = pool_for(size, local)
+        pool.refresh(local)
+        entry = pool.batch(local, torch.rand(config.batch_size, generator=generator).numpy())
+        clean = torch.from_numpy(entry["latents"].astype(np.float32)).to(device)
+        dropped = torch.rand(len(clean), generator=generator) < CAPTION_DROPOUT
+        captions = ["" if drop else text for text, drop in zip(unpack_captions(entry["caption"]), dropped)]
+        noise, steps = draw_noise(clean, generator)
+        with torch.autocast(device.split(":")[0], torch.bfloat16):
+            embeds, pooled = model.encode_text(model.tokens(captions).to(device))
+            return diffusion_loss(model.unet, scheduler, clean, noise, steps, embeds, pooled).mean(), {}
+
+    def preview(step: int) -> None:
+        side = (PICTURE_SIZE // 2 if step < half_steps else PICTURE_SIZE) // LATENT_FACTOR
+        noise = torch.randn(len(PREVIEW_PROMPTS), 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+        embeds, pooled = model.encode_text(model.tokens([*PREVIEW_PROMPTS, ""]).to(device))
+        latents = sample_latents(model.unet, scheduler, embeds[:-1], pooled[:-1], embeds[-1:], pooled[-1:], noise)
+        save_grid(codec.decode(latents), config.out / "pictures" / f"{step * config.batch_size:08d}.png", columns=5)
+
+    run_loop(config, model, loss_of_step, preview)
+
+
+def load_base(out: Path, device: str = "cpu") -> TextToImage:
+    """The averaged weights of `out/base`, frozen."""
+    from ..checkpoint import load_average
+
+    model = load_average(out / "base" / "checkpoint", TextToImage(load_tokenizer(out)))
+    return model.to(device).requires_grad_(False).eval()

@@ -1,0 +1,81 @@
+"""The embedded model's tokenizer: CLIP's byte-level BPE, trained on the sprite world's captions and common English
+words.
+
+Every byte is in the vocabulary, so any prompt can be tokenized; the world's own words are one token each.
+"""
+
+import json
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTokenizer
+
+from .data.sprite_world import SpriteWorld
+from .data.sprites import CATEGORIES
+from .networks import TEXT_LENGTH
+
+# So that prompts beyond the world's own words do not fall apart into bytes.
+COMMON_WORDS = """
+the of and to a in is it you that he was for on are with as his they be at one have this from or had by but what some we
+can out other were all there when up use your how said an each she which do their time if will way about many then them
+would like so these her long make thing see him two has look more day could go come did number no most people my over
+know water than call first who may down side been now find any new work part take get place made live where after back
+little only round man year came show every good me give our under name very through just form much great think say help
+low line before turn cause same mean differ move right old too does tell set three want air well also play small end put
+home read hand port large add even land here must big high such follow act why ask men change went light kind off need
+house picture try us again animal point mother world near build self earth father head stand own page should country
+found answer school grow study still learn plant cover food sun four thought let keep eye never last door between city
+tree cross since hard start might story saw far sea draw left late run while press close night real life few stop open
+seem together next white children begin got walk example ease paper often always music those both mark book letter until
+mile river car feet care second group carry took rain eat room friend began idea fish mountain north once base hear
+horse cut sure watch color face wood main enough plain girl usual young ready above ever red list though feel talk bird
+soon body dog family direct pose leave song measure state product black short street photo photograph of sitting
+standing wearing holding cute beautiful colorful purple green blue yellow orange pink brown grey golden silver toy hat
+table chair beach snow grass jungle floor wooden cobblestone stars sky forest garden park kitchen desert background
+cartoon style high quality blurry bad ugly
+"""
+
+
+def _corpus() -> list[str]:
+    world = SpriteWorld(seed=7)
+    nouns = " ".join(CATEGORIES)
+    return [world.sample(i).caption for i in range(600)] + [nouns] * 40 + [COMMON_WORDS] * 3
+
+
+def train_tokenizer(folder: Path) -> None:
+    """Train and save vocab.json, merges.txt and the tokenizer's configuration."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = Regex(r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=2200, min_frequency=2, end_of_word_suffix="</w>", show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(c + "</w>" for c in alphabet)]
+    known = set(tokens)
+    for pair in merges:
+        if (merged := "".join(pair)) not in known:
+            known.add(merged)
+            tokens.append(merged)
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    folder.mkdir(parents=True, exist_ok=True)
+    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH).save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+
+
+def load_tokenizer(out: Path) -> CLIPTokenizer:
+    folder = out / "tokenizer"
+    if not folder.exists():
+        train_tokenizer(folder)
+    return CLIPTokenizer.from_pretrained(folder)
