@@ -1,0 +1,62 @@
+"""A Ray Serve of one's own on this machine, for `app.py`, notebooks and tests."""
+
+import logging
+import os
+import socket
+
+from .client import HandleClient
+from .settings import Settings
+
+
+class LocalServer(HandleClient):
+    """A client of the server that `start` started. `url` is its HTTP address."""
+
+    def __init__(self, handle, url: str) -> None:
+        super().__init__(handle)
+        self.url = url
+
+    def shutdown(self) -> None:
+        """Stop the server and its Ray."""
+        import ray
+        from ray import serve
+
+        serve.shutdown()
+        ray.shutdown()
+
+
+def start(
+    settings: Settings | None = None, *, host: str = "127.0.0.1", port: int | None = None, route_prefix: str = "/"
+) -> LocalServer:
+    """Start Ray Serve, or join the Ray that this process is connected to, and wait until the model is loaded.
+
+    Args:
+        settings: default: the shipped model.
+        host, port: of the HTTP interface; None takes a free port.
+        route_prefix: path under which the interface is found.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray import serve
+
+    from .build import REPLICA, app
+
+    port = port or free_port(host)
+    if not ray.is_initialized():
+        ray.init(
+            address="local",
+            num_cpus=max(2, os.cpu_count() or 1),  # bookkeeping: a replica must find its place on one core, too
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+            object_store_memory=512 * 2**20,
+        )
+    serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+    serve.run(app(settings or Settings()), name="realcustom", route_prefix=route_prefix)
+    handle = serve.get_deployment_handle(REPLICA, app_name="realcustom")
+    return LocalServer(handle, f"http://{host}:{port}{route_prefix.rstrip('/')}")
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,50 @@
+"""A limit on the bytes of a request, enforced while they arrive."""
+
+from contextlib import suppress
+
+from starlette.responses import JSONResponse
+
+
+class _TooManyBytes(Exception):
+    pass
+
+
+class BodyLimit:
+    """ASGI middleware: answers 413 as soon as a body announces, or has sent, more than `max_bytes`."""
+
+    def __init__(self, app, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > self._max_bytes:
+            await self._refuse(scope, receive, send)
+            return
+        received, started = 0, False
+
+        async def counted_receive():
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise _TooManyBytes
+            return message
+
+        async def guarded_send(message) -> None:
+            nonlocal started
+            if received <= self._max_bytes or started:  # what the application makes of a cut body is not sent
+                started = True
+                await send(message)
+
+        with suppress(_TooManyBytes):
+            await self._app(scope, counted_receive, guarded_send)
+        if received > self._max_bytes and not started:
+            await self._refuse(scope, receive, send)
+
+    async def _refuse(self, scope, receive, send) -> None:
+        message = f"the request has more than {self._max_bytes} bytes; send smaller pictures."
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": "too_large"}
+        await JSONResponse({"error": error}, 413)(scope, receive, send)

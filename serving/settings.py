@@ -1,0 +1,141 @@
+"""Limits and Settings: everything `serve run serving:app key=value` and the YAML files accept, with its default."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from realcustom.config import SamplingDefaults
+from realcustom.request import Request
+
+from .errors import InvalidRequest
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class Limits(BaseModel):
+    """What one request may cost.
+
+    Attributes:
+        max_subjects: subjects of a picture.
+        max_images: pictures of an HTTP request (`n`).
+        max_pixels: width x height of a picture.
+        min_side: shortest side of a picture in pixels; below it the deepest feature map vanishes.
+        max_steps: denoising steps.
+        max_prompt_chars: characters of the prompt, and of the negative prompt.
+        max_image_bytes: bytes of an uploaded file.
+        max_reference_pixels: width x height of an uploaded picture, checked before it is decoded.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_subjects: int = Field(8, ge=1)
+    max_images: int = Field(8, ge=1)
+    max_pixels: int = Field(2048 * 2048, ge=64)
+    min_side: int = Field(64, ge=8)
+    max_steps: int = Field(200, ge=1)
+    max_prompt_chars: int = Field(2000, ge=1)
+    max_image_bytes: int = Field(20 * 2**20, ge=1024)
+    max_reference_pixels: int = Field(24_000_000, ge=1024)
+
+    def check(self, request: Request, defaults: SamplingDefaults) -> None:
+        """Raise `InvalidRequest` if the request, with the model's defaults, asks for more than a limit."""
+        height, width = request.height or defaults.height, request.width or defaults.width
+        steps = request.num_inference_steps or defaults.num_inference_steps
+        if len(request.subjects) > self.max_subjects:
+            raise InvalidRequest(
+                f"the request has {len(request.subjects)} subjects; this server takes at most {self.max_subjects}."
+            )
+        if height * width > self.max_pixels:
+            raise InvalidRequest(
+                f"the size {width}x{height} has {height * width} pixels; this server makes at most {self.max_pixels}."
+            )
+        if min(height, width) < self.min_side:
+            raise InvalidRequest(f"the size is {width}x{height}; each side must be at least {self.min_side} px.")
+        if steps > self.max_steps:
+            raise InvalidRequest(f"num_inference_steps is {steps}; this server runs at most {self.max_steps}.")
+        for name in ("prompt", "negative_prompt"):
+            if len(getattr(request, name)) > self.max_prompt_chars:
+                raise InvalidRequest(
+                    f"{name} has {len(getattr(request, name))} characters; "
+                    f"this server takes at most {self.max_prompt_chars}."
+                )
+
+
+class Settings(Limits):
+    """One server.
+
+    Attributes:
+        model: folder in diffusers layout, relative to the project or to the current folder, or a hub name.
+        adapter: RealCustom++ adapter file to load over the model; None if the model brings its own.
+        device: "auto" is a GPU if the starting machine has one.
+        dtype: "auto" is float32 on a CPU and bfloat16 on a GPU.
+        num_replicas: fixed number of replicas; it sets min_replicas and max_replicas.
+        min_replicas, max_replicas: bounds of autoscaling, which follows the pictures under way and waiting.
+        num_cpus, num_gpus: what Ray reserves for a replica; num_gpus None is 1 on a GPU and 0 otherwise.
+        cpu_threads: torch threads of a replica; None is torch's own choice.
+        max_batch_size: pictures under way together in a replica.
+        max_queued: pictures waiting in a replica, and again in front of the replicas; more are refused.
+        preview_every: steps between previews.
+        stall_timeout_s: seconds after which a piece of work that does not end makes the replica unhealthy.
+        api_key: if set, HTTP requests must carry it as `Authorization: Bearer <api_key>`.
+    """
+
+    model: str = "assets/mini"
+    adapter: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    num_replicas: int | None = Field(None, ge=1)
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(1, ge=0)
+    num_gpus: float | None = Field(None, ge=0)
+    cpu_threads: int | None = Field(None, ge=1)
+    max_batch_size: int = Field(8, ge=1)
+    max_queued: int = Field(32, ge=1)
+    preview_every: int = Field(3, ge=1)
+    stall_timeout_s: float = Field(300, gt=0)
+    api_key: SecretStr | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fixed_replicas(cls, values: dict) -> dict:
+        fixed = values.get("num_replicas")
+        if fixed is None:
+            return values
+        if "min_replicas" in values or "max_replicas" in values:
+            raise ValueError("give num_replicas, or min_replicas and max_replicas; not both.")
+        return {**values, "num_replicas": None, "min_replicas": fixed, "max_replicas": fixed}
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> "Settings":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas is {self.min_replicas}; max_replicas must be at least that.")
+        return self
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(**{name: getattr(self, name) for name in Limits.model_fields})
+
+    def placed(self) -> "Settings":
+        """The settings as a replica on another machine needs them: device chosen, `cwd`-relative paths absolute."""
+        device = self.device
+        if device == "auto":
+            import torch
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        num_gpus = self.num_gpus if self.num_gpus is not None else float(device == "cuda")
+        paths = {"model": _absolute(self.model), "adapter": self.adapter and _absolute(self.adapter)}
+        return self.model_copy(update={"device": device, "num_gpus": num_gpus, **paths})
+
+
+def _absolute(path: str) -> str:
+    """Relative to the current folder -> absolute; paths of the project stay, each machine has its own copy."""
+    if not (PROJECT_ROOT / path).exists() and Path(path).exists():
+        return str(Path(path).resolve())
+    return path
+
+
+def locate(path: str) -> str:
+    """A path of the project as this machine has it; anything else (absolute, a hub name) unchanged."""
+    return str(PROJECT_ROOT / path) if (PROJECT_ROOT / path).exists() else path

@@ -1,0 +1,388 @@
+"""The HTTP interface without Ray: every kind of bad input gets one clear sentence, and good input a picture."""
+
+import asyncio
+import base64
+import io
+import json
+import struct
+import zlib
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import picture, tiny_pipeline
+
+from serving.api import create_api
+from serving.client import HttpClient, Overloaded, Request, Subject
+from serving.images import from_base64
+from serving.replica import Replica
+from serving.settings import Settings
+
+PROMPT = "a dog and a cat"
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Settings:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    (folder / "vocabulary.json").write_text(json.dumps({"subjects": ["dog"], "scenes": ["beach"]}))
+    return Settings(
+        model=str(folder),
+        device="cpu",
+        max_batch_size=4,
+        max_queued=4,
+        max_images=3,
+        max_subjects=3,
+        max_steps=50,
+        max_pixels=128 * 128,
+        max_image_bytes=200_000,
+        max_reference_pixels=1_000_000,
+    )
+
+
+@pytest.fixture(scope="module")
+def replica(settings):
+    replica = Replica(settings)
+    yield replica
+    replica.check_health()
+    stats = replica._engine.stats()
+    assert not any(stats[state] for state in ("waiting", "preparing", "active")), stats
+    replica._engine.close()
+
+
+@pytest.fixture(scope="module")
+def api(replica, settings):
+    return create_api(replica, settings)
+
+
+def call(api, method, path, **options) -> httpx.Response:
+    async def run():
+        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            return await http.request(method, path, **options)
+
+    return asyncio.run(run())
+
+
+def file_of(image, kind="PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def edit(api, images=(), **fields) -> httpx.Response:
+    """POST with `images` as bytes; a field of None is left out."""
+    fields = {"prompt": PROMPT, "seed": "5", **fields}
+    files = [("image", (f"{i}.png", data, "image/png")) for i, data in enumerate(images)]
+    fields = {k: v for k, v in fields.items() if v is not None}
+    if not files:  # a form without files, still multipart
+        files = [
+            (k, (None, v)) for k, values in fields.items() for v in (values if isinstance(values, list) else [values])
+        ]
+        fields = {}
+    return call(api, "POST", "/v1/images/edits", data=fields, files=files)
+
+
+DOG = file_of(picture())
+
+
+def bomb() -> bytes:
+    """A PNG that says it is 60000 x 60000 in a few bytes."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    head = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0" * 9)) + chunk(b"IEND", b"")
+
+
+BAD = {
+    "no prompt": (dict(prompt=None, images=[DOG], target_phrase="dog"), "prompt"),
+    "empty prompt": (dict(prompt="", images=[DOG], target_phrase="dog"), "prompt"),
+    "blank prompt": (dict(prompt="  ", images=[DOG], target_phrase="dog"), "prompt"),
+    "long prompt": (dict(prompt="a dog " * 1000, images=[DOG], target_phrase="dog"), "characters"),
+    "word beyond the encoder": (dict(prompt="a " + 9 * "very " + "dog", images=[DOG], target_phrase="dog"), "dog"),
+    "phrase missing in prompt": (dict(images=[DOG], target_phrase="horse"), "horse"),
+    "half a word": (dict(images=[DOG], target_phrase="do"), "do"),
+    "empty phrase": (dict(images=[DOG], subjects='[{"target_phrase": ""}]'), "target_phrase"),
+    "picture without phrase": (dict(images=[DOG]), "target_phrase"),
+    "phrase without picture": (dict(target_phrase="dog"), "image"),
+    "fewer phrases": (dict(images=[DOG, DOG], target_phrase="dog"), "phrase"),
+    "same word twice": (dict(images=[DOG, DOG], target_phrase=["dog", "dog"]), "overlaps"),
+    "subjects not JSON": (dict(images=[DOG], subjects="dog"), "JSON"),
+    "subjects deep JSON": (dict(images=[DOG], subjects="[" * 100_000), "JSON"),
+    "subjects not a list": (dict(images=[DOG], subjects='{"target_phrase": "dog"}'), "list"),
+    "subjects of text": (dict(images=[DOG], subjects='["dog"]'), "subjects"),
+    "subjects with a typo": (dict(images=[DOG], subjects='[{"target": "dog"}]'), "subjects"),
+    "image index": (dict(images=[DOG], subjects='[{"target_phrase": "dog", "image": 1}]'), "image 1"),
+    "negative index": (dict(images=[DOG], subjects='[{"target_phrase": "dog", "image": -1}]'), "image -1"),
+    "unused picture": (dict(images=[DOG, DOG], subjects='[{"target_phrase": "dog", "image": 0}]'), "image 1"),
+    "both forms": (dict(images=[DOG], subjects='[{"target_phrase": "dog"}]', target_phrase="dog"), "both"),
+    "too many subjects": (dict(images=[DOG], target_phrase=["a", "dog", "and", "cat"]), "subjects"),
+    "scope 0": (dict(images=[DOG], target_phrase="dog", scope_ratio="0"), "scope_ratio"),
+    "scope 2": (dict(images=[DOG], target_phrase="dog", scope_ratio="2"), "scope_ratio"),
+    "scope nan": (dict(images=[DOG], target_phrase="dog", scope_ratio="nan"), "scope_ratio"),
+    "scope text": (dict(images=[DOG], target_phrase="dog", scope_ratio="big"), "scope_ratio"),
+    "scopes do not match": (dict(images=[DOG], target_phrase="dog", scope_ratio=["0.1", "0.2"]), "scope_ratio"),
+    "size text": (dict(size="large"), "size"),
+    "size odd": (dict(size="65x64"), "65"),
+    "size 0": (dict(size="0x0"), "height is 0"),
+    "size small": (dict(size="8x8"), "8x8"),
+    "size large": (dict(size="4096x4096"), "pixels"),
+    "size negative": (dict(size="-64x64"), "size"),
+    "n 0": (dict(n="0"), "n is"),
+    "n large": (dict(n="100"), "n is 100"),
+    "n text": (dict(n="two"), "n is 'two'"),
+    "steps 0": (dict(num_inference_steps="0"), "num_inference_steps"),
+    "steps many": (dict(num_inference_steps="1000"), "num_inference_steps"),
+    "steps half": (dict(num_inference_steps="2.5"), "num_inference_steps"),
+    "stop 0": (dict(early_stop_step="0"), "early_stop_step"),
+    "stop fraction": (dict(early_stop_step="1.5"), "early_stop_step"),
+    "stop nan": (dict(early_stop_step="nan"), "early_stop_step"),
+    "stop text": (dict(early_stop_step="soon"), "early_stop_step"),
+    "guidance 0": (dict(guidance_scale="0"), "guidance_scale"),
+    "guidance inf": (dict(guidance_scale="inf"), "guidance_scale"),
+    "seed negative": (dict(seed="-1"), "seed"),
+    "seed huge": (dict(seed=str(2**63)), "seed"),
+    "seed text": (dict(seed="x"), "seed"),
+    "model": (dict(model="gpt-image-1"), "gpt-image-1"),
+    "url answers": (dict(response_format="url"), "response_format"),
+    "output format": (dict(output_format="bmp"), "output_format"),
+    "stream maybe": (dict(stream="maybe"), "stream"),
+    "unknown field": (dict(promt="a dog"), "promt"),
+    "text as picture": (dict(image="hello"), "image"),
+    "empty file": (dict(images=[b""], target_phrase="dog"), "empty"),
+    "not a picture": (dict(images=[b"hello" * 100], target_phrase="dog"), "not a picture"),
+    "svg": (dict(images=[b"<svg xmlns='http://www.w3.org/2000/svg'/>"], target_phrase="dog"), "not a picture"),
+    "eps": (dict(images=[b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"], target_phrase="dog"), "not a picture"),
+    "truncated png": (dict(images=[DOG[: len(DOG) // 2]], target_phrase="dog"), "image 0"),
+    "truncated jpeg": (dict(images=[file_of(picture(), "JPEG")[:300]], target_phrase="dog"), "image 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_bad_input_is_422_with_a_sentence(api, name, stream):
+    """Whatever is wrong, the answer is 422, shaped as OpenAI's errors, and names what is wrong; streaming or not."""
+    fields, words = BAD[name]
+    answer = edit(api, **{"stream": stream, **fields})
+    assert answer.status_code == 422, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert words in error["message"] and "\n" not in error["message"] and "Traceback" not in error["message"]
+
+
+TOO_LARGE = {
+    "file bytes": file_of(Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 400, 3), np.uint8))),
+    "bomb": bomb(),
+    "pixels": file_of(Image.new("L", (1200, 1200))),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_too_large_is_413(api, name):
+    """Files beyond the limits of bytes or pixels are refused without being decoded."""
+    answer = edit(api, [TOO_LARGE[name]], target_phrase="dog")
+    assert answer.status_code == 413 and "image 0" in answer.json()["error"]["message"]
+
+
+def test_a_body_beyond_the_limit_is_413(api, settings):
+    """Announced or not, a body that is too long is cut off."""
+    too_much = settings.max_subjects * settings.max_image_bytes + 2**20 + 1
+
+    head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+
+    async def chunks():
+        yield head
+        for _ in range(too_much // 2**16 + 1):
+            yield b"-" * 2**16
+
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    for content in (head + b"-" * too_much, chunks()):
+        answer = call(api, "POST", "/v1/images/edits", content=content, headers=headers)
+        assert answer.status_code == 413, answer.text
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"--x\r\nbroken", b"--x\r\nContent-Disposition: form-data\r\n\r\n\r\n--x--"]
+)
+@pytest.mark.parametrize(
+    "kind", ["multipart/form-data; boundary=x", "multipart/form-data", "application/json", "text/x"]
+)
+def test_malformed_bodies_are_422(api, content, kind):
+    """A body that is no form is bad input, not a fault."""
+    answer = call(api, "POST", "/v1/images/edits", content=content, headers={"content-type": kind})
+    assert answer.status_code == 422 and answer.json()["error"]["message"]
+
+
+def test_other_paths_and_methods_have_the_same_error_shape(api):
+    assert call(api, "GET", "/v1/nothing").json()["error"]["message"]
+    assert call(api, "GET", "/v1/images/edits").status_code == 405
+
+
+GOOD_FILES = {
+    "alpha": file_of(Image.new("RGBA", (40, 30), (200, 0, 0, 90))),
+    "palette": file_of(picture().convert("P")),
+    "palette with transparency": file_of(picture().convert("P"), transparency=0),
+    "16 bit": file_of(Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64))),
+    "1 bit": file_of(picture().convert("1")),
+    "cmyk": file_of(picture().convert("CMYK"), "JPEG"),
+    "webp": file_of(picture(), "WEBP"),
+    "animation": file_of(picture(), "GIF", save_all=True, append_images=[picture("blue")]),
+    "one pixel": file_of(Image.new("RGB", (1, 1))),
+    "a line": file_of(Image.new("RGB", (1, 900))),
+}
+
+
+@pytest.mark.parametrize("name", GOOD_FILES)
+def test_every_kind_of_picture_is_taken(api, name):
+    answer = edit(api, [GOOD_FILES[name]], target_phrase="dog", num_inference_steps="1")
+    assert answer.status_code == 200, answer.text
+
+
+def test_exif_rotation_is_applied(api):
+    """A picture stored sideways with a rotation tag gives what the upright one gives."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 270 degrees to display
+    upright = picture()
+    sideways = upright.rotate(90, expand=True)
+    answers = [
+        edit(api, [data], target_phrase="dog").json()["data"][0]["b64_json"]
+        for data in (DOG, file_of(sideways, exif=exif))
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_pictures_come_with_seeds_and_masks(api):
+    """`n` pictures have seeds in a row, one mask per subject, and each equals the picture asked for alone."""
+    answer = edit(api, [DOG], target_phrase=["dog", "cat"], n="3").json()
+    assert [item["seed"] for item in answer["data"]] == [5, 6, 7]
+    assert all(len(item["masks"]) == 2 for item in answer["data"])
+    alone = edit(api, [DOG], target_phrase=["dog", "cat"], seed="6").json()["data"][0]
+    difference = np.asarray(from_base64(alone["b64_json"])).astype(int) - np.asarray(
+        from_base64(answer["data"][1]["b64_json"])
+    )
+    assert np.abs(difference).max() <= 1
+
+
+def test_full_and_short_form_agree(api):
+    """`subjects` and `target_phrase`, `image` and `image[]`, give the same picture."""
+    full = edit(api, [DOG], subjects='[{"target_phrase": "dog", "scope_ratio": 0.5}]').json()["data"]
+    short = edit(api, [DOG], target_phrase="dog", scope_ratio="0.5").json()["data"]
+    listed = call(
+        api,
+        "POST",
+        "/v1/images/edits",
+        data={"prompt": PROMPT, "seed": "5", "target_phrase": "dog", "scope_ratio": "0.5"},
+        files=[("image[]", ("dog.png", DOG, "image/png"))],
+    ).json()["data"]
+    assert full == short == listed
+
+
+def test_output_formats_and_size(api):
+    for kind, name in (("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")):
+        item = edit(api, output_format=kind, size="96x64", num_inference_steps="1").json()["data"][0]
+        image = Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))
+        assert image.format == name and image.size == (96, 64)
+
+
+def events_of(answer) -> list[dict]:
+    return [json.loads(line[5:]) for line in answer.text.splitlines() if line.startswith("data:")]
+
+
+def test_streaming_has_the_names_of_openai(api):
+    """Partial pictures, then completed ones, for each picture; the same bytes as without streaming."""
+    answer = edit(api, [DOG], target_phrase="dog", stream="true", partial_images="2", n="2", num_inference_steps="12")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = events_of(answer)
+    assert {event["type"] for event in events} <= {"image_edit.partial_image", "image_edit.completed"}
+    done = {e["image_index"]: e for e in events if e["type"] == "image_edit.completed"}
+    plain = edit(api, [DOG], target_phrase="dog", n="2", num_inference_steps="12").json()["data"]
+    for i in range(2):
+        assert done[i]["seed"] == 5 + i and done[i]["size"] == "64x64"
+        assert done[i]["b64_json"] == plain[i]["b64_json"] or n_close(done[i]["b64_json"], plain[i]["b64_json"])
+        partial = [e["partial_image_index"] for e in events if e["image_index"] == i and "partial_image_index" in e]
+        assert partial == list(range(len(partial))) and len(partial) <= 2
+
+
+def n_close(a: str, b: str) -> bool:
+    return np.abs(np.asarray(from_base64(a)).astype(int) - np.asarray(from_base64(b))).max() <= 1
+
+
+def test_progress_events_on_request(api):
+    events = events_of(edit(api, stream="true", progress="true", previews="true", num_inference_steps="9"))
+    steps = [e["step"] for e in events if e["type"] == "image_edit.progress"]
+    assert steps == list(range(1, 10)) and events[0] == {"type": "image_edit.queued", "position": 0, "image_index": 0}
+
+
+def test_models_health_and_description(api, settings):
+    model = call(api, "GET", "/v1/models").json()["data"][0]
+    assert model["id"] == "tiny" and model["preset"] == "paper" and model["vocabulary"]["subjects"] == ["dog"]
+    assert model["sampling"]["num_inference_steps"] == 4 and model["limits"]["max_images"] == 3
+    assert call(api, "GET", "/healthz").json() == {"status": "ok"}
+    schema = call(api, "GET", "/openapi.json").json()
+    body = schema["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]
+    assert list(body) == ["multipart/form-data"] and "Error" in schema["components"]["schemas"]
+
+
+def test_an_api_key_is_asked_for(replica, settings):
+    locked = create_api(replica, settings.model_copy(update={"api_key": Settings(api_key="secret").api_key}))
+    for headers, status in (
+        ({}, 401),
+        ({"Authorization": "Bearer wrong"}, 401),
+        ({"Authorization": "Bearer secret"}, 200),
+    ):
+        assert call(locked, "GET", "/v1/models", headers=headers).status_code == status
+    assert call(locked, "POST", "/v1/images/edits", content=b"x").status_code == 401
+
+
+def test_overload_is_429_with_retry_after(settings):
+    """No place: 429 that says when to come back, and the client raises Overloaded; other pictures are cancelled."""
+
+    class Full:
+        async def model(self):
+            return await self.inner.model()
+
+        async def stream(self, request, *, previews=True):
+            raise Overloaded("8 pictures are waiting already.", 7)
+            yield
+
+    full = Full()
+    full.inner = type("Known", (), {"model": lambda self: asyncio.sleep(0, INFO)})()
+    api = create_api(full, settings)
+    for stream in ("false", "true"):
+        answer = edit(api, stream=stream)
+        assert answer.status_code == 429 and answer.headers["retry-after"] == "7"
+        assert answer.json()["error"]["code"] == "overloaded"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _info(replica):
+    global INFO
+    INFO = asyncio.run(replica.model())
+
+
+def test_http_client_speaks_this_interface(api, replica, monkeypatch):
+    """Model, picture and stream through HttpClient equal those of the replica, errors keep their type."""
+    client = HttpClient("http://test")
+    client._options["transport"] = httpx.ASGITransport(api)
+    request = Request(
+        prompt=PROMPT,
+        subjects=(
+            Subject(image=picture(), target_phrase="dog", scope_ratio=0.3),
+            Subject(image=picture("blue"), target_phrase="cat"),
+        ),
+        early_stop_step=1.0,
+        width=96,
+        seed=2**62,
+    )
+
+    async def run():
+        assert (await client.model()) == (await replica.model())
+        direct, over_http = await replica.generate(request), await client.generate(request)
+        assert direct.image.tobytes() == over_http.image.tobytes() and direct.seed == over_http.seed == 2**62
+        assert [m.tobytes() for m in direct.masks] == [m.tobytes() for m in over_http.masks]
+        events = [event async for event in client.stream(request)]
+        assert events[-1].image.tobytes() == direct.image.tobytes() and len(events) >= 6
+        with pytest.raises(ValueError, match="65"):
+            await client.generate(Request(prompt="a dog", height=65))
+
+    asyncio.run(run())
