@@ -70,11 +70,12 @@ class RenderPictures:
 class RenderPairs:
     """Samples with a reference, along the curriculum (Eq. 10-13), progress being index / `curriculum`.
 
-    `pixels`, `reference` uint8 [n, 3, 128, 128]; `caption` uint8 [n, CAPTION_BYTES]; `inside` uint8 [n, 32, 32], 1
-    where the subjects of the reference are. With `with_wrong` also `wrong`: a reference of another individual of the
-    same kind.
+    `pixels` uint8 [n, 3, S, S], `reference` uint8 [n, 3, 128, 128]; `caption` uint8 [n, CAPTION_BYTES]; `inside` uint8
+    [n, S / 4, S / 4], 1 where the subjects of the reference are. With `with_wrong` also `wrong`: a reference of another
+    individual of the same kind.
     """
 
+    size: int = 128
     seed: int = 2
     split: Literal["train", "held_out"] = "train"
     curriculum: int = 1
@@ -90,22 +91,22 @@ class RenderPairs:
             other_view = rng.random() < multiview_probability(progress)
             reference = pair.reference if other_view else pair.sample.picture
             ratio = resize_ratio(progress, rng.random(), r_max=R_MAX_WORLD)
-            entry["pixels"].append(pixels_of(pair.sample.picture))
+            entry["pixels"].append(pixels_of(pair.sample.picture, self.size))
             entry["reference"].append(pixels_of(_resized_crop(reference, ratio, *rng.random(2))))
             entry["caption"].append(pack_caption(pair.sample.caption))
-            entry["inside"].append(_inside(pair))
+            entry["inside"].append(_inside(pair, 128 // self.size))
             if self.with_wrong:
                 strangers = tuple(random_instance(rng, name, self.split) for name in pair.target_phrases)
                 entry["wrong"].append(pixels_of(make_reference(rng, strangers)))
         return {name: np.stack(values) for name, values in entry.items()}
 
 
-def _inside(pair: ReferencePair) -> np.ndarray:
+def _inside(pair: ReferencePair, every: int) -> np.ndarray:
     inside = np.zeros((32, 32), np.uint8)
     for subject, (left, top, right, bottom) in zip(pair.sample.subjects, pair.sample.boxes):
         if subject.category in pair.target_phrases:
             inside[top // 4 : -(-bottom // 4), left // 4 : -(-right // 4)] = 1
-    return inside
+    return inside[::every, ::every]
 
 
 def _resized_crop(picture: Image.Image, ratio: float, down: float, right: float) -> Image.Image:

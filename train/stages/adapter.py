@@ -3,7 +3,7 @@ frozen.
 
 Visual attention is unmasked in training (Sec. 3.2): the model must find out which words a reference belongs to. Two
 departures, both because the training is short: noisy steps, where appearance is decided, are drawn more often, and the
-loss counts more where the reference's subjects are.
+loss counts more where the reference's subjects are. As in stage `base`, the first samples are of half size.
 
 Legend: B batch, N vision tokens, C vision channels.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -25,12 +26,13 @@ from ..data.render import CAPTION_BYTES, RenderPairs, unpack_captions
 from ..diffusion import min_snr_weight, sample_latents, size_condition, v_target
 from ..latents import LatentCodec
 from ..loop import LoopConfig, run_loop
-from ..networks import VISION_WIDTH, build_scheduler
+from ..networks import LATENT_FACTOR, PICTURE_SIZE, VISION_WIDTH, build_scheduler
 from ..pictures import save_grid, to_signed
 from .base import TextToImage, load_base
 from .vision import load_vision
 
-CURRICULUM_SAMPLES = 24_000  # fresh pairs over which the curriculum of Eq. 10-13 runs
+HALF_SIZE_SAMPLES = 64_000
+CURRICULUM_SAMPLES = 20_000  # fresh pairs over which the curriculum of Eq. 10-13 runs
 OUTSIDE_WEIGHT = 0.3
 FEATURES = {"shallow": 3 * 64, "deep": 64, "local": 4 * 64}  # tokens
 
@@ -75,7 +77,7 @@ class AdapterTask:
         return {**features, "latents": latents, "caption": raw["caption"], "inside": raw["inside"]}
 
     def tensors(self, entry: Entry) -> tuple[Tensor, VisionFeatures, Tensor]:
-        """Clean latents, features, weight map [B, 1, 32, 32]."""
+        """Clean latents, features, weight map [B, 1, h, w]."""
         load = lambda values: torch.from_numpy(np.asarray(values, dtype=np.float32)).to(self.device)
         features = VisionFeatures(**{name: load(entry[name]) for name in FEATURES})
         inside = load(entry["inside"])[:, None]
@@ -112,32 +114,51 @@ def train_adapter(out: Path, device: str = "cpu", **options) -> None:
     )  # fmt: skip
     task = AdapterTask(out, device)
     adapter = build_adapter(task.model).to(device)
-    fields = {
-        **{name: ((tokens, 2 * VISION_WIDTH), "float16") for name, tokens in FEATURES.items()},
-        "latents": ((4, 32, 32), "float16"),
-        "caption": ((CAPTION_BYTES,), "uint8"),
-        "inside": ((32, 32), "uint8"),
-    }
-    render = RenderPairs(curriculum=CURRICULUM_SAMPLES)
-    pool = SamplePool(config.out / "pool", fields, render, task.encode, start=3000, capacity=12_000, per_step=8)
-    pool.fill(0)
+    half_steps = HALF_SIZE_SAMPLES // config.batch_size
+    pools: dict[int, SamplePool] = {}
+
+    def pool_for(size: int, turn: int) -> SamplePool:
+        if size not in pools:
+            side = size // LATENT_FACTOR
+            fields = {
+                **{name: ((tokens, 2 * VISION_WIDTH), "float16") for name, tokens in FEATURES.items()},
+                "latents": ((4, side, side), "float16"),
+                "caption": ((CAPTION_BYTES,), "uint8"),
+                "inside": ((side, side), "uint8"),
+            }
+            # The curriculum runs over the half-size pairs; the full-size ones come after it.
+            half = size < PICTURE_SIZE
+            render = RenderPairs(size=size, seed=2 if half else 7, curriculum=CURRICULUM_SAMPLES if half else 1)
+            options = dict(start=2000, capacity=10_000, per_step=8)
+            pools[size] = SamplePool(config.out / f"pool_{size}", fields, render, task.encode, **options)
+            pools[size].fill(turn)
+        return pools[size]
 
     def loss_of_step(step: int, generator: torch.Generator):
-        pool.refresh(step)
-        entry = pool.batch(step, torch.rand(config.batch_size, generator=generator).numpy())
+        size, turn = (PICTURE_SIZE // 2, step) if step < half_steps else (PICTURE_SIZE, step - half_steps)
+        pool = pool_for(size, turn)
+        pool.refresh(turn)
+        entry = pool.batch(turn, torch.rand(config.batch_size, generator=generator).numpy())
         clean, features, weight = task.tensors(entry)
         noise, steps = draw_noisy(clean, generator)
         with task.autocast():
             vision = everywhere(adapter(features))
         return task.loss(vision, clean, weight, unpack_captions(entry["caption"]), noise, steps).mean(), {}
 
-    raw = RenderPairs(seed=5, split="held_out", with_wrong=True)(range(64))
-    fixed, wrong = task.encode(raw), task.features(raw["wrong"])
+    fixed: dict[int, tuple[Entry, Entry, VisionFeatures]] = {}
+
+    def fixed_for(size: int):
+        """Held-out pairs, as pictures and encoded, and features of wrong references for them."""
+        if size not in fixed:
+            raw = RenderPairs(size=size, seed=5, split="held_out", with_wrong=True)(range(1, 65))
+            fixed[size] = raw, task.encode(raw), task.features(raw["wrong"])
+        return fixed[size]
 
     def preview(step: int) -> dict[str, float]:
-        clean, features, weight = task.tensors(fixed)
+        raw, encoded, wrong = fixed_for(PICTURE_SIZE // 2 if step < half_steps else PICTURE_SIZE)
+        clean, features, weight = task.tensors(encoded)
         noise, steps = draw_noisy(clean, torch.Generator().manual_seed(1))
-        captions = unpack_captions(fixed["caption"])
+        captions = unpack_captions(encoded["caption"])
         numbers = {}
         for name, reference in (("right", features), ("wrong", wrong), ("none", None)):
             with task.autocast():
@@ -151,12 +172,14 @@ def train_adapter(out: Path, device: str = "cpu", **options) -> None:
 
 def _compare(task: AdapterTask, adapter: RealCustomAdapter, raw: Entry, captions: list[str], count: int = 10) -> Tensor:
     """Rows: reference; text alone; text and reference (unmasked), all from the same noise."""
-    noise = torch.randn(count, 4, 32, 32, generator=torch.Generator().manual_seed(2)).to(task.device)
+    size = raw["pixels"].shape[-1]
+    shape = (count, 4, size // LATENT_FACTOR, size // LATENT_FACTOR)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(task.device)
     embeds, pooled = task.model.encode_text(task.model.tokens([*captions[:count], ""]).to(task.device))
     with task.autocast():
         keys_values = adapter(task.features(raw["reference"][:count]))
     text = (embeds[:-1], pooled[:-1], embeds[-1:], pooled[-1:])
-    rows = [to_signed(raw["reference"][:count]).to(task.device)]
+    rows = [F.interpolate(to_signed(raw["reference"][:count]), (size, size), mode="area").to(task.device)]
     for vision in (None, everywhere(keys_values, torch.arange(count, device=task.device))):
         latents = sample_latents(
             task.model.unet, task.scheduler, *text, noise, cross_attention_kwargs={"vision": vision}

@@ -1,7 +1,8 @@
 """Stage `base`: text to image. The UNet and both text encoders, from nothing, on latents of the sprite world.
 
-The first part of the run works on half-size pictures, four times as many a second: words, shapes and layout are learned
-there, details afterwards, as SDXL itself was trained.
+The first part of the run works on half-size pictures, three times as many a second: words, shapes and layout are
+learned there, details afterwards, as SDXL itself was trained. Every fourth later step is of half size too, so that both
+stay usable.
 """
 
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..tokenizer import load_tokenizer
 
 CAPTION_DROPOUT = 0.1
 HALF_SIZE_SAMPLES = 70_400
+HALF_SIZE_EVERY = 4
 PREVIEW_PROMPTS = (
     "a dog on the beach",
     "a cat in the snow",
@@ -44,6 +46,16 @@ PREVIEW_PROMPTS = (
     "a fox and an owl on green grass",
     "a teapot and a boot on a wooden floor",
 )
+
+
+def size_and_turn(step: int, half_steps: int) -> tuple[int, int]:
+    """Picture size of a step in px, and how many earlier steps had that size."""
+    if step < half_steps:
+        return PICTURE_SIZE // 2, step
+    late, turn = divmod(step - half_steps, HALF_SIZE_EVERY)
+    if turn == HALF_SIZE_EVERY - 1:
+        return PICTURE_SIZE // 2, half_steps + late
+    return PICTURE_SIZE, late * (HALF_SIZE_EVERY - 1) + turn
 
 
 class TextToImage(nn.Module):
@@ -98,22 +110,21 @@ def train_base(out: Path, device: str = "cpu", **options) -> None:
     def encode(raw: Entry) -> Entry:
         return {"latents": codec.encode(to_signed(raw["pixels"])).cpu().half().numpy(), "caption": raw["caption"]}
 
-    def pool_for(size: int, local_step: int) -> SamplePool:
+    def pool_for(size: int, turn: int) -> SamplePool:
         if size not in pools:
             side = size // LATENT_FACTOR
             fields = {"latents": ((4, side, side), "float16"), "caption": ((CAPTION_BYTES,), "uint8")}
             folder = config.out / f"pool_{size}"
             render = RenderSamples(size=size)
             pools[size] = SamplePool(folder, fields, render, encode, start=6000, capacity=60_000, per_step=8)
-            pools[size].fill(local_step)
+            pools[size].fill(turn)
         return pools[size]
 
     def loss_of_step(step: int, generator: torch.Generator):
-        half = step < half_steps
-        size, local = (PICTURE_SIZE // 2, step) if half else (PICTURE_SIZE, step - half_steps)
-        pool = pool_for(size, local)
-        pool.refresh(local)
-        entry = pool.batch(local, torch.rand(config.batch_size, generator=generator).numpy())
+        size, turn = size_and_turn(step, half_steps)
+        pool = pool_for(size, turn)
+        pool.refresh(turn)
+        entry = pool.batch(turn, torch.rand(config.batch_size, generator=generator).numpy())
         clean = torch.from_numpy(entry["latents"].astype(np.float32)).to(device)
         dropped = torch.rand(len(clean), generator=generator) < CAPTION_DROPOUT
         captions = ["" if drop else text for text, drop in zip(unpack_captions(entry["caption"]), dropped)]

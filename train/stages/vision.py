@@ -134,7 +134,7 @@ def vision_loss(model: VisionTeacher, entry: dict[str, Tensor], generator: torch
 def train_vision(out: Path, device: str = "cpu", **options) -> None:
     config = LoopConfig(
         out=out,
-        batch_size=64,
+        batch_size=24,
         learning_rate=1e-3,
         average_decay=0.995,
         preview_every_s=120,

@@ -1,0 +1,133 @@
+"""The embedded model's recipe at toy cost: each part trains, and only the parts that should."""
+
+import pytest
+import torch
+
+from realcustom.adapter import RealCustomAdapter
+from realcustom.attention import install_processors
+from realcustom.vision import VisionFeatures
+from train.diffusion import diffusion_loss, min_snr_weight, size_condition, v_target
+from train.networks import build_scheduler, build_unet, build_vae
+from train.stages.adapter import draw_noisy, everywhere
+from train.stages.base import PREVIEW_PROMPTS, TextToImage, draw_noise, size_and_turn
+from train.stages.vae import vae_loss
+from train.stages.vision import MINI_VISION, RenderViews, VisionTeacher, vision_loss
+from train.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_world_words_are_one_token_each(tokenizer):
+    """Every word of the prompts is one token, so that a target word has one column of attention."""
+    for prompt in PREVIEW_PROMPTS:
+        assert len(tokenizer.tokenize(prompt)) == len(prompt.split())
+
+
+def test_any_text_tokenizes(tokenizer):
+    """No text falls back to the unknown token, and every text ends where the text encoder looks for its end."""
+    for text in ("", "zebra", "日本 ünïcode 🐶", "x" * 500):
+        ids = tokenizer(text, padding="max_length", max_length=32, truncation=True).input_ids
+        assert len(ids) == 32 and ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
+
+
+def test_velocity_equals_schedulers():
+    """Noisy latents and target are those of the diffusers scheduler, for every step but the noiseless rounding."""
+    scheduler, generator = build_scheduler(), torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
+    steps = torch.tensor([0, 500, 999])
+    noisy, target = v_target(scheduler, clean, noise, steps)
+    assert torch.allclose(noisy, scheduler.add_noise(clean, noise, steps), atol=1e-6)
+    assert torch.allclose(target, scheduler.get_velocity(clean, noise, steps), atol=1e-6)
+    assert torch.equal(noisy[2], noise[2])  # zero terminal SNR: sampling starts from what training has seen
+
+
+def test_weight_keeps_pure_noise_and_caps_clean_steps():
+    weight = min_snr_weight(build_scheduler(), torch.arange(1000))
+    assert weight[-1] == 1 and weight[0] < 0.01 and (weight.diff() >= -1e-6).all()
+
+
+def test_time_ids_are_height_first():
+    assert size_condition(2, torch.zeros(2, 4, 16, 32)).tolist() == [[64, 128, 0, 0, 64, 128]] * 2
+
+
+@pytest.mark.parametrize("draw", [draw_noise, draw_noisy])
+def test_time_steps_cover_the_range(draw):
+    steps = draw(torch.zeros(64, 1, 1, 1), torch.Generator().manual_seed(0))[1]
+    assert steps.min() < 60 and steps.max() > 980
+
+
+def test_base_learns_one_batch(tokenizer):
+    """UNet and both text encoders get gradients; a few steps on one batch lower the loss."""
+    torch.manual_seed(0)
+    model, scheduler = TextToImage(tokenizer), build_scheduler()
+    clean, noise = torch.randn(2, 2, 4, 16, 16)
+    steps, tokens = torch.tensor([300, 800]), model.tokens(["a dog", "an owl in the snow"])
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(6):
+        loss = diffusion_loss(model.unet, scheduler, clean, noise, steps, *model.encode_text(tokens)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    for part in (model.unet, model.text_encoder, model.text_encoder_2):
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
+
+
+def test_vae_keeps_sizes_and_loss_has_gradients():
+    vae = build_vae()
+    pixels = torch.rand(2, 3, 32, 48) * 2 - 1
+    assert vae.encode(pixels).latent.shape == (2, 4, 8, 12)
+    loss, numbers = vae_loss(vae, pixels, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert numbers.keys() == {"psnr", "white"} and all(p.grad is not None for p in vae.parameters())
+
+
+def test_vision_teacher_trains_what_the_projector_reads():
+    """The deep layer of both encoders gets gradients, and features have the shapes the projector expects."""
+    torch.manual_seed(0)
+    model, raw = VisionTeacher(), RenderViews()(range(4))
+    entry = {name: torch.from_numpy(raw[name].copy()).float() / 255 for name in ("first", "second", "portrait")}
+    entry["category"] = torch.from_numpy(raw["category"])
+    loss, _ = vision_loss(model, entry, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert model.siglip.encoder.layers[MINI_VISION.siglip_deep].mlp.fc1.weight.grad.abs().max() > 0
+    features = model.encoders().encode_pixels(entry["first"])
+    assert [tuple(v.shape) for v in (features.shallow, features.deep, features.local)] == [
+        (4, 192, 192),
+        (4, 64, 192),
+        (4, 256, 192),
+    ]
+
+
+def test_adapter_alone_learns():
+    """With a frozen UNet every weight of the adapter gets a gradient, and the UNet none."""
+    torch.manual_seed(0)
+    unet = build_unet().requires_grad_(False)
+    install_processors(unet)
+    adapter = RealCustomAdapter.for_unet(unet, vision_dim=192)
+    tokens = {"shallow": 192, "deep": 64, "local": 256}
+    features = VisionFeatures(**{name: torch.randn(2, count, 192) for name, count in tokens.items()})
+    clean, noise = torch.randn(2, 2, 4, 16, 16)
+    loss = diffusion_loss(
+        unet, build_scheduler(), clean, noise, torch.tensor([500, 900]), torch.randn(2, 8, 128), torch.randn(2, 64),
+        {"vision": everywhere(adapter(features))},
+    ).mean()  # fmt: skip
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter.parameters())
+    assert all(p.grad is None for p in unet.parameters())
+
+
+def test_base_steps_of_each_size_count_up():
+    """Each size numbers its own steps without gaps, so that a pool moves on by one at each of its steps."""
+    seen = {64: [], 128: []}
+    for step in range(40):
+        size, turn = size_and_turn(step, half_steps=10)
+        seen[size].append(turn)
+    assert all(turns == list(range(len(turns))) for turns in seen.values())
+    assert len(seen[128]) == 23
