@@ -189,7 +189,11 @@ def _compare(task: AdapterTask, adapter: RealCustomAdapter, raw: Entry, captions
 
 
 def load_adapter(out: Path, model: TextToImage) -> RealCustomAdapter:
-    """Averaged weights of `out/adapter`, or an untrained adapter where that stage has not run yet."""
+    """Averaged weights of `out/adapter`; where that stage has not run yet, an adapter that changes nothing."""
     adapter = build_adapter(model)
     folder = out / "adapter" / "checkpoint"
-    return load_average(folder, adapter) if folder.exists() else adapter
+    if folder.exists():
+        return load_average(folder, adapter)
+    for layer in adapter.to_v_vision.values():
+        torch.nn.init.zeros_(layer.weight)
+    return adapter
