@@ -5,6 +5,7 @@ Light: httpx and PIL; ray is imported only when a handle raises.
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,8 @@ from .errors import InvalidRequest, Overloaded, ServerError, TooLarge
 from .events import Event, Progress, Queued, Result
 from .images import encode_image, from_base64
 from .settings import Limits
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "Client",
@@ -113,15 +116,13 @@ class HandleClient:
 
     async def stream(self, request: Request, *, previews: bool | int = True) -> AsyncIterator[Event]:
         response = self._handle.options(stream=True).stream.remote(request, previews)
-        ended = False
         try:
             with _ray_errors():
                 async for event in response:
-                    ended = isinstance(event, Result)
                     yield event
-        finally:
-            if not ended:
-                response.cancel()
+        except (GeneratorExit, asyncio.CancelledError):  # the caller has left
+            response.cancel()
+            raise
 
     async def generate(self, request: Request) -> Result:
         return await _last(self.stream(request, previews=False))
@@ -134,7 +135,7 @@ class _ray_errors:
         pass
 
     def __exit__(self, kind, error, traceback) -> None:
-        if error is None or not isinstance(error, Exception) or isinstance(error, InvalidRequest):
+        if not isinstance(error, Exception):  # nothing, or a cancellation
             return
         from ray.exceptions import RayError, RayTaskError
         from ray.serve.exceptions import BackPressureError, RayServeException
@@ -147,6 +148,7 @@ class _ray_errors:
         if isinstance(cause, BackPressureError):
             raise Overloaded("too many pictures are waiting; try again in a few seconds.") from None
         if isinstance(error, RayError | RayServeException):
+            logger.error("the replica failed", exc_info=error)
             raise ServerError(f"the replica failed ({type(cause).__name__}); try again.") from error
 
 

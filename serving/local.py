@@ -7,21 +7,26 @@ import socket
 from .client import HandleClient
 from .settings import Settings
 
+NAME = "realcustom"  # of the Serve application
+
 
 class LocalServer(HandleClient):
     """A client of the server that `start` started. `url` is its HTTP address."""
 
-    def __init__(self, handle, url: str) -> None:
+    def __init__(self, handle, url: str, *, owns_ray: bool) -> None:
         super().__init__(handle)
         self.url = url
+        self._owns_ray = owns_ray
 
     def shutdown(self) -> None:
-        """Stop the server and its Ray."""
+        """Stop the server, and Ray if `start` started it."""
         import ray
         from ray import serve
 
-        serve.shutdown()
-        ray.shutdown()
+        if self._owns_ray:
+            ray.shutdown()
+        else:
+            serve.delete(NAME)
 
 
 def start(
@@ -40,8 +45,10 @@ def start(
 
     from .build import REPLICA, app
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     port = port or free_port(host)
-    if not ray.is_initialized():
+    owns_ray = not ray.is_initialized()
+    if owns_ray:
         ray.init(
             address="local",
             num_cpus=max(2, os.cpu_count() or 1),  # bookkeeping: a replica must find its place on one core, too
@@ -51,9 +58,9 @@ def start(
             object_store_memory=512 * 2**20,
         )
     serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
-    serve.run(app(settings or Settings()), name="realcustom", route_prefix=route_prefix)
-    handle = serve.get_deployment_handle(REPLICA, app_name="realcustom")
-    return LocalServer(handle, f"http://{host}:{port}{route_prefix.rstrip('/')}")
+    serve.run(app(settings or Settings()), name=NAME, route_prefix=route_prefix)
+    handle = serve.get_deployment_handle(REPLICA, app_name=NAME)
+    return LocalServer(handle, f"http://{host}:{port}{route_prefix.rstrip('/')}", owns_ray=owns_ray)
 
 
 def free_port(host: str = "127.0.0.1") -> int:

@@ -1,0 +1,263 @@
+"""The whole way through a real Ray Serve: HTTP, handle and Python are one; cancel, errors and crowds cross it."""
+
+import asyncio
+import json
+import socket
+import time
+from contextlib import aclosing
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import picture, tiny_pipeline
+
+from realcustom import RealCustomPipeline
+from serving.client import HttpClient, InvalidRequest, Overloaded, Progress, Queued, Request, Result, Subject
+from serving.images import encode_image
+from serving.local import LocalServer, start
+from serving.settings import Settings
+
+PROMPT = "a dog and a cat"
+MODEL_OPTIONS = dict(max_batch_size=4, max_queued=16, max_steps=2000, cpu_threads=1, num_cpus=0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    server = start(Settings(model=str(folder), device="cpu", **MODEL_OPTIONS))
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def http(server) -> HttpClient:
+    return HttpClient(server.url)
+
+
+def dog(colour="red", **settings) -> Subject:
+    return Subject(image=picture(colour), target_phrase="dog", **settings)
+
+
+def cat(colour="blue", **settings) -> Subject:
+    return Subject(image=picture(colour), target_phrase="cat", **settings)
+
+
+REQUESTS = [
+    Request(prompt=PROMPT, subjects=(dog(), cat(scope_ratio=0.5)), seed=1, negative_prompt="horse"),
+    Request(prompt=PROMPT, subjects=(dog(), cat("red")), seed=2, height=96, guidance_scale=1.0),
+    Request(prompt="a big house", seed=2**63 - 1, num_inference_steps=3),
+    Request(prompt="a dog", subjects=(dog("green"),), seed=4, num_inference_steps=7, early_stop_step=0.5, width=80),
+]
+
+
+def python_picture(pipeline, request) -> tuple[bytes, list[bytes]]:
+    """The picture and masks that RealCustomPipeline makes of the request, as PNG."""
+    generation = pipeline.prepare(request)
+    while not generation.done:
+        pipeline.step([generation])
+    return encode_image(pipeline.decode([generation])[0]), [encode_image(m) for m in generation.mask_images()]
+
+
+def as_bytes(result: Result) -> tuple[bytes, list[bytes]]:
+    return encode_image(result.image), [encode_image(mask) for mask in result.masks]
+
+
+async def idle(server: LocalServer, timeout_s=10) -> dict:
+    """The replica's counts once it holds no picture."""
+    end = time.monotonic() + timeout_s
+    while True:
+        stats = await server._handle.stats.remote()
+        if not any(stats[state] for state in ("waiting", "preparing", "active")):
+            return stats
+        assert time.monotonic() < end, f"pictures are left: {stats}"
+        await asyncio.sleep(0.05)
+
+
+def test_http_handle_and_python_give_the_same_bytes(server, http, folder):
+    """One request, three doors, the same PNG of picture and masks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(MODEL_OPTIONS["cpu_threads"])  # the order of sums depends on it
+    try:
+        pipeline = RealCustomPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        expected = [python_picture(pipeline, request) for request in REQUESTS]
+        called = pipeline(PROMPT, subjects=REQUESTS[0].subjects, seed=1, negative_prompt="horse").images[0]
+    finally:
+        torch.set_num_threads(threads)
+    assert encode_image(called) == expected[0][0]
+
+    async def run():
+        for request, wanted in zip(REQUESTS, expected):
+            over_handle, over_http = await server.generate(request), await http.generate(request)
+            assert over_handle.seed == over_http.seed == request.seed
+            assert as_bytes(over_handle) == as_bytes(over_http) == wanted
+
+    asyncio.run(run())
+    assert as_bytes(http.generate_sync(REQUESTS[0])) == expected[0]
+
+
+def test_models_and_events_agree_behind_both_doors(server, http):
+    """Model description and the course of events are the same over the handle and over HTTP."""
+
+    async def run():
+        assert await server.model() == await http.model()
+        for client in (server, http):
+            events = [event async for event in client.stream(REQUESTS[3])]
+            assert isinstance(events[0], Queued) and isinstance(events[-1], Result)
+            steps = [e.step for e in events if isinstance(e, Progress) and e.preview is None]
+            assert steps == list(range(1, 8))
+            assert all(isinstance(e.preview, Image.Image | None) for e in events if isinstance(e, Progress))
+
+    asyncio.run(run())
+
+
+def test_errors_keep_their_kind_across_processes(server, http):
+    """What the replica refuses is InvalidRequest at both doors, with the same one-line message."""
+    beyond = "a " + 9 * "very " + "dog"
+
+    async def run():
+        for request in (
+            Request(prompt=PROMPT, height=65),
+            Request(prompt=PROMPT, height=8),
+            Request(prompt=PROMPT, num_inference_steps=5000),
+            Request(prompt=beyond, subjects=(dog(),)),
+        ):
+            messages = []
+            for client in (server, http):
+                for ask in (client.generate, lambda r, c=client: anext_result(c.stream(r))):
+                    with pytest.raises(InvalidRequest) as caught:
+                        await ask(request)
+                    messages.append(str(caught.value))
+            assert len(set(messages)) == 1 and "\n" not in messages[0] and "ray" not in messages[0].lower()
+
+    asyncio.run(run())
+
+
+async def anext_result(events) -> Result:
+    return [event async for event in events][-1]
+
+
+@pytest.mark.parametrize("door", ["handle", "http"])
+def test_closing_the_stream_frees_the_place(server, http, door):
+    """Closing the iterator stops the picture; hundreds of steps are not run."""
+    client = server if door == "handle" else http
+
+    async def run():
+        async with aclosing(client.stream(Request(prompt=PROMPT, num_inference_steps=900))) as events:
+            async for event in events:
+                if isinstance(event, Progress) and event.step >= 2:
+                    break
+        before = await idle(server)
+        await asyncio.sleep(0.3)
+        assert (await idle(server))["steps"] == before["steps"]
+
+    asyncio.run(run())
+
+
+def test_a_dropped_connection_frees_the_place(server):
+    """A caller whose socket goes away, without streaming, leaves nothing running."""
+    host, port = server.url.removeprefix("http://").split(":")
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na dog\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="num_inference_steps"\r\n\r\n900\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="n"\r\n\r\n2\r\n--x--\r\n'
+    )
+
+    async def run():
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
+            for _ in range(200):
+                if (await server._handle.stats.remote())["active"] == 2:
+                    break
+                await asyncio.sleep(0.05)
+            else:
+                raise AssertionError("the pictures did not start")
+        await idle(server)
+
+    asyncio.run(run())
+
+
+def test_cancelling_a_task_frees_the_place(server, http):
+    """`task.cancel()` and a client's timeout end in the replica."""
+
+    async def run():
+        for client in (server, http):
+            task = asyncio.create_task(client.generate(Request(prompt=PROMPT, num_inference_steps=900)))
+            await asyncio.sleep(0.7)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await idle(server)
+
+    asyncio.run(run())
+
+
+def test_sixteen_at_once_with_mixed_settings(server, http):
+    """Everyone gets the picture that the request gives alone, with bad requests and leavers among them."""
+
+    async def run():
+        alone = [await server.generate(request) for request in REQUESTS]
+
+        async def leave():
+            async with aclosing(http.stream(Request(prompt=PROMPT, num_inference_steps=500))) as events:
+                async for event in events:
+                    if isinstance(event, Progress):
+                        return "left"
+
+        doors = (server, http)
+        tasks = [doors[i % 2].generate(REQUESTS[i % 4 if i < 8 else (i + 1) % 4]) for i in range(12)]
+        tasks += [http.generate(Request(prompt=PROMPT, height=65)), server.generate(Request(prompt=PROMPT, height=65))]
+        tasks += [leave(), leave()]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for i, result in enumerate(results[:12]):
+            wanted = alone[i % 4 if i < 8 else (i + 1) % 4]
+            difference = np.asarray(result.image).astype(int) - np.asarray(wanted.image)
+            assert result.seed == wanted.seed and np.abs(difference).max() <= 1
+        assert all(isinstance(result, InvalidRequest) for result in results[12:14]) and results[14:] == ["left", "left"]
+        await idle(server)
+
+    asyncio.run(run())
+
+
+def test_a_crowd_is_told_to_come_back(server, http):
+    """More than the server holds: some are refused with Overloaded, the others are served, nobody hangs."""
+
+    async def run():
+        request = Request(prompt="a dog", num_inference_steps=5)
+        tasks = [(server, http)[i % 2].generate(request) for i in range(80)]
+        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+        assert {type(result) for result in results} == {Result, Overloaded}
+        assert sum(isinstance(result, Result) for result in results) >= 8
+        await idle(server)
+
+    asyncio.run(run())
+
+
+def test_http_streaming_bytes(server):
+    """The events on the wire: text/event-stream, arriving while the picture is made."""
+    with (
+        httpx.Client(trust_env=False, timeout=30) as http,
+        http.stream(
+            "POST",
+            server.url + "/v1/images/edits",
+            data={"prompt": PROMPT, "stream": "true", "partial_images": "3", "num_inference_steps": "100", "seed": "1"},
+            files={"image": encode_image(picture())} | {"target_phrase": (None, "dog")},
+        ) as answer,
+    ):
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        arrivals = [
+            (time.monotonic(), json.loads(line[5:])) for line in answer.iter_lines() if line.startswith("data:")
+        ]
+    assert [event["type"] for _, event in arrivals][-1] == "image_edit.completed" and len(arrivals) >= 2
+    assert arrivals[-1][0] - arrivals[0][0] > 0.1, "the events came all at once"
