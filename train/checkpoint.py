@@ -60,6 +60,13 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def checkpoint_step(folder: Path) -> int:
+    """How many steps the checkpoint has seen."""
+    found = find_checkpoint(folder)
+    assert found is not None, folder
+    return json.loads((found / "state.json").read_text())["step"]
+
+
 def load_checkpoint(folder: Path, module: nn.Module, average: Average, optimizer) -> dict:
     load_trained(module, load_file(folder / "model.safetensors"))
     saved = load_file(folder / "average.safetensors")

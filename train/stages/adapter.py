@@ -20,7 +20,7 @@ from realcustom.adapter import RealCustomAdapter, VisionKeysValues
 from realcustom.attention import VisualAttention, install_processors
 from realcustom.vision import VisionFeatures
 
-from ..checkpoint import load_average
+from ..checkpoint import checkpoint_step, load_average
 from ..data.pool import Entry, SamplePool
 from ..data.render import CAPTION_BYTES, RenderPairs, unpack_captions
 from ..diffusion import min_snr_weight, sample_latents, size_condition, v_target
@@ -55,6 +55,7 @@ class AdapterTask:
         self.model.unet.to(memory_format=torch.channels_last)
         install_processors(self.model.unet)
         self.encoders = load_vision(out, device)
+        self.vision_step = checkpoint_step(out / "vision" / "checkpoint")
         self.codec = LatentCodec(out, device)
         self.scheduler = build_scheduler()
 
@@ -129,8 +130,9 @@ def train_adapter(out: Path, device: str = "cpu", **options) -> None:
             # The curriculum runs over the half-size pairs; the full-size ones come after it.
             half = size < PICTURE_SIZE
             render = RenderPairs(size=size, seed=2 if half else 7, curriculum=CURRICULUM_SAMPLES if half else 1)
+            folder = config.out / f"pool_{size}_vision_{task.vision_step}"  # features of other encoders are of no use
             options = dict(start=2000, capacity=10_000, per_step=8)
-            pools[size] = SamplePool(config.out / f"pool_{size}", fields, render, task.encode, **options)
+            pools[size] = SamplePool(folder, fields, render, task.encode, **options)
             pools[size].fill(turn)
         return pools[size]
 

@@ -22,7 +22,7 @@ from ..pictures import save_grid, to_signed
 from ..tokenizer import load_tokenizer
 
 CAPTION_DROPOUT = 0.1
-HALF_SIZE_SAMPLES = 70_400
+HALF_SIZE_SAMPLES = 48_000
 HALF_SIZE_EVERY = 4
 PREVIEW_PROMPTS = (
     "a dog on the beach",
@@ -97,7 +97,7 @@ def draw_noise(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
 
 
 def train_base(out: Path, device: str = "cpu", **options) -> None:
-    config = LoopConfig(out=out / "base", batch_size=64, learning_rate=1e-3, warmup_steps=300, **options)
+    config = LoopConfig(out=out / "base", batch_size=32, learning_rate=1e-3, warmup_steps=300, **options)
     torch.manual_seed(0)
     model = TextToImage(load_tokenizer(out)).to(device)
     if device == "cpu":
@@ -116,7 +116,7 @@ def train_base(out: Path, device: str = "cpu", **options) -> None:
             fields = {"latents": ((4, side, side), "float16"), "caption": ((CAPTION_BYTES,), "uint8")}
             folder = config.out / f"pool_{size}"
             render = RenderSamples(size=size)
-            pools[size] = SamplePool(folder, fields, render, encode, start=6000, capacity=60_000, per_step=8)
+            pools[size] = SamplePool(folder, fields, render, encode, start=6000, capacity=60_000, per_step=6)
             pools[size].fill(turn)
         return pools[size]
 
