@@ -23,6 +23,7 @@ class LocalServer(HandleClient):
         import ray
         from ray import serve
 
+        self._handle.shutdown()  # its reports to the server would otherwise go on, and start another Ray
         if self._owns_ray:
             ray.shutdown()
         else:
