@@ -130,4 +130,4 @@ def test_base_steps_of_each_size_count_up():
         size, turn = size_and_turn(step, half_steps=10)
         seen[size].append(turn)
     assert all(turns == list(range(len(turns))) for turns in seen.values())
-    assert len(seen[128]) == 23
+    assert len(seen[128]) == 15

@@ -1,7 +1,7 @@
 """Stage `base`: text to image. The UNet and both text encoders, from nothing, on latents of the sprite world.
 
 The first part of the run works on half-size pictures, three times as many a second: words, shapes and layout are
-learned there, details afterwards, as SDXL itself was trained. Every fourth later step is of half size too, so that both
+learned there, details afterwards, as SDXL itself was trained. Every second later step is of half size too, so that both
 stay usable.
 """
 
@@ -22,8 +22,8 @@ from ..pictures import save_grid, to_signed
 from ..tokenizer import load_tokenizer
 
 CAPTION_DROPOUT = 0.1
-HALF_SIZE_SAMPLES = 48_000
-HALF_SIZE_EVERY = 4
+HALF_SIZE_SAMPLES = 28_800
+HALF_SIZE_EVERY = 2
 PREVIEW_PROMPTS = (
     "a dog on the beach",
     "a cat in the snow",
