@@ -1,0 +1,96 @@
+"""From what a visitor chose to events of the pictures under way. Only forwards; no model lives in this process."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from PIL import Image
+
+from serving.client import Client, InvalidRequest, Progress, Queued, Request, Result
+
+
+@dataclass
+class Picture:
+    """What is known of one picture: its place in line, its steps, the latest view of it, and at last the result."""
+
+    position: int | None = None
+    step: int = 0
+    num_steps: int = 0
+    image: Image.Image | None = None
+    masks: tuple[Image.Image, ...] = ()
+    seed: int | None = None
+
+    def hear(self, event: Queued | Progress | Result) -> None:
+        if isinstance(event, Queued):
+            self.position = event.position
+        elif isinstance(event, Progress):
+            self.position, self.step, self.num_steps = None, event.step, event.num_steps
+            if event.preview is not None:
+                self.image, self.masks = event.preview, event.masks
+        else:
+            self.position, self.step = None, self.num_steps
+            self.image, self.masks, self.seed = event.image, event.masks, event.seed
+
+
+@dataclass
+class Pictures:
+    """All pictures of one press of the button."""
+
+    pictures: list[Picture] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return all(p.seed is not None for p in self.pictures)
+
+    def status(self) -> str:
+        if self.done:
+            seeds = [str(p.seed) for p in self.pictures]
+            return f"Done. Seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}."
+        under_way = [p for p in self.pictures if p.num_steps]
+        if under_way:
+            step, steps = sum(p.step for p in under_way), sum(p.num_steps for p in under_way)
+            return f"Step {step // len(under_way)} of {steps // len(under_way)}"
+        places = [p.position for p in self.pictures if p.position is not None]
+        return f"Waiting in line: {min(places)} before you." if places and min(places) else "Starting…"
+
+
+async def make_pictures(client: Client, request: Request, number: int) -> AsyncIterator[Pictures]:
+    """`number` pictures with consecutive seeds, made together; yields their state as it changes.
+
+    Closing the iterator closes every stream, which frees the replica within a step.
+    """
+    if request.seed is None:
+        request = replace(request, seed=secrets.randbelow(2**32))
+    state = Pictures([Picture() for _ in range(number)])
+    heard: asyncio.Queue = asyncio.Queue()
+
+    async def follow(picture: Picture, own: Request) -> None:
+        try:
+            async with aclosing(client.stream(own, previews=True)) as events:
+                async for event in events:
+                    picture.hear(event)
+                    heard.put_nowait(None)
+        except Exception as error:
+            heard.put_nowait(error)
+
+    tasks = [asyncio.create_task(follow(p, r)) for p, r in zip(state.pictures, request.variations(number))]
+    try:
+        while not state.done:
+            error = await heard.get()
+            if error is not None:
+                raise error
+            while not heard.empty():  # several events at once are one update of the page
+                if (error := heard.get_nowait()) is not None:
+                    raise error
+            yield state
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def no_word_chosen(words: list[str]) -> InvalidRequest:
+    offer = f": {', '.join(dict.fromkeys(words))}" if words else ""
+    return InvalidRequest(f"Click the word of the prompt that the subject should become{offer}.")

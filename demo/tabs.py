@@ -1,0 +1,265 @@
+"""The three tabs. They differ only in how many pictures and words a visitor can give."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import gradio as gr
+from PIL import Image
+
+from serving.client import Client, InvalidRequest, ModelInfo, Overloaded, Request, ServerError, Subject, words_of
+
+from .making import make_pictures, no_word_chosen
+from .masks import lay_over
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A tab: its name, what it says, its picture slots, whether a picture may become several words, and examples.
+
+    An example is one picture per slot, the prompt, and the words of each slot.
+    """
+
+    name: str
+    says: str
+    num_slots: int
+    many_words: bool
+    examples: tuple[tuple[tuple[str, ...], str, tuple[tuple[str, ...], ...]], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A picture and its words; words clicked, or a phrase typed for what clicks cannot name."""
+
+    image: gr.Image
+    words: gr.Radio | gr.CheckboxGroup
+    phrase: gr.Textbox
+
+
+@dataclass(frozen=True, kw_only=True)
+class Controls:
+    """The settings every tab shows; order of `inputs` is the order of `_read`."""
+
+    scope: gr.Slider
+    stop: gr.Slider
+    guidance: gr.Slider
+    steps: gr.Slider
+    seed: gr.Number
+    negative: gr.Textbox
+    number: gr.Slider
+
+    @property
+    def inputs(self) -> list:
+        return [self.scope, self.stop, self.guidance, self.steps, self.seed, self.negative, self.number]
+
+
+def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
+    """Lay out one tab and wire it."""
+    gr.Markdown(task.says)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5):
+            prompt = gr.Textbox(
+                label="Prompt", placeholder="a dog on the beach", lines=1, max_lines=4, elem_id=f"{task.name}-prompt"
+            )
+            slots = _build_slots(task)
+            with gr.Row():
+                generate = gr.Button("Generate", variant="primary", elem_id=f"{task.name}-generate")
+                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{task.name}-stop")
+            controls = _build_controls(task, info)
+        with gr.Column(scale=6):
+            status = gr.Markdown("", elem_classes="stage-line", elem_id=f"{task.name}-status")
+            with gr.Row():
+                live = gr.Image(
+                    label="Picture", interactive=False, format="png", height=300, elem_id=f"{task.name}-live"
+                )
+                overlay = gr.Image(
+                    label="Guidance masks", interactive=False, format="png", height=300, elem_id=f"{task.name}-masks"
+                )
+            gallery = gr.Gallery(
+                label="Results", columns=4, height=240, object_fit="contain", format="png",
+                elem_id=f"{task.name}-gallery",
+            )  # fmt: skip
+            with gr.Row():
+                made_seed = gr.Number(label="Seed of the first picture", interactive=False, precision=0)
+                reuse = gr.Button("Use this seed again", size="sm")
+    _wire_words(prompt, slots, task)
+    inputs = [prompt, *(part for s in slots for part in (s.image, s.words, s.phrase)), *controls.inputs]
+    outputs = [status, live, overlay, gallery, made_seed, generate, stop]
+
+    async def make(*values):
+        try:
+            request, number = _read(task, values)
+            async with aclosing(_updates(client, request, number)) as updates:
+                async for update in updates:
+                    yield [*update, gr.Button(interactive=False), gr.Button(interactive=True)]
+        except (ValueError, Overloaded, ServerError) as error:
+            raise gr.Error(str(error), duration=10) from error
+
+    ready = lambda: (gr.Button(interactive=True), gr.Button(interactive=False))
+    event = gr.on(
+        [generate.click, prompt.submit], make, inputs, outputs, concurrency_limit=None, show_progress="hidden",
+        api_name=task.name.lower(),
+    )  # fmt: skip
+    event.then(ready, None, [generate, stop], queue=False, api_visibility="private")
+    stop.click(
+        lambda: ("Stopped.", *ready()), None, [status, generate, stop], cancels=[event], queue=False,
+        api_visibility="private",
+    )  # fmt: skip
+    reuse.click(lambda seed: seed, made_seed, controls.seed, queue=False, api_visibility="private")
+    if task.examples:
+        _build_examples(task, prompt, slots)
+
+
+def _build_slots(task: Task) -> list[Slot]:
+    slots = []
+    with gr.Row():
+        for index in range(task.num_slots):
+            with gr.Column(min_width=180, elem_classes=f"slot-{index}" if task.num_slots > 1 else None):
+                label = "Subject" if task.num_slots == 1 else f"Subject {index + 1}"
+                image = gr.Image(
+                    label=label, type="pil", image_mode=None, height=220, sources=["upload", "clipboard"],
+                    elem_id=f"{task.name}-image-{index}",
+                )  # fmt: skip
+                kind = gr.CheckboxGroup if task.many_words else gr.Radio
+                words = kind(
+                    [], label="becomes the words" if task.many_words else "becomes the word",
+                    elem_classes=["words", f"words-{index}"], elem_id=f"{task.name}-words-{index}", visible=False,
+                )  # fmt: skip
+                phrase = gr.Textbox(
+                    label="or a phrase of the prompt" + (", several with commas" if task.many_words else ""),
+                    placeholder="red car", elem_id=f"{task.name}-phrase-{index}", visible=False,
+                )  # fmt: skip
+                slots.append(Slot(image=image, words=words, phrase=phrase))
+    return slots
+
+
+def _build_controls(task: Task, info: ModelInfo) -> Controls:
+    sampling, limits = info.sampling, info.limits
+    with gr.Accordion("Settings", open=False, elem_id=f"{task.name}-settings"):
+        scope = gr.Slider(
+            0.05, 1, sampling.scope_ratio, step=0.05, label="γ_scope", elem_id=f"{task.name}-scope",
+            info="Share of the picture a subject may influence",
+        )  # fmt: skip
+        most_steps = min(limits.max_steps, 4 * sampling.num_inference_steps)
+        stop = gr.Slider(
+            1, most_steps, sampling.early_stop_step, step=1, label="T_stop",
+            info="Steps that look for the place anew; later ones keep the last mask",
+        )  # fmt: skip
+        guidance = gr.Slider(
+            1, 15, sampling.guidance_scale, step=0.5, label="CFG", info="How strictly the text is followed"
+        )
+        steps = gr.Slider(
+            1, most_steps, sampling.num_inference_steps, step=1, label="Steps", elem_id=f"{task.name}-steps"
+        )
+        with gr.Row():
+            seed = gr.Number(
+                label="Seed", info="Empty draws one", precision=0, minimum=0, value=None, elem_id=f"{task.name}-seed"
+            )
+            number = gr.Slider(1, min(4, limits.max_images), 1, step=1, label="Pictures")
+        negative = gr.Textbox(label="Negative prompt", placeholder="what should not be there")
+    return Controls(scope=scope, stop=stop, guidance=guidance, steps=steps, seed=seed, negative=negative, number=number)
+
+
+def _wire_words(prompt: gr.Textbox, slots: list[Slot], task: Task) -> None:
+    """The prompt's words become chips as it is typed; chosen words stay chosen while they are still there."""
+
+    def offer(text: str, *chosen):
+        words = list(dict.fromkeys(words_of(text)))
+        shown = bool(words)
+        updates = []
+        for value in chosen:
+            several = [w for w in value or [] if w in words] if task.many_words else None
+            kept = several if task.many_words else (value if value in words else None)
+            updates += [gr.update(choices=words, value=kept, visible=shown), gr.update(visible=shown)]
+        return updates
+
+    outputs = [part for slot in slots for part in (slot.words, slot.phrase)]
+    prompt.change(
+        offer, [prompt, *(s.words for s in slots)], outputs, queue=False, show_progress="hidden",
+        api_visibility="private", trigger_mode="always_last",
+    )  # fmt: skip
+
+
+def _read(task: Task, values: tuple) -> tuple[Request, int]:
+    """The page's values -> request and number of pictures; InvalidRequest says what is missing."""
+    prompt, rest = values[0] or "", values[1:]
+    scope, stop, guidance, steps, seed, negative, number = rest[3 * task.num_slots :]
+    words = words_of(prompt)
+    subjects: list[Subject] = []
+    for index in range(task.num_slots):
+        image, chosen, phrase = rest[3 * index : 3 * index + 3]
+        phrases = _phrases(chosen, phrase, several=task.many_words)
+        if image is None and not phrases:
+            continue
+        if image is None:
+            raise InvalidRequest(f"Add a picture for {phrases[0]!r}.")
+        if not phrases:
+            raise no_word_chosen(words)
+        subjects += [Subject(image=image, target_phrase=p, scope_ratio=scope) for p in phrases]
+    if not prompt.strip():
+        raise InvalidRequest("Write a prompt, for example 'a dog on the beach'.")
+    if not subjects:
+        raise InvalidRequest("Add a picture of the subject.")
+    request = Request(
+        prompt=prompt,
+        subjects=tuple(subjects),
+        negative_prompt=negative or "",
+        num_inference_steps=int(steps),
+        early_stop_step=min(int(stop), int(steps)),
+        guidance_scale=float(guidance),
+        seed=None if seed is None else int(seed),
+    )
+    return request, int(number)
+
+
+def _phrases(chosen, phrase: str | None, *, several: bool) -> list[str]:
+    """A typed phrase takes the place of clicked words."""
+    if phrase and phrase.strip():
+        return [p.strip() for p in (phrase.split(",") if several else [phrase]) if p.strip()]
+    if several:
+        return list(chosen or [])
+    return [chosen] if chosen else []
+
+
+async def _updates(client: Client, request: Request, number: int) -> AsyncIterator[list]:
+    """Values of status, live picture, overlay, gallery and seed as the pictures form."""
+    async with aclosing(make_pictures(client, request, number)) as states:
+        async for state in states:
+            latest = next((p for p in state.pictures if p.image is not None), None)
+            live: Image.Image | None = latest.image if latest else None
+            overlay = lay_over(latest.image, latest.masks) if latest else None
+            if state.done:
+                shown = []
+                for p in state.pictures:
+                    shown += [(p.image, f"seed {p.seed}"), (lay_over(p.image, p.masks), "masks")]
+                yield [state.status(), live, overlay, shown, state.pictures[0].seed]
+            else:
+                yield [state.status(), live, overlay, gr.skip(), gr.skip()]
+
+
+def _build_examples(task: Task, prompt: gr.Textbox, slots: list[Slot]) -> None:
+    """Examples fill in pictures, prompt and words; the words need the prompt's chips, so all are set together."""
+
+    def fill(index: int):
+        pictures, text, words = task.examples[index]
+        choices = list(dict.fromkeys(words_of(text)))
+        values = [text]
+        for i in range(task.num_slots):
+            chosen = words[i] if i < len(words) else ()
+            value = list(chosen) if task.many_words else (chosen[0] if chosen else None)
+            image = Image.open(pictures[i]).convert("RGB") if i < len(pictures) else None
+            values += [image, gr.update(choices=choices, value=value, visible=True), gr.update(value="", visible=True)]
+        return values
+
+    outputs = [prompt, *(part for s in slots for part in (s.image, s.words, s.phrase))]
+    gr.Markdown("**Examples**")
+    with gr.Row():
+        for index, (pictures, text, _) in enumerate(task.examples):
+            with gr.Column(min_width=120, scale=0):
+                gr.Image(
+                    pictures[0], show_label=False, height=110, width=110, interactive=False, container=False,
+                    buttons=[],
+                )  # fmt: skip
+                gr.Button(text, size="sm", elem_id=f"{task.name}-example-{index}").click(
+                    lambda index=index: fill(index), None, outputs, queue=False, api_visibility="private"
+                )

@@ -1,0 +1,35 @@
+"""How the page looks: system fonts only, so that it loads nothing from elsewhere."""
+
+import gradio as gr
+
+from .masks import SUBJECT_COLOURS
+
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+
+THEME = gr.themes.Soft(
+    primary_hue="orange",
+    secondary_hue="blue",
+    neutral_hue="stone",
+    font=FONTS,
+    font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+    radius_size=gr.themes.sizes.radius_lg,
+)
+
+_CHIP_COLOURS = "\n".join(
+    f".words-{i} label.selected {{ background: {colour} !important; border-color: {colour} !important; "
+    f"color: white !important; }}\n.words-{i} label.selected span {{ color: white !important; }}\n"
+    f".slot-{i} {{ border-top: 4px solid {colour} !important; }}"
+    for i, colour in enumerate(SUBJECT_COLOURS)
+)
+
+CSS = f"""
+.gradio-container {{ max-width: 1180px !important; margin: auto !important; }}
+.words label {{ border-radius: 999px !important; padding: 6px 14px !important; cursor: pointer; }}
+.words input {{ position: absolute; opacity: 0; width: 1px; height: 1px; }}
+.words label:focus-within {{ outline: 2px solid var(--color-accent); }}
+.words label span {{ margin-left: 0 !important; }}
+.stage-line {{ min-height: 1.6em; }}
+.known {{ color: var(--body-text-color-subdued); font-size: 0.9em; }}
+footer {{ opacity: 0.6; }}
+{_CHIP_COLOURS}
+"""

@@ -1,0 +1,113 @@
+"""The page's own logic, on a real engine with the toy pipeline."""
+
+import asyncio
+from contextlib import aclosing
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import picture, tiny_pipeline
+
+from demo.making import make_pictures
+from demo.masks import SUBJECT_COLOURS, lay_over
+from demo.tabs import Task, _read
+from serving.client import InvalidRequest, Request, Subject
+from serving.engine import Engine
+
+SETTINGS = (0.5, 2, 3.0, 4, 7, "", 2)  # scope, T_stop, CFG, steps, seed, negative prompt, pictures
+ONE = Task(name="One", says="", num_slots=1, many_words=False)
+MANY = Task(name="Many", says="", num_slots=1, many_words=True)
+SLOTS = Task(name="Slots", says="", num_slots=2, many_words=False)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = Engine(tiny_pipeline())
+    yield engine
+    engine.close()
+
+
+def test_a_chosen_word_becomes_a_subject_with_the_pages_settings():
+    request, number = _read(ONE, ("a dog runs", picture(), "dog", "", *SETTINGS))
+    assert [s.target_phrase for s in request.subjects] == ["dog"]
+    assert (request.subjects[0].scope_ratio, request.early_stop_step, request.guidance_scale) == (0.5, 2, 3.0)
+    assert (request.num_inference_steps, request.seed, number) == (4, 7, 2)
+
+
+def test_several_words_share_one_picture_and_a_phrase_replaces_clicks():
+    clicked, _ = _read(MANY, ("a red dog and a cat", picture(), ["dog", "cat"], "", *SETTINGS))
+    typed, _ = _read(MANY, ("a red dog and a cat", picture(), ["dog"], "red dog, cat", *SETTINGS))
+    assert [s.target_phrase for s in clicked.subjects] == ["dog", "cat"]
+    assert [s.target_phrase for s in typed.subjects] == ["red dog", "cat"]
+
+
+def test_empty_slots_are_left_out():
+    request, _ = _read(SLOTS, ("a dog and a cat", picture(), "dog", "", None, None, "", *SETTINGS))
+    assert len(request.subjects) == 1
+
+
+@pytest.mark.parametrize(
+    "values,says",
+    [
+        (("a dog", None, "dog", ""), "Add a picture for 'dog'"),
+        (("a dog", picture(), None, ""), "Click the word .*: a, dog"),
+        (("", None, None, ""), "Write a prompt"),
+        (("a dog", None, None, ""), "Add a picture of the subject"),
+    ],
+)
+def test_what_is_missing_is_said(values, says):
+    with pytest.raises(InvalidRequest, match=says):
+        _read(ONE, (*values, *SETTINGS))
+
+
+def dog(seed=1) -> Request:
+    return Request(prompt="a dog", subjects=(Subject(image=picture(), target_phrase="dog"),), seed=seed)
+
+
+def test_several_pictures_use_consecutive_seeds_and_end_together(engine):
+    async def run():
+        async with aclosing(make_pictures(engine, dog(seed=5), 3)) as states:
+            return [(s.status(), [p.seed for p in s.pictures]) async for s in states]
+
+    seen = asyncio.run(run())
+    assert seen[-1] == ("Done. Seeds 5, 6, 7.", [5, 6, 7])
+    assert any(status.startswith("Step") for status, _ in seen)
+
+
+def test_stopping_frees_the_engine(engine):
+    """Closing the stream in the middle, as the stop button does, leaves nothing under way."""
+
+    async def run():
+        request = Request(prompt="a dog", num_inference_steps=100, seed=1)
+        async with aclosing(make_pictures(engine, request, 2)) as states:
+            async for state in states:
+                if any(p.step for p in state.pictures):
+                    break
+        for _ in range(100):
+            stats = engine.stats()
+            if not (stats["waiting"] or stats["preparing"] or stats["active"]):
+                return True
+            await asyncio.sleep(0.02)
+        return False
+
+    assert asyncio.run(run())
+
+
+def test_an_error_of_one_picture_reaches_the_page(engine):
+    async def run():
+        async with aclosing(make_pictures(engine, Request(prompt="a dog", height=65, seed=1), 2)) as states:
+            async for _ in states:
+                pass
+
+    with pytest.raises(InvalidRequest, match="height is 65 px"):
+        asyncio.run(run())
+
+
+def test_masks_are_shown_in_their_subjects_colours_and_only_there():
+    image = Image.new("RGB", (20, 10), "white")
+    left = Image.new("L", (20, 10))
+    left.paste(255, (0, 0, 10, 10))
+    shown = np.asarray(lay_over(image, [left])).astype(int)
+    colour = np.array([int(SUBJECT_COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)])
+    assert np.abs(shown[5, 15] - 255).max() <= 1
+    assert np.abs(shown[5, 5] - colour).sum() < np.abs(shown[5, 5] - 255).sum()
