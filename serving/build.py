@@ -29,6 +29,10 @@ def app(settings: Settings) -> Application:
             "max_replicas": settings.max_replicas,
             # a replica is well used when its batch is full; more than that is waiting and asks for company
             "target_ongoing_requests": settings.max_batch_size,
+            "metrics_interval_s": 2,
+            "look_back_period_s": 6,
+            "upscale_delay_s": 5,
+            "downscale_delay_s": 120,
         },
         max_ongoing_requests=settings.max_batch_size + settings.max_queued,
         max_queued_requests=settings.max_queued,

@@ -53,6 +53,8 @@ class EditForm(BaseModel):
     )
     target_phrase: list[str] = Field([], description="the short form: one phrase per picture, or several for one")
     scope_ratio: list[float] = Field([], description="with `target_phrase`: one for all, or one each; in (0, 1]")
+    target_phrase_list: list[str] = Field([], alias="target_phrase[]", description="as the OpenAI clients send lists")
+    scope_ratio_list: list[float] = Field([], alias="scope_ratio[]", description="as the OpenAI clients send lists")
     negative_prompt: str = ""
     n: int = Field(1, ge=1, description="pictures, with seeds seed, seed + 1, ...")
     size: str | None = Field(None, description='"<width>x<height>" in pixels, or "auto"', examples=["1024x1024"])
@@ -118,9 +120,11 @@ class EditForm(BaseModel):
 
     def _entries(self, num_files: int) -> list[SubjectField]:
         """The subjects, each with the index of an existing file; every file is used."""
-        if self.subjects is not None and (self.target_phrase or self.scope_ratio):
+        phrases = [*self.target_phrase, *self.target_phrase_list]
+        scopes = [*self.scope_ratio, *self.scope_ratio_list]
+        if self.subjects is not None and (phrases or scopes):
             raise InvalidRequest("give subjects, or target_phrase and scope_ratio; not both.")
-        entries = self._short_form(num_files) if self.subjects is None else self._full_form()
+        entries = _short_form(phrases, scopes, num_files) if self.subjects is None else self._full_form()
         for position, entry in enumerate(entries):
             if entry.image is None:
                 entry.image = position
@@ -135,22 +139,6 @@ class EditForm(BaseModel):
             )
         return entries
 
-    def _short_form(self, num_files: int) -> list[SubjectField]:
-        phrases, scopes = self.target_phrase, self.scope_ratio
-        if num_files > 1 and len(phrases) != num_files:
-            raise InvalidRequest(
-                f"{num_files} images and {len(phrases)} target_phrase fields were sent; give one phrase per image."
-            )
-        if len(scopes) not in (0, 1, len(phrases)):
-            raise InvalidRequest(
-                f"{len(scopes)} scope_ratio fields for {len(phrases)} subjects; give one for all or one each."
-            )
-        scopes = scopes * len(phrases) if len(scopes) == 1 else scopes or [None] * len(phrases)
-        return [
-            SubjectField(target_phrase=phrase, image=0 if num_files == 1 else i, scope_ratio=scope)
-            for i, (phrase, scope) in enumerate(zip(phrases, scopes, strict=True))
-        ]
-
     def _full_form(self) -> list[SubjectField]:
         try:
             items = json.loads(self.subjects)
@@ -162,6 +150,22 @@ class EditForm(BaseModel):
             return [SubjectField.model_validate(item) for item in items]
         except ValidationError as error:
             raise InvalidRequest(f"subjects: {sentence(error.errors())}") from None
+
+
+def _short_form(phrases: list[str], scopes: list[float], num_files: int) -> list[SubjectField]:
+    if num_files > 1 and len(phrases) != num_files:
+        raise InvalidRequest(
+            f"{num_files} images and {len(phrases)} target_phrase fields were sent; give one phrase per image."
+        )
+    if len(scopes) not in (0, 1, len(phrases)):
+        raise InvalidRequest(
+            f"{len(scopes)} scope_ratio fields for {len(phrases)} subjects; give one for all or one each."
+        )
+    scopes = scopes * len(phrases) if len(scopes) == 1 else scopes or [None] * len(phrases)
+    return [
+        SubjectField(target_phrase=phrase, image=0 if num_files == 1 else i, scope_ratio=scope)
+        for i, (phrase, scope) in enumerate(zip(phrases, scopes, strict=True))
+    ]
 
 
 async def _read(file: UploadFile, limits: Limits, name: str) -> Image.Image:

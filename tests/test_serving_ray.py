@@ -261,3 +261,18 @@ def test_http_streaming_bytes(server):
         ]
     assert [event["type"] for _, event in arrivals][-1] == "image_edit.completed" and len(arrivals) >= 2
     assert arrivals[-1][0] - arrivals[0][0] > 0.1, "the events came all at once"
+
+
+def test_the_openai_client_works(server):
+    """OpenAI's own client edits pictures here: several pictures, lists of phrases, streaming, errors."""
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
+    dog, cat = (("subject.png", encode_image(picture(colour))) for colour in ("red", "blue"))
+    answer = client.images.edit(image=dog, prompt=PROMPT, n=2, extra_body={"target_phrase": "dog", "seed": 3})
+    assert len(answer.data) == 2 and answer.data[0].b64_json and answer.created > 0
+    several = {"target_phrase": ["dog", "cat"], "scope_ratio": [0.2, 0.5], "num_inference_steps": 60}
+    stream = client.images.edit(image=[dog, cat], prompt=PROMPT, stream=True, partial_images=2, extra_body=several)
+    events = [event.type for event in stream]
+    assert events[-1] == "image_edit.completed" and set(events[:-1]) <= {"image_edit.partial_image"}
+    with pytest.raises(openai.UnprocessableEntityError, match="target_phrase"):
+        client.images.edit(image=dog, prompt=PROMPT)
