@@ -77,13 +77,15 @@ async def make_pictures(client: Client, request: Request, number: int) -> AsyncI
 
     tasks = [asyncio.create_task(follow(p, r)) for p, r in zip(state.pictures, request.variations(number))]
     try:
-        while not state.done:
+        done = False
+        while not done:
             error = await heard.get()
             if error is not None:
                 raise error
             while not heard.empty():  # several events at once are one update of the page
                 if (error := heard.get_nowait()) is not None:
                     raise error
+            done = state.done  # before yielding: what arrives while the page is updated must be told, too
             yield state
     finally:
         for task in tasks:

@@ -1,0 +1,138 @@
+"""From the browser through Ray Serve and back, in headless Chromium, on every tab."""
+
+import asyncio
+import io
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import picture, tiny_pipeline
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    """The page over a Ray Serve of its own, with the toy model."""
+    from demo.theme import CSS, THEME
+    from demo.ui import build_demo
+    from serving.local import start
+    from serving.settings import Settings
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    server = start(Settings(model=str(folder), cpu_threads=1))
+    demo = build_demo(server, asyncio.run(server.model()))
+    _, address, _ = demo.launch(
+        server_name="127.0.0.1", theme=THEME, css=CSS, prevent_thread_lock=True, quiet=True, ssr_mode=False
+    )
+    yield address
+    demo.close()
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(url, browser):  # the server first: Playwright's own event loop must not be running yet
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(20_000)
+    page.foreign = []
+    page.on("request", lambda r: page.foreign.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
+    page.goto(url)
+    page.wait_for_selector("#One2One-prompt")
+    yield page
+    page.close()
+
+
+def png(image: Image.Image) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"name": "subject.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+
+
+def choose(page, tab: str, prompt: str, slots: list[tuple[Image.Image, list[str]]]) -> None:
+    """Fill in a tab as a person does: open it, drop pictures, type the prompt, click the words; a seed in settings."""
+    page.get_by_role("tab", name=tab, exact=True).click()
+    page.fill(f"#{tab}-prompt textarea", prompt)
+    for index, (image, words) in enumerate(slots):
+        page.set_input_files(f"#{tab}-image-{index} input[type=file]", png(image))
+        page.wait_for_selector(f"#{tab}-image-{index} img")
+        for word in words:
+            page.click(f"#{tab}-words-{index} label:has-text('{word}')")
+    page.click(f"#{tab}-settings button")
+    page.fill(f"#{tab}-seed input", "11")
+
+
+def generate(page, tab: str) -> tuple[np.ndarray, np.ndarray]:
+    """Press the button and wait; the picture and the picture with masks, as int arrays."""
+    find = f"[...document.querySelectorAll('#{tab}-gallery img')].map(image => image.src)"
+    before = page.evaluate(find)
+    page.click(f"#{tab}-generate")
+    page.wait_for_function(
+        f"before => {{ const now = {find}; return now.length >= 2 && now[0] !== before[0]; }}", arg=before
+    )
+    assert "Done. Seed 11" in page.inner_text(f"#{tab}-status")
+    sources = page.evaluate(find)[:2]
+    made = [Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB") for source in sources]
+    return tuple(np.asarray(image).astype(int) for image in made)
+
+
+def marked(image: np.ndarray, with_masks: np.ndarray) -> np.ndarray:
+    """Where the masks colour the picture, bool [height, width]."""
+    grey = Image.fromarray(image.astype(np.uint8)).convert("L").convert("RGB")
+    ground = np.asarray(Image.blend(Image.fromarray(image.astype(np.uint8)), grey, 0.6)).astype(int)
+    return np.abs(with_masks - ground).max(-1) > 8
+
+
+CASES = {
+    "One2One": ("a dog runs", [(picture("red"), ["dog"])]),
+    "One2Many": ("a dog and cat", [(picture("red"), ["dog", "cat"])]),
+    "Many2Many": ("a dog and cat", [(picture("red"), ["dog"]), (picture("blue"), ["cat"])]),
+}
+
+
+@pytest.mark.parametrize("tab", CASES)
+def test_a_tab_makes_a_picture_that_depends_on_its_reference_inside_the_mask(page, tab):
+    prompt, slots = CASES[tab]
+    choose(page, tab, prompt, slots)
+    first, masks = generate(page, tab)
+    page.click(f"#{tab}-image-0 button[aria-label='Clear'], #{tab}-image-0 button[aria-label='Remove Image']")
+    page.set_input_files(f"#{tab}-image-0 input[type=file]", png(picture("lime")))
+    page.wait_for_selector(f"#{tab}-image-0 img")
+    second, other_masks = generate(page, tab)
+
+    change = np.abs(first - second).mean(-1)
+    inside = marked(first, masks) | marked(second, other_masks)
+    assert change.max() > 2, "another reference must give another picture"
+    assert 0.02 < inside.mean() < 0.98
+    assert change[inside].mean() > change[~inside].mean()
+    assert not page.foreign, "the page must load nothing from elsewhere"
+
+
+def test_a_mistake_is_answered_with_a_sentence(page):
+    page.fill("#One2One-prompt textarea", "a dog runs")
+    page.click("#One2One-generate")
+    toast = page.wait_for_selector("[data-testid=toast-body], .toast-body", timeout=10_000)
+    assert "Add a picture of the subject" in toast.inner_text()
+
+
+def test_the_page_fits_a_phone(url, browser):
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(url)
+    page.wait_for_selector("#One2One-prompt")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.close()
