@@ -1,10 +1,11 @@
-"""A Ray Serve of one's own on this machine, for `app.py`, notebooks and tests."""
+"""A Ray Serve of one's own on this machine, or one that runs already: for `app.py`, notebooks and tests."""
 
 import logging
 import os
 import socket
 
 from .client import HandleClient
+from .errors import ServerError
 from .settings import Settings
 
 NAME = "realcustom"  # of the Serve application
@@ -62,6 +63,27 @@ def start(
     serve.run(app(settings or Settings()), name=NAME, route_prefix=route_prefix)
     handle = serve.get_deployment_handle(REPLICA, app_name=NAME)
     return LocalServer(handle, f"http://{host}:{port}{route_prefix.rstrip('/')}", owns_ray=owns_ray)
+
+
+def join(address: str = "auto") -> HandleClient:
+    """A client of the application that already runs on a Ray cluster.
+
+    Args:
+        address: as `ray.init` takes it.
+    Raises:
+        ServerError: no application of ours runs there.
+    """
+    import ray
+    from ray import serve
+
+    from .build import REPLICA
+
+    if not ray.is_initialized():
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+    for name, application in serve.status().applications.items():
+        if REPLICA in application.deployments:
+            return HandleClient(serve.get_deployment_handle(REPLICA, app_name=name))
+    raise ServerError(f"no RealCustom++ server runs at {address!r}; start one with `serve run serving:app`.")
 
 
 def free_port(host: str = "127.0.0.1") -> int:
