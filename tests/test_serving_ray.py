@@ -16,7 +16,7 @@ from tiny import picture, tiny_pipeline
 from realcustom import RealCustomPipeline
 from serving.client import HttpClient, InvalidRequest, Overloaded, Progress, Queued, Request, Result, Subject
 from serving.images import encode_image
-from serving.local import LocalServer, start
+from serving.local import LocalServer, join, start
 from serving.settings import Settings
 
 PROMPT = "a dog and a cat"
@@ -276,3 +276,8 @@ def test_the_openai_client_works(server):
     assert events[-1] == "image_edit.completed" and set(events[:-1]) <= {"image_edit.partial_image"}
     with pytest.raises(openai.UnprocessableEntityError, match="target_phrase"):
         client.images.edit(image=dog, prompt=PROMPT)
+
+
+def test_a_running_server_can_be_joined(server):
+    """`join` finds the application on the cluster this process is connected to."""
+    assert asyncio.run(join().model()) == asyncio.run(server.model())

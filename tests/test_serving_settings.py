@@ -1,0 +1,61 @@
+"""Settings: what a command line gives as text, and what a configuration file gives."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from serving.settings import PROJECT_ROOT, Settings, locate
+
+CONFIGS = sorted((PROJECT_ROOT / "serving" / "configs").glob("*.yaml"))
+
+
+def test_text_of_the_command_line_is_understood():
+    """`serve run serving:app key=value` gives strings."""
+    settings = Settings.model_validate({"max_batch_size": "4", "stall_timeout_s": "9.5", "num_replicas": "2"})
+    assert (settings.max_batch_size, settings.stall_timeout_s) == (4, 9.5)
+    assert settings.min_replicas == settings.max_replicas == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_batchsize": "4"},
+        {"device": "tpu"},
+        {"max_batch_size": "0"},
+        {"min_replicas": "3", "max_replicas": "2"},
+        {"num_replicas": "2", "max_replicas": "2"},
+    ],
+)
+def test_typos_and_contradictions_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        Settings.model_validate(wrong)
+
+
+def test_the_device_decides_about_gpus():
+    assert Settings(device="cpu").placed().num_gpus == 0
+    assert Settings(device="cuda").placed().num_gpus == 1
+    assert Settings(device="cuda", num_gpus=0.5).placed().num_gpus == 0.5
+
+
+def test_models_are_found_from_any_folder(tmp_path, monkeypatch):
+    """The project's own model is found relative to the project, others relative to the current folder."""
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Settings(model="mine", device="cpu").placed().model == str(tmp_path / "mine")
+    assert Settings(model="serving", device="cpu").placed().model == "serving"
+    assert Path(locate("serving")) == PROJECT_ROOT / "serving" and os.getcwd() == str(tmp_path)
+    assert locate("owner/name") == "owner/name"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path):
+    """Every file in serving/configs is what Ray Serve and our settings take."""
+    schema = pytest.importorskip("ray.serve.schema")
+    config = yaml.safe_load(path.read_text())
+    schema.ServeDeploySchema.model_validate(config)
+    for application in config["applications"]:
+        assert application["import_path"] == "serving:app"
+        Settings.model_validate(application["args"])
