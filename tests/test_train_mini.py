@@ -123,11 +123,12 @@ def test_adapter_alone_learns():
     assert all(p.grad is None for p in unet.parameters())
 
 
-def test_base_steps_of_each_size_count_up():
+@pytest.mark.parametrize("details_from, full_size_steps", [(None, 6), (17, 25), (12, 30)])
+def test_base_steps_of_each_size_count_up(details_from, full_size_steps):
     """Each size numbers its own steps without gaps, so that a pool moves on by one at each of its steps."""
     seen = {64: [], 128: []}
     for step in range(40):
-        size, turn = size_and_turn(step, half_steps=10)
+        size, turn = size_and_turn(step, details_from)
         seen[size].append(turn)
     assert all(turns == list(range(len(turns))) for turns in seen.values())
-    assert len(seen[128]) == 15
+    assert len(seen[128]) == full_size_steps

@@ -60,11 +60,12 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def checkpoint_step(folder: Path) -> int:
-    """How many steps the checkpoint has seen."""
+def checkpoint_state(folder: Path) -> dict[str, int]:
+    """`step`, `samples` and `begun` (the step at which its optimizer was new) of the checkpoint; zeros without one."""
     found = find_checkpoint(folder)
-    assert found is not None, folder
-    return json.loads((found / "state.json").read_text())["step"]
+    if found is None:
+        return {"step": 0, "samples": 0, "begun": 0}
+    return json.loads((found / "state.json").read_text())
 
 
 def load_checkpoint(folder: Path, module: nn.Module, average: Average, optimizer) -> dict:

@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from realcustom.config import RealCustomConfig, SamplingDefaults
 from realcustom.pipeline import RealCustomPipeline
 
+from .checkpoint import checkpoint_state
 from .data.scenes import SCENES
 from .data.sprites import TRAINED
 from .latents import LatentCodec
@@ -22,6 +23,8 @@ from .tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
+EXPORTED = ("vae", "base", "vision", "adapter")
+TRAINING = "training.json"
 SAMPLING = SamplingDefaults(
     height=PICTURE_SIZE,
     width=PICTURE_SIZE,
@@ -32,12 +35,16 @@ SAMPLING = SamplingDefaults(
 )
 
 
+def samples_seen(out: Path) -> dict[str, int]:
+    """Stage -> training samples behind its weights."""
+    return {stage: checkpoint_state(out / stage / "checkpoint")["samples"] for stage in EXPORTED}
+
+
 def build_pipeline(out: Path) -> RealCustomPipeline:
     """The pipeline of the stages' averaged weights, fp32 on the CPU."""
-    model = load_base(out)
+    model, encoders = load_base(out), load_vision(out)
     model.unet.set_attn_processor(AttnProcessor())
-    encoders = load_vision(out)
-    for encoder in (encoders.siglip, encoders.dino):
+    for encoder in (model.text_encoder, model.text_encoder_2, encoders.siglip, encoders.dino):
         encoder.set_attn_implementation("sdpa")
     return RealCustomPipeline(
         vae=LatentCodec(out).vae,
@@ -63,6 +70,7 @@ def export(out: Path, target: Path) -> None:
     pipeline.save_pretrained(fresh, safe_serialization=True)
     vocabulary = {"subjects": list(TRAINED), "scenes": list(SCENES)}
     (fresh / "vocabulary.json").write_text(json.dumps(vocabulary, indent=2) + "\n")
+    (fresh / TRAINING).write_text(json.dumps(samples_seen(out), indent=2) + "\n")
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

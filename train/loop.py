@@ -34,7 +34,6 @@ class LoopConfig:
     batch_size: int
     learning_rate: float = 1e-3
     warmup_steps: int = 200
-    weight_decay: float = 0.01
     decay: float = 0.3
     max_samples: int | None = None
     max_seconds: float | None = None
@@ -44,14 +43,25 @@ class LoopConfig:
     log_every: int = 25
     seed: int = 0
 
+    def remaining(self, step: int) -> float:
+        """1 until the learning rate begins to fall, 0 at the end; always 1 if there is no end."""
+        if self.max_samples is None:
+            return 1.0
+        return max(0.0, min(1.0, (1 - step * self.batch_size / self.max_samples) / self.decay))
 
-def learning_rate(config: LoopConfig, step: int) -> float:
-    """Warm up, stay, and fall towards the end if there is one; an end can be set, or moved, at any resume."""
-    rate = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps)
-    if config.max_samples is None:
-        return rate
-    left = 1 - step * config.batch_size / config.max_samples
-    return rate * max(0.02, min(1.0, left / config.decay))
+
+def learning_rate(config: LoopConfig, step: int, begun: int = 0) -> float:
+    """Warm up, stay, and fall towards the end if there is one; an end can be set, or moved, at any resume.
+
+    `begun`: the step at which the optimizer was new.
+    """
+    rate = config.learning_rate * min(1.0, (step - begun + 1) / config.warmup_steps)
+    return rate * max(0.02, config.remaining(step))
+
+
+def new_optimizer(parameters) -> torch.optim.AdamW:
+    """Every stage's; its learning rate is set at each step."""
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -78,17 +88,16 @@ def run_loop(
         signal.signal(sign, lambda *_: stopping.append(True))
 
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, foreach=True
-    )
+    optimizer = new_optimizer(parameters)
     average = Average(module, config.average_decay)
-    checkpoint, step = config.out / "checkpoint", 0
+    checkpoint, step, begun = config.out / "checkpoint", 0, 0
     if (found := find_checkpoint(checkpoint)) is not None:
-        step = load_checkpoint(found, module, average, optimizer)["step"]
+        state = load_checkpoint(found, module, average, optimizer)
+        step, begun = state["step"], state["begun"]
         log.info("resuming at step %d", step)
 
     def save() -> None:
-        state = {"step": step, "samples": step * config.batch_size, "seed": config.seed}
+        state = {"step": step, "samples": step * config.batch_size, "begun": begun}
         save_checkpoint(checkpoint, module, average, optimizer, state)
 
     def show() -> None:
@@ -112,7 +121,7 @@ def run_loop(
     logged_at, logged_step = start, step
     while config.max_samples is None or step * config.batch_size < config.max_samples:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = learning_rate(config, step, begun)
         loss, numbers = loss_of_step(step, step_generator(config.seed, step))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)

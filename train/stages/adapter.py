@@ -20,7 +20,7 @@ from realcustom.adapter import RealCustomAdapter, VisionKeysValues
 from realcustom.attention import VisualAttention, install_processors
 from realcustom.vision import VisionFeatures
 
-from ..checkpoint import checkpoint_step, load_average
+from ..checkpoint import checkpoint_state, load_average
 from ..data.pool import Entry, SamplePool
 from ..data.render import CAPTION_BYTES, RenderPairs, unpack_captions
 from ..diffusion import min_snr_weight, sample_latents, size_condition, v_target
@@ -31,6 +31,7 @@ from ..pictures import save_grid, to_signed
 from .base import TextToImage, load_base
 from .vision import load_vision
 
+BATCH_SIZE = 32
 HALF_SIZE_SAMPLES = 64_000
 CURRICULUM_SAMPLES = 20_000  # fresh pairs over which the curriculum of Eq. 10-13 runs
 OUTSIDE_WEIGHT = 0.3
@@ -55,7 +56,7 @@ class AdapterTask:
         self.model.unet.to(memory_format=torch.channels_last)
         install_processors(self.model.unet)
         self.encoders = load_vision(out, device)
-        self.vision_step = checkpoint_step(out / "vision" / "checkpoint")
+        self.vision_step = checkpoint_state(out / "vision" / "checkpoint")["step"]
         self.codec = LatentCodec(out, device)
         self.scheduler = build_scheduler()
 
@@ -110,7 +111,7 @@ def draw_noisy(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
 
 def train_adapter(out: Path, device: str = "cpu", **options) -> None:
     config = LoopConfig(
-        out=out / "adapter", batch_size=32, learning_rate=6e-4, warmup_steps=100, average_decay=0.998,
+        out=out / "adapter", batch_size=BATCH_SIZE, learning_rate=6e-4, warmup_steps=100, average_decay=0.998,
         save_every_s=120, preview_every_s=240, **options,
     )  # fmt: skip
     task = AdapterTask(out, device)

@@ -1,10 +1,10 @@
 """Stage `base`: text to image. The UNet and both text encoders, from nothing, on latents of the sprite world.
 
-The first part of the run works on half-size pictures, three times as many a second: words, shapes and layout are
-learned there, details afterwards, as SDXL itself was trained. Every second later step is of half size too, so that both
-stay usable.
+Most steps work on half-size pictures, three times as many a second: words, shapes and layout are learned there, as SDXL
+itself was trained. While the learning rate falls every step is of full size, for the details.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,8 @@ from ..pictures import save_grid, to_signed
 from ..tokenizer import load_tokenizer
 
 CAPTION_DROPOUT = 0.1
-HALF_SIZE_SAMPLES = 28_800
-HALF_SIZE_EVERY = 2
+BATCH_SIZE = 128
+FULL_SIZE_EVERY = 6
 PREVIEW_PROMPTS = (
     "a dog on the beach",
     "a cat in the snow",
@@ -48,14 +48,18 @@ PREVIEW_PROMPTS = (
 )
 
 
-def size_and_turn(step: int, half_steps: int) -> tuple[int, int]:
-    """Picture size of a step in px, and how many earlier steps had that size."""
-    if step < half_steps:
-        return PICTURE_SIZE // 2, step
-    late, turn = divmod(step - half_steps, HALF_SIZE_EVERY)
-    if turn == HALF_SIZE_EVERY - 1:
-        return PICTURE_SIZE // 2, half_steps + late
-    return PICTURE_SIZE, late * (HALF_SIZE_EVERY - 1) + turn
+def size_and_turn(step: int, details_from: int | None = None) -> tuple[int, int]:
+    """Picture size of a step in px, and how many earlier steps had that size.
+
+    From step `details_from` on, every step is of full size.
+    """
+    mixed = step if details_from is None else min(step, details_from)
+    full = mixed // FULL_SIZE_EVERY
+    if mixed < step:
+        return PICTURE_SIZE, full + step - mixed
+    if step == details_from or step % FULL_SIZE_EVERY == FULL_SIZE_EVERY - 1:
+        return PICTURE_SIZE, full
+    return PICTURE_SIZE // 2, step - full
 
 
 class TextToImage(nn.Module):
@@ -66,6 +70,8 @@ class TextToImage(nn.Module):
         self.tokenizer = tokenizer
         self.unet = build_unet().to(memory_format=torch.channels_last)
         self.text_encoder, self.text_encoder_2 = build_text_encoders(tokenizer)
+        for encoder in (self.text_encoder, self.text_encoder_2):  # as `plain_attention`
+            encoder.set_attn_implementation("eager")
 
     def tokens(self, captions: list[str]) -> Tensor:
         """int64 [B, T]."""
@@ -96,15 +102,18 @@ def draw_noise(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
     return noise, (offsets * 1000).long().clamp_max(999).to(clean.device)
 
 
-def train_base(out: Path, device: str = "cpu", **options) -> None:
-    config = LoopConfig(out=out / "base", batch_size=32, learning_rate=1e-3, warmup_steps=300, **options)
+def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options) -> None:
+    config = LoopConfig(out=out / "base", batch_size=BATCH_SIZE, learning_rate=1e-3, warmup_steps=100, **options)
     torch.manual_seed(0)
     model = TextToImage(load_tokenizer(out)).to(device)
     if device == "cpu":
         plain_attention(model.unet)
     scheduler = build_scheduler()
     codec = LatentCodec(out, device)
-    half_steps = HALF_SIZE_SAMPLES // config.batch_size
+    details_from = None
+    if config.max_samples is not None:
+        details_from = math.ceil((1 - config.decay) * config.max_samples / config.batch_size)
+    unet = torch.compile(model.unet, dynamic=False) if compiled else model.unet
     pools: dict[int, SamplePool] = {}
 
     def encode(raw: Entry) -> Entry:
@@ -116,12 +125,12 @@ def train_base(out: Path, device: str = "cpu", **options) -> None:
             fields = {"latents": ((4, side, side), "float16"), "caption": ((CAPTION_BYTES,), "uint8")}
             folder = config.out / f"pool_{size}"
             render = RenderSamples(size=size)
-            pools[size] = SamplePool(folder, fields, render, encode, start=6000, capacity=60_000, per_step=6)
+            pools[size] = SamplePool(folder, fields, render, encode, start=16_000, capacity=60_000, per_step=12)
             pools[size].fill(turn)
         return pools[size]
 
     def loss_of_step(step: int, generator: torch.Generator):
-        size, turn = size_and_turn(step, half_steps)
+        size, turn = size_and_turn(step, details_from)
         pool = pool_for(size, turn)
         pool.refresh(turn)
         entry = pool.batch(turn, torch.rand(config.batch_size, generator=generator).numpy())
@@ -131,10 +140,10 @@ def train_base(out: Path, device: str = "cpu", **options) -> None:
         noise, steps = draw_noise(clean, generator)
         with torch.autocast(device.split(":")[0], torch.bfloat16):
             embeds, pooled = model.encode_text(model.tokens(captions).to(device))
-            return diffusion_loss(model.unet, scheduler, clean, noise, steps, embeds, pooled).mean(), {}
+            return diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled).mean(), {}
 
     def preview(step: int) -> None:
-        side = (PICTURE_SIZE // 2 if step < half_steps else PICTURE_SIZE) // LATENT_FACTOR
+        side = PICTURE_SIZE // LATENT_FACTOR
         noise = torch.randn(len(PREVIEW_PROMPTS), 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
         embeds, pooled = model.encode_text(model.tokens([*PREVIEW_PROMPTS, ""]).to(device))
         latents = sample_latents(model.unet, scheduler, embeds[:-1], pooled[:-1], embeds[-1:], pooled[-1:], noise)

@@ -17,6 +17,7 @@ from ..loop import LoopConfig, run_loop
 from ..networks import build_vae
 from ..pictures import save_grid, to_signed
 
+BATCH_SIZE = 32
 CROP = 64  # px
 LATENT_NOISE = 0.05  # the decoder must bear what diffusion leaves behind
 
@@ -40,7 +41,9 @@ def vae_loss(vae, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, d
 
 
 def train_vae(out: Path, device: str = "cpu", **options) -> None:
-    config = LoopConfig(out=out, batch_size=32, learning_rate=2e-3, average_decay=0.995, warmup_steps=100, **options)
+    config = LoopConfig(
+        out=out, batch_size=BATCH_SIZE, learning_rate=2e-3, average_decay=0.995, warmup_steps=100, **options
+    )
     vae = build_vae().to(device, memory_format=torch.channels_last)
     pool = SamplePool(
         out / "pool", {"pixels": ((3, 128, 128), "uint8")}, RenderPictures(), start=4000, capacity=6000, per_step=2

@@ -30,6 +30,7 @@ from ..loop import LoopConfig, run_loop
 from ..networks import VISION_SIZE, VISION_WIDTH, build_vision_encoders
 from ..pictures import save_grid, to_signed
 
+BATCH_SIZE = 24
 THUMBNAIL = 32  # px
 TEMPERATURE = 0.1
 MINI_VISION = VisionConfig(siglip_shallow=(0, 1, 2), siglip_deep=3, dino_shallow=(0, 1, 2), dino_deep=3)
@@ -134,7 +135,7 @@ def vision_loss(model: VisionTeacher, entry: dict[str, Tensor], generator: torch
 def train_vision(out: Path, device: str = "cpu", **options) -> None:
     config = LoopConfig(
         out=out,
-        batch_size=24,
+        batch_size=BATCH_SIZE,
         learning_rate=1e-3,
         average_decay=0.995,
         preview_every_s=120,
