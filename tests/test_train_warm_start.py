@@ -24,7 +24,7 @@ def started(tmp_path_factory):
 
 
 def test_weights_and_sample_counts_are_the_models(started):
-    """The averages that other stages load equal the shipped weights; stages the model has not seen have no checkpoint."""
+    """The averages that other stages load equal the shipped weights; unseen stages have no checkpoint."""
     base = load_base(started)
     for part in ("unet", "text_encoder", "text_encoder_2"):
         shipped = {k: v for f in (MINI / part).glob("*.safetensors") for k, v in load_file(f).items()}

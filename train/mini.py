@@ -1,7 +1,8 @@
 """The recipe of the embedded model: `python -m train.mini STAGE --out FOLDER`.
 
-Stages in order: sprites (or start, from a shipped model), tokenizer, vae, base, vision, adapter, evaluate, export. Each keeps checkpoints under
-`FOLDER/STAGE` and takes up where it left off. Worker processes import this file again, so heavy imports wait.
+Stages in order: sprites (or start, from a shipped model), tokenizer, vae, base, vision, adapter, judges, evaluate,
+export. Each keeps checkpoints under `FOLDER/STAGE` and takes up where it left off. Worker processes import this file
+again, so heavy imports wait.
 """
 
 import argparse

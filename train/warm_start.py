@@ -29,7 +29,7 @@ def warm_start(model: Path, out: Path) -> None:
         if find_checkpoint(out / stage / "checkpoint") is not None:
             raise FileExistsError(f"{out / stage} has a checkpoint already; it would be lost. Choose another folder.")
     samples = json.loads((model / TRAINING).read_text())
-    pipeline = RealCustomPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipeline = RealCustomPipeline.from_pretrained(model, dtype=torch.float32)
     shutil.copytree(model / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
 
     text_to_image = base.TextToImage(pipeline.tokenizer)
