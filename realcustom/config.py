@@ -34,6 +34,8 @@ class MethodConfig:
         time_ids: order of the size condition, "height_first" as in stock SDXL or "width_first".
         unconditional_vision: what the unconditional row of Eq. 17 sees: "none", or the "black_picture" inside the
             same masks.
+        final_latents: what is decoded in the end: the "sample" after the last step, as diffusers does, or the last
+            "clean_estimate", which the release's sampler need not step onto.
     """
 
     mask_maps: Literal["self_times_cross", "all_cross"] = "self_times_cross"
@@ -46,6 +48,7 @@ class MethodConfig:
     pooled_projection: bool = True
     time_ids: Literal["height_first", "width_first"] = "height_first"
     unconditional_vision: Literal["none", "black_picture"] = "none"
+    final_latents: Literal["sample", "clean_estimate"] = "sample"
 
     def __post_init__(self) -> None:
         _check_choice(
@@ -57,6 +60,7 @@ class MethodConfig:
             reference_resize=("antialias", "bilinear_uint8"),
             time_ids=("height_first", "width_first"),
             unconditional_vision=("none", "black_picture"),
+            final_latents=("sample", "clean_estimate"),
         )
 
     @classmethod
@@ -73,6 +77,7 @@ class MethodConfig:
                 pooled_projection=False,
                 time_ids="width_first",
                 unconditional_vision="black_picture",
+                final_latents="clean_estimate",
             )
         raise ValueError(f"preset {name!r} does not exist; use 'paper' or 'release'.")
 

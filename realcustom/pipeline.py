@@ -392,7 +392,11 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
     @torch.no_grad()
     def decode(self, generations: Sequence[Generation]) -> list[Image.Image]:
         """Finished pictures; of one size, decoded one by one so that each is the same in any company."""
-        return [self._decode(g.latents) for g in generations]
+        return [self._decode(self._final_latents(g)) for g in generations]
+
+    def _final_latents(self, generation: Generation) -> Tensor:
+        estimate = self.realcustom_config.method.final_latents == "clean_estimate"
+        return generation.predicted_clean if estimate and generation.done else generation.latents
 
     @torch.no_grad()
     def preview(self, generations: Sequence[Generation]) -> list[Image.Image]:
@@ -493,8 +497,8 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         if output_type == "pil":
             return self.decode(generations)
         if output_type == "latent":
-            return torch.stack([g.latents for g in generations])
-        pictures = [self._decode(g.latents, output_type) for g in generations]
+            return torch.stack([self._final_latents(g) for g in generations])
+        pictures = [self._decode(self._final_latents(g), output_type) for g in generations]
         return torch.stack(pictures) if output_type == "pt" else np.stack(pictures)
 
 

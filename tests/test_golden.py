@@ -27,6 +27,7 @@ from realcustom import MethodConfig, RealCustomAdapter, RealCustomConfig, RealCu
 from realcustom.attention import VisualAttention
 from realcustom.config import VisionConfig
 from realcustom.mask import average_maps, guidance_masks
+from realcustom.scheduler import AlternatingDPMSolverScheduler
 from realcustom.vision import VisionFeatures, reference_views, to_pixels
 from realcustom.weights import convert_official, convert_timm_vit
 
@@ -166,10 +167,15 @@ class GoldenSet:
         found = (adapter or self.pipeline.adapter)(self.features(reference))
         return [{n: (k[i : i + 1], v[i : i + 1]) for n, (k, v) in found.items()} for i in range(self.batch)]
 
-    def generations(self, references=("ref1",), phrases=("phrase",), adapter=None, **settings):
+    def generations(
+        self, references=("ref1",), phrases=("phrase",), adapter=None, scheduler=None, scope_ratio=None, **settings
+    ):
         """One generation per batch item at the stored time step, with the stored references in place."""
         meta = self.meta
-        subjects = tuple(Subject(image=self.image(i), target_phrase=meta[phrase]) for i, phrase in enumerate(phrases))
+        subjects = tuple(
+            Subject(image=self.image(i), target_phrase=meta[phrase], scope_ratio=scope_ratio)
+            for i, phrase in enumerate(phrases)
+        )
         request = Request(
             prompt=meta["prompt"],
             negative_prompt=meta["negative_prompt"],
@@ -181,7 +187,7 @@ class GoldenSet:
         made = []
         per_reference = [self.keys_values(r, adapter) for r in references]
         for i in range(self.batch):
-            generation = self.pipeline.prepare(request, latents=self.inputs["latent"][i])
+            generation = self.pipeline.prepare(request, latents=self.inputs["latent"][i], scheduler=scheduler)
             generation.references = tuple(r[i] for r in per_reference)
             if "num_inference_steps" not in settings:
                 generation.scheduler.timesteps = self.inputs["timestep"][None]
@@ -388,20 +394,30 @@ def test_two_references(golden):
     close(torch.stack(golden.pipeline.generation_branch(generations)), outputs["multi/cfg"], TOLERANCE["cfg"])
 
 
-def test_ddim_loop(golden):
+LOOPS = {"ddim": None, "dpm_reuse2": AlternatingDPMSolverScheduler()}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_sampling_loop(golden, name, monkeypatch):
     """The whole loop: mask, guided output, latent and clean estimate after every step, all pictures in one call."""
-    settings = golden.meta["loops"]["ddim"]
+    settings = golden.meta["loops"][name]
+    steps, scope = settings["steps"], settings["mask_scope"]
+    config = replace(golden.pipeline.realcustom_config, method=method_of(settings["mask_strategy"]))
+    monkeypatch.setattr(golden.pipeline, "realcustom_config", config)
+    stop = min(steps, settings["mask_reused_step"])
     generations = golden.generations(
-        num_inference_steps=settings["steps"], early_stop_step=min(settings["steps"], settings["mask_reused_step"])
+        scheduler=LOOPS[name], scope_ratio=scope, num_inference_steps=steps, early_stop_step=stop
     )
     assert generations[0].scheduler.timesteps.tolist() == settings["timesteps"]
-    stored = {name: golden.loops[f"ddim/{name}"] for name in ("latents", "masks", "pred_original_sample")}
-    for step in range(settings["steps"]):
+    stored = {part: golden.loops[f"{name}/{part}"] for part in ("latents", "masks", "pred_original_sample")}
+    for step in range(steps):
         golden.pipeline.step(generations)
         for i, g in enumerate(generations):
             assert torch.equal(g.guidance_masks > 0, stored["masks"][step, i] > 0)
             close(g.latents, stored["latents"][step, i], TOLERANCE["loop"])
             close(g.predicted_clean, stored["pred_original_sample"][step, i], TOLERANCE["loop"])
+    decoded = golden.pipeline._output(generations, "latent")
+    close(decoded, stored["pred_original_sample"][-1], TOLERANCE["loop"])
 
 
 def test_stored_phrase_positions_that_are_whole_words(golden):
