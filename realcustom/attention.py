@@ -1,21 +1,46 @@
 """The attention processors, and the only knowledge of the UNet's insides: which layer works at which resolution.
 
-The processors own no weights and keep nothing between calls. Two keyword doors lead in and out through
-`cross_attention_kwargs`: `vision` (subjects, their keys and values, their masks) and `recorder` (what the guidance
-branch attends to). Without them every layer computes exactly what the stock processor computes.
+The processors own no weights. For one UNet call they are connected to what each layer needs in it: the references it
+sees (`LayerVision`) and what it records for the guidance masks (`LayerRecording`). Unconnected, every layer computes
+exactly what the stock processor computes. What differs between layers reaches them as tensors, never as names, so that
+`torch.compile` can share one program among all blocks of a shape.
 
 Legend: R rows of the UNet call, P (row, subject) pairs, H heads, Q = h * w positions, T text tokens, N vision tokens,
 C channels of a layer, d = C / H.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .adapter import VisionKeysValues
+
+
+@dataclass(frozen=True)
+class LayerVision:
+    """What one layer sees: keys and values [P, N, C], masks [P, Q, 1] or None, rows [P] or None (see VisualAttention)."""
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    rows: Tensor | None
+
+    def attend(self, query: Tensor) -> Tensor:
+        """Masked visual attention of every pair summed into its row; query [R, H, Q, d] -> [R, Q, C]."""
+        asked = query if self.rows is None else query[self.rows]
+        key, value = _split_heads(self.key, query), _split_heads(self.value, query)
+        seen = _merge_heads(F.scaled_dot_product_attention(asked, key, value))
+        if self.mask is not None:
+            seen = seen * self.mask.to(seen.dtype)
+        if self.rows is None:
+            return seen
+        return seen.new_zeros(len(query), *seen.shape[1:]).index_add(0, self.rows, seen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,23 +55,19 @@ class VisualAttention:
 
     rows: Tensor | None
     keys_values: Sequence[VisionKeysValues]
-    masks: dict[int, Tensor] | None
+    masks: Mapping[int, Tensor] | None
 
-    def attend(self, layer: str, level: int, query: Tensor) -> Tensor:
-        """Masked visual attention of every pair summed into its row; query [R, H, Q, d] -> [R, Q, C]."""
-        key = _stack(kv[layer][0] for kv in self.keys_values)
-        value = _stack(kv[layer][1] for kv in self.keys_values)
-        asked = query if self.rows is None else query[self.rows]
-        seen = _merge_heads(F.scaled_dot_product_attention(asked, *(_split_heads(x, query) for x in (key, value))))
-        if self.masks is not None:
-            seen = seen * self.masks[level].to(seen.dtype)
-        if self.rows is None:
-            return seen
-        return seen.new_zeros(len(query), *seen.shape[1:]).index_add(0, self.rows, seen)
+    def at(self, layer: str, level: int) -> LayerVision:
+        key, value = (_stack([kv[layer][part] for kv in self.keys_values]) for part in (0, 1))
+        return LayerVision(key, value, None if self.masks is None else self.masks[level], self.rows)
 
 
-def _stack(parts) -> Tensor:
-    parts = list(parts)
+class LayerRecording(Protocol):
+    def take(self, query: Tensor, key: Tensor) -> None:
+        """Keep what is needed of queries [R, H, Q, d] and keys [R, H, T, d]."""
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -62,16 +83,14 @@ def _merge_heads(x: Tensor) -> Tensor:
 class RealCustomAttnProcessor:
     """Eq. 4, 16 and 19 in one layer of a stock diffusers UNet; self-attention and cross-attention alike.
 
-    Args:
-        layer: name of the attention module in the UNet.
-        level: resolution level of the layer, 0 for the latent's own resolution.
+    Attributes:
+        vision, recording: what the layer is connected to during a UNet call (see `AttentionLayers.connected`).
     """
 
-    def __init__(self, layer: str, level: int) -> None:
-        self.layer = layer
-        self.level = level
+    def __init__(self) -> None:
+        self.vision: LayerVision | None = None
+        self.recording: LayerRecording | None = None
 
-    # diffusers hands on only the keywords it finds in this signature, so both doors are spelled out.
     def __call__(
         self,
         attn,
@@ -79,8 +98,6 @@ class RealCustomAttnProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        vision: VisualAttention | None = None,
-        recorder=None,
     ) -> Tensor:
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
@@ -90,12 +107,80 @@ class RealCustomAttnProcessor:
             attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], len(text))
             attention_mask = attention_mask.view(len(text), attn.heads, -1, attention_mask.shape[-1])
         out = _merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask))
-        if recorder is not None:
-            recorder.record(self.layer, self.level, query, key, is_cross=encoder_hidden_states is not None)
-        if vision is not None and encoder_hidden_states is not None:
-            out = out + vision.attend(self.layer, self.level, query)
+        if self.recording is not None:
+            self.recording.take(query, key)
+        if self.vision is not None:
+            out = out + self.vision.attend(query)
         out = attn.to_out[1](attn.to_out[0](out))
         return out / attn.rescale_output_factor
+
+
+class LeftEarly(Exception):
+    """Leaves the UNet behind the last layer that records; the rest of the pass would be thrown away."""
+
+
+class AttentionLayers:
+    """Our processors in every attention layer of a stock UNet.
+
+    Attributes:
+        levels: name of each attention layer -> its resolution level, 0 for the latent's own; in the order of the UNet's
+            forward pass. Names end in "attn1" (self-attention) or "attn2" (text cross-attention).
+    """
+
+    def __init__(self, unet) -> None:
+        self._unet = unet
+        self._before = dict(unet.attn_processors)
+        names = sorted((name.removesuffix(".processor") for name in self._before), key=_forward_order)
+        num_levels = len(unet.config.down_block_types)
+        self.levels = {name: attention_level(name, num_levels) for name in names}
+        self._processors = {name: RealCustomAttnProcessor() for name in names}
+        unet.set_attn_processor({f"{name}.processor": p for name, p in self._processors.items()})
+        self._lock = threading.RLock()  # a connection is to one call at a time
+
+    def remove(self) -> None:
+        """Put the processors from before back."""
+        self._unet.set_attn_processor(dict(self._before))
+
+    @contextmanager
+    def connected(
+        self,
+        vision: VisualAttention | None = None,
+        recordings: Mapping[str, LayerRecording] | None = None,
+        leave_early: bool = False,
+    ) -> Iterator[None]:
+        """For the UNet calls inside: who sees which reference, and which layers record.
+
+        Args:
+            vision: references of the text cross-attention layers.
+            recordings: layer name -> its recording.
+            leave_early: end the call behind the last recording layer's transformer by raising `LeftEarly`.
+        """
+        with self._lock:
+            hook = self._leave_behind(max(recordings, key=list(self.levels).index)) if leave_early else None
+            try:
+                for name, processor in self._processors.items():
+                    if vision is not None and name.endswith("attn2"):
+                        processor.vision = vision.at(name, self.levels[name])
+                    processor.recording = (recordings or {}).get(name)
+                yield
+            finally:
+                for processor in self._processors.values():
+                    processor.vision = processor.recording = None
+                if hook is not None:
+                    hook.remove()
+
+    def _leave_behind(self, layer: str):
+        # The transformer around the layer's block: the blocks themselves may be compiled, and a compiled program cannot
+        # raise.
+        def leave(*_) -> None:
+            raise LeftEarly
+
+        return self._unet.get_submodule(layer.split(".transformer_blocks.")[0]).register_forward_hook(leave)
+
+
+def _forward_order(layer: str) -> int:
+    """Sorts layers of the module tree (down, up, mid) into the order of the forward pass."""
+    return ("down_blocks", "mid_block", "up_blocks").index(layer.split(".")[0])
 
 
 def attention_level(layer: str, num_levels: int) -> int:
@@ -116,16 +201,3 @@ def level_sizes(height: int, width: int, num_levels: int) -> list[tuple[int, int
         height, width = (height + 1) // 2, (width + 1) // 2
         sizes.append((height, width))
     return sizes
-
-
-def install_processors(unet) -> Callable[[], None]:
-    """Give every attention layer of a stock UNet our processor; returns a function that puts the old ones back."""
-    num_levels = len(unet.config.down_block_types)
-    before = dict(unet.attn_processors)
-    unet.set_attn_processor(
-        {
-            name: RealCustomAttnProcessor(layer := name.removesuffix(".processor"), attention_level(layer, num_levels))
-            for name in before
-        }
-    )
-    return lambda: unet.set_attn_processor(dict(before))

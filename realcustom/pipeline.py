@@ -23,17 +23,20 @@ from torch import Tensor
 
 from . import adapter as _adapter  # noqa: F401  diffusers finds the adapter's class through the imported module
 from .adapter import RealCustomAdapter, VisionKeysValues
-from .attention import VisualAttention, attention_level, install_processors, level_sizes
+from .attention import AttentionLayers, LeftEarly, VisualAttention, level_sizes
 from .config import RealCustomConfig, SamplingDefaults
 from .generation import Generation
 from .mask import average_maps, guidance_masks
-from .recorder import AttentionRecorder, RecordingComplete, plan_recording
+from .recorder import AttentionRecorder
 from .request import Request, Subject, to_rgb
 from .text import TextCondition, TextEncoders
 from .vision import VisionEncoders, VisionFeatures
 
 REFERENCE_CACHE_BYTES = 1 << 30  # about four references of SDXL in bf16
 TEXT_CACHE_ENTRIES = 64
+# Numbers of subjects of pictures that step together: what makes `torch.compile` see every kind of call, each twice with
+# different batch sizes, after which it takes these as dynamic.
+WARM_UP_GROUPS = ((1,), (2,), (1, 1), (2, 1, 1), (1, 1, 1), (2, 2), (0,), (0, 0), (0, 0, 0), (1, 0, 2))
 
 
 @dataclass
@@ -106,10 +109,8 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         self.vae_scale_factor = _spatial_compression(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._num_levels = len(unet.config.down_block_types)
-        install_processors(unet)
-        layers = [name.removesuffix(".processor") for name in unet.attn_processors]
-        self._layer_levels = {name: attention_level(name, self._num_levels) for name in layers}
-        self._recording = plan_recording(self._layer_levels, realcustom_config.method.mask_maps)
+        self._attention = AttentionLayers(unet)
+        self._compiled = False
         self._references: OrderedDict[bytes, VisionKeysValues] = OrderedDict()
         self._texts: OrderedDict[str, TextCondition] = OrderedDict()
         self._cache_lock = threading.RLock()  # a server prepares one picture while another one steps
@@ -150,6 +151,47 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         with self._cache_lock:
             self._references.clear()
             self._texts.clear()
+
+    def compile(self, **options) -> None:
+        """Compile the UNet's transformer blocks with `torch.compile`, one program for all blocks of a shape.
+
+        Programs are made when first needed; `warm_up` makes them all. Batch sizes are dynamic, picture sizes are not.
+
+        Args:
+            options: of `torch.compile`, such as `mode="max-autotune-no-cudagraphs"`.
+        """
+        # Each level has programs for one row and for several, with and without references, recording and not.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        self.unet.compile_repeated_blocks(fullgraph=True, **options)
+        self._compiled = True
+
+    def warm_up(self, sizes: Sequence[tuple[int, int]] = ()) -> None:
+        """Do each kind of work once, so that the first real picture does not wait and a broken model fails here.
+
+        Args:
+            sizes: (height, width) in px to be ready for; the default size if there are none.
+        """
+        groups = WARM_UP_GROUPS if self._compiled else WARM_UP_GROUPS[:1]
+        names = ("ball", "box")
+        for height, width in sizes or [(None, None)]:
+            for guidance_scale in (None, 1.0)[: len(groups)]:
+                for group in groups:
+                    generations = []
+                    for number in group:
+                        grey = Image.new("RGB", (64, 64), "grey")
+                        subjects = tuple(Subject(image=grey, target_phrase=name) for name in names[:number])
+                        request = Request(
+                            prompt="a ball and a box",
+                            subjects=subjects if self.adapter is not None else (),
+                            height=height,
+                            width=width,
+                            guidance_scale=guidance_scale,
+                            seed=0,
+                        )
+                        generations.append(self.prepare(request))
+                    self.step(generations)
+            self.preview(generations)
+        self.clear_caches()
 
     # ---- prepare: everything that depends on the request alone -------------------------------------------------
 
@@ -285,22 +327,22 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
 
     def guidance_branch(self, generations: Sequence[Generation]) -> None:
         """Text alone; what the target words attend to becomes each generation's new guidance masks (Eq. 14, 15, 18)."""
+        recorder = self._recorder(generations)
+        try:
+            self._predict(generations, [g.text for g in generations], recorder=recorder, leave_early=True)
+        except LeftEarly:
+            pass
+        self._set_masks(generations, recorder)
+
+    def _recorder(self, generations: Sequence[Generation]) -> AttentionRecorder:
         num_subjects = max(len(g.references) for g in generations)
         tokens = torch.stack([_pad_rows(g.target_tokens, num_subjects) for g in generations])  # [R, S, T]
-        cross_levels, self_level, num_layers = self._recording
-        recorder = AttentionRecorder(tokens, cross_levels=cross_levels, self_level=self_level, num_layers=num_layers)
-        try:
-            self._predict(generations, [g.text for g in generations], recorder=recorder)
-        except RecordingComplete:
-            pass
-        else:
-            raise AssertionError(f"{recorder.num_missing} of {num_layers} planned layers recorded nothing")
-        self._set_masks(generations, recorder)
+        return AttentionRecorder(self._attention.levels, self.realcustom_config.method.mask_maps, tokens)
 
     def _set_masks(self, generations: Sequence[Generation], recorder: AttentionRecorder) -> None:
         method = self.realcustom_config.method
         sizes = self._level_sizes(generations[0])
-        largest = sizes[min(self._layer_levels.values())]
+        largest = sizes[min(self._attention.levels.values())]
         maps = [m.unflatten(-1, sizes[level]) for level, m in recorder.cross_maps.values()]  # [R, S, h, w] each
         relevance = torch.stack(
             [
@@ -308,8 +350,7 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
                 for row in range(len(generations))
             ]
         )
-        if recorder.self_queries_keys:
-            relevance = recorder.self_attention_times(relevance.flatten(2)).view_as(relevance)
+        relevance = recorder.refine(relevance.flatten(2)).view_as(relevance)
         for generation, m in zip(generations, relevance, strict=True):
             scopes = [s.scope_ratio for s in generation.request.subjects]
             generation.set_masks(guidance_masks(m[: len(scopes)], scopes, method))
@@ -342,14 +383,13 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         if not seen:
             return None
         rows = [row for row, _, references in seen for _ in references]
-        num_rows = len(generations) + len(free)
         sizes = self._level_sizes(generations[0])
         return VisualAttention(
-            rows=None if rows == list(range(num_rows)) else torch.tensor(rows, device=self._device),
+            rows=torch.tensor(rows, device=self._device),
             keys_values=[kv for _, _, references in seen for kv in references],
             masks={
                 level: torch.cat([g.masks_at(sizes[level]) for _, g, _ in seen])
-                for level in set(self._layer_levels.values())
+                for level in set(self._attention.levels.values())
             },
         )
 
@@ -359,6 +399,7 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         texts: Sequence[TextCondition],
         vision: VisualAttention | None = None,
         recorder: AttentionRecorder | None = None,
+        leave_early: bool = False,
     ) -> Tensor:
         """One UNet call, a row per generation and text; fp32 [R, channels, height, width]."""
         dtype = self.unet.dtype
@@ -368,14 +409,14 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
                 "text_embeds": torch.stack([t.pooled for t in texts]).to(dtype),
                 "time_ids": torch.stack([self._time_ids(g) for g in rows]).to(dtype),
             }
-        output = self.unet(
-            torch.stack([g.model_input() for g in rows]).to(dtype),
-            torch.stack([g.timestep for g in rows]),
-            encoder_hidden_states=torch.stack([t.embeds for t in texts]).to(dtype),
-            added_cond_kwargs=added,
-            cross_attention_kwargs={"vision": vision, "recorder": recorder},
-            return_dict=False,
-        )[0]
+        with self._attention.connected(vision, recorder and recorder.layers, leave_early):
+            output = self.unet(
+                torch.stack([g.model_input() for g in rows]).to(dtype),
+                torch.stack([g.timestep for g in rows]),
+                encoder_hidden_states=torch.stack([t.embeds for t in texts]).to(dtype),
+                added_cond_kwargs=added,
+                return_dict=False,
+            )[0]
         return output.float()
 
     def _time_ids(self, generation: Generation) -> Tensor:

@@ -4,16 +4,12 @@ A product of an attention map with a few columns is attention with those columns
 computes both what Eq. 14 needs: cross-attention summed over the target words (columns mark the words), and
 self-attention times a relevance map (the column is the map).
 
-Legend: B rows, S subjects, H heads, Q positions, T text tokens, d head width.
+Legend: B recorded rows, S subjects, H heads, Q positions, T text tokens, d head width.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-class RecordingComplete(Exception):
-    """Leaves the UNet once everything the mask needs is recorded; the rest of the pass would be thrown away."""
 
 
 def attention_times(query: Tensor, key: Tensor, columns: Tensor) -> Tensor:
@@ -26,78 +22,106 @@ def attention_times(query: Tensor, key: Tensor, columns: Tensor) -> Tensor:
     Returns:
         [B, Q, S] in fp32.
     """
-    num_columns, width = columns.shape[-1], query.shape[-1]
+    width = query.shape[-1]
     outs = []
     for part in columns.split(width, dim=-1):  # fused kernels want values as wide as the keys
         value = F.pad(part, (0, width - part.shape[-1])).to(query.dtype)
         value = value[:, None].expand(-1, query.shape[1], -1, -1)
         out = F.scaled_dot_product_attention(query, key, value)
         outs.append(out[..., : part.shape[-1]].float().mean(dim=1))
-    out = torch.cat(outs, dim=-1)
-    assert out.shape[-1] == num_columns
-    return out
+    return torch.cat(outs, dim=-1)
+
+
+class CrossRecording:
+    """Cross-attention of one layer, summed over each subject's target words: `relevance` [B, S, Q].
+
+    Args:
+        columns: marks the tokens of each subject's words, [B, T, S].
+        rows: which rows of the UNet call are recorded, int64 [B]; None for all.
+    """
+
+    def __init__(self, columns: Tensor, rows: Tensor | None) -> None:
+        self.columns, self.rows = columns, rows
+        self.relevance: Tensor | None = None
+
+    def take(self, query: Tensor, key: Tensor) -> None:
+        if self.rows is not None:
+            query, key = query[self.rows], key[self.rows]
+        self.relevance = attention_times(query, key, self.columns).transpose(1, 2)
+
+
+class SelfRecording:
+    """Queries and keys of one self-attention layer, from which M_self times anything can be computed."""
+
+    def __init__(self, rows: Tensor | None) -> None:
+        self.rows = rows
+        self.query: Tensor | None = None
+        self.key: Tensor | None = None
+
+    def take(self, query: Tensor, key: Tensor) -> None:
+        if self.rows is not None:
+            query, key = query[self.rows], key[self.rows]
+        self.query, self.key = query, key
 
 
 class AttentionRecorder:
-    """Collects what a mask needs from one guidance pass.
+    """Collects what masks need from one UNet call.
 
     Args:
+        levels: resolution level of every attention layer, by name.
+        mask_maps: which maps a mask is built from, see `MethodConfig.mask_maps`.
         target_tokens: marks the tokens of each subject's words, [B, S, T] of 0 and 1.
-        cross_levels: levels whose cross-attention is recorded.
-        self_level: level whose self-attention is kept (queries and keys only), or None.
-        num_layers: how many layers will be recorded; the pass is left after the last one.
+        rows: which rows of the call are recorded, int64 [B]; None for all.
 
     Attributes:
-        cross_maps: layer -> (level, relevance [B, S, Q]), in forward order.
-        self_queries_keys: queries and keys of each self-attention layer at `self_level`.
+        layers: name -> recording, for `AttentionLayers.connected`.
     """
 
     def __init__(
-        self, target_tokens: Tensor, *, cross_levels: frozenset[int], self_level: int | None, num_layers: int
+        self, levels: dict[str, int], mask_maps: str, target_tokens: Tensor, rows: Tensor | None = None
     ) -> None:
-        self.columns = target_tokens.transpose(1, 2)  # [B, T, S]
-        self.cross_levels = cross_levels
-        self.self_level = self_level
-        self.num_missing = num_layers
-        self.cross_maps: dict[str, tuple[int, Tensor]] = {}
-        self.self_queries_keys: list[tuple[Tensor, Tensor]] = []
+        cross_levels, self_level = recorded_levels(levels, mask_maps)
+        columns = target_tokens.transpose(1, 2)
+        self.levels = levels
+        self.layers: dict[str, CrossRecording | SelfRecording] = {}
+        for name, level in levels.items():
+            if name.endswith("attn2") and level in cross_levels:
+                self.layers[name] = CrossRecording(columns, rows)
+            elif name.endswith("attn1") and level == self_level:
+                self.layers[name] = SelfRecording(rows)
 
-    def record(self, layer: str, level: int, query: Tensor, key: Tensor, *, is_cross: bool) -> None:
-        if is_cross and level in self.cross_levels:
-            self.cross_maps[layer] = (level, attention_times(query, key, self.columns).transpose(1, 2))
-        elif not is_cross and level == self.self_level:
-            self.self_queries_keys.append((query, key))
-        else:
-            return
-        self.num_missing -= 1
-        assert self.num_missing >= 0, f"{layer} was recorded beyond the planned layers"
-        if self.num_missing == 0:
-            raise RecordingComplete
+    @property
+    def cross_maps(self) -> dict[str, tuple[int, Tensor]]:
+        """Layer -> (level, relevance [B, S, Q])."""
+        recorded = {name: r for name, r in self.layers.items() if isinstance(r, CrossRecording)}
+        assert all(r.relevance is not None for r in recorded.values()), "a planned layer has recorded nothing"
+        return {name: (self.levels[name], r.relevance) for name, r in recorded.items()}
 
-    def self_attention_times(self, relevance: Tensor) -> Tensor:
-        """M_self times `relevance` (Eq. 14), averaged over heads and the recorded layers; [B, S, Q] -> [B, S, Q]."""
+    def refine(self, relevance: Tensor) -> Tensor:
+        """M_self times `relevance` (Eq. 14), averaged over heads and the recorded layers; [B, S, Q] -> [B, S, Q].
+
+        Without recorded self-attention the relevance stays as it is.
+        """
+        recorded = [r for r in self.layers.values() if isinstance(r, SelfRecording)]
+        if not recorded:
+            return relevance
         columns = relevance.transpose(1, 2)
-        products = [attention_times(query, key, columns) for query, key in self.self_queries_keys]
-        return torch.stack(products).mean(dim=0).transpose(1, 2)
+        return torch.stack([attention_times(r.query, r.key, columns) for r in recorded]).mean(dim=0).transpose(1, 2)
 
 
-def plan_recording(layers: dict[str, int], mask_maps: str) -> tuple[frozenset[int], int | None, int]:
-    """Which levels a mask is built from: (cross levels, self level, number of recorded layers).
+def recorded_levels(levels: dict[str, int], mask_maps: str) -> tuple[frozenset[int], int | None]:
+    """Which levels a mask is built from: (levels whose cross-attention counts, level of the self-attention or None).
 
-    Resolutions are told apart by size: the largest one with attention is "high", every smaller one is "low".
-    A UNet with attention at a single resolution uses it for both.
+    Resolutions are told apart by size: the largest one with attention is "high", every smaller one is "low". For SDXL at
+    1024 px these are 64 x 64 and 32 x 32, as in the paper; for SD1.5 at 512 px 64 x 64, and 32 x 32 down to 8 x 8. A
+    UNet with attention at a single resolution uses it for both.
 
     Args:
-        layers: level of every attention layer, self-attention (attn1) and cross-attention (attn2), by name.
+        levels: level of every attention layer by name.
         mask_maps: see `MethodConfig.mask_maps`.
     """
-    levels = set(layers.values())
-    high = min(levels)
+    present = set(levels.values())
+    high = min(present)
     if mask_maps == "all_cross":
-        cross_levels, self_level = frozenset(levels), None
-    else:
-        cross_levels, self_level = frozenset(levels - {high} or levels), high
-    count = sum(
-        level in cross_levels if name.endswith("attn2") else level == self_level for name, level in layers.items()
-    )
-    return cross_levels, self_level, count
+        return frozenset(present), None
+    return frozenset(present - {high} or present), high

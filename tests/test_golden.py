@@ -340,7 +340,7 @@ def predict_generation_row(golden, generations, masks, *, negative: bool = False
         keys_values=[kv for r in references for kv in r],
         masks=None if masks is None else {
             level: torch.cat([g.masks_at(sizes[level]) for g in generations])
-            for level in set(pipeline._layer_levels.values())
+            for level in set(pipeline._attention.levels.values())
         },
     )  # fmt: skip
     return pipeline._predict(generations, [g.negative_text if negative else g.text for g in generations], vision=vision)

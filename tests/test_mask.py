@@ -5,7 +5,7 @@ import torch
 
 from realcustom import MethodConfig
 from realcustom.mask import guidance_masks, keep_scope, share_scopes
-from realcustom.recorder import attention_times, plan_recording
+from realcustom.recorder import attention_times, recorded_levels
 
 PAPER = MethodConfig()
 
@@ -81,5 +81,5 @@ def test_attention_times_columns_equals_the_explicit_map(subjects):
 
 def test_low_resolutions_give_words_and_the_largest_gives_self_attention():
     layers = {"a.attn1": 1, "a.attn2": 1, "b.attn1": 2, "b.attn2": 2, "c.attn1": 2, "c.attn2": 2}
-    assert plan_recording(layers, "self_times_cross") == (frozenset({2}), 1, 3)
-    assert plan_recording(layers, "all_cross") == (frozenset({1, 2}), None, 3)
+    assert recorded_levels(layers, "self_times_cross") == (frozenset({2}), 1)
+    assert recorded_levels(layers, "all_cross") == (frozenset({1, 2}), None)

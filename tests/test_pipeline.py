@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
-from tiny import picture, tiny_pipeline
+from tiny import picture, tiny_pipeline, tiny_unet
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from realcustom import RealCustomPipeline, Request, Subject
-from realcustom.attention import install_processors
+from realcustom.attention import AttentionLayers
 
 PROMPT = "a dog and a cat"
 
@@ -43,27 +44,10 @@ def test_without_subjects_it_is_plain_diffusers(pipeline):
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     before = dict(pipeline.unet.attn_processors)
-    predict = pipeline._predict
-
-    def stock(rows, texts, vision=None, recorder=None):
-        assert vision is None
-        kwargs = pipeline.unet.forward
-
-        def forward(*args, cross_attention_kwargs=None, **rest):
-            return kwargs(*args, **rest)
-
-        pipeline.unet.forward = forward
-        try:
-            return predict(rows, texts)
-        finally:
-            del pipeline.unet.forward
-
     pipeline.unet.set_attn_processor(AttnProcessor2_0())
-    pipeline._predict = stock
     try:
         theirs = latents(pipeline, request)
     finally:
-        del pipeline._predict
         pipeline.unet.set_attn_processor(before)
     assert torch.allclose(ours, theirs, atol=1e-5)
 
@@ -156,26 +140,34 @@ def test_a_reference_is_encoded_once(pipeline, monkeypatch):
     assert len(calls) == 1
 
 
-def test_no_attention_map_is_stored_at_full_size(pipeline):
-    """The largest tensor a recorder keeps is a query or key, never positions times positions or tokens."""
-    from realcustom import recorder as module
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation makes."""
 
-    kept = []
-    original = module.AttentionRecorder.record
+    def __init__(self):
+        super().__init__()
+        self.numel, self.operation = 0, ""
 
-    def spy(self, *args, **kwargs):
-        try:
-            original(self, *args, **kwargs)
-        finally:
-            kept.append([m for _, m in self.cross_maps.values()])
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(made, torch.Tensor) and made.numel() > self.numel and not made._is_view():
+                self.numel, self.operation = made.numel(), str(func)
+        return out
 
-    module.AttentionRecorder.record = spy
-    try:
-        latents(pipeline, Request(prompt=PROMPT, subjects=(dog(),), num_inference_steps=1))
-    finally:
-        module.AttentionRecorder.record = original
-    assert kept
-    assert all(m.shape[:2] == (1, 1) and m.shape[2] in (16, 64) for maps in kept for m in maps)
+
+def test_no_step_makes_an_attention_map(pipeline):
+    """The largest tensor of a step, guidance branch and two subjects included, is no larger than plain text-to-image's.
+
+    A single head's self-attention map of one row alone would be four times as large.
+    """
+    sizes = {}
+    for name, subjects in (("plain", ()), ("two subjects", (dog(), cat()))):
+        generation = pipeline.prepare(Request(prompt=PROMPT, subjects=subjects, seed=0, height=256, width=256))
+        with LargestTensor() as largest:
+            pipeline.step([generation])
+        sizes[name] = largest.numel
+    positions = (256 // 4 // 2) ** 2
+    assert sizes["two subjects"] == sizes["plain"] < positions**2 / 4
 
 
 @pytest.mark.parametrize("height,width", [(64, 96), (40, 72), (104, 56)])
@@ -227,8 +219,25 @@ def test_output_types(pipeline, output_type, shape):
     assert tuple(output.images.shape) == shape
 
 
-def test_processors_can_be_taken_out_again(pipeline):
-    unet = tiny_pipeline().unet
-    undo = install_processors(unet)
-    undo()
-    assert len(unet.attn_processors) == len(pipeline.unet.attn_processors)
+def test_processors_can_be_taken_out_again():
+    unet = tiny_unet()
+    before = {name: type(processor) for name, processor in unet.attn_processors.items()}
+    layers = AttentionLayers(unet)
+    assert all(type(processor) is not before[name] for name, processor in unet.attn_processors.items())
+    layers.remove()
+    assert {name: type(processor) for name, processor in unet.attn_processors.items()} == before
+
+
+def test_guidance_leaves_the_unet_early_and_nothing_stays_connected(pipeline):
+    """The guidance pass never reaches the UNet's end, and a later plain call neither records nor leaves."""
+    reached = []
+    hook = pipeline.unet.conv_out.register_forward_hook(lambda *_: reached.append(1))
+    try:
+        generation = pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), seed=0))
+        pipeline.guidance_branch([generation])
+        assert not reached
+        pipeline.generation_branch([generation])
+        assert reached == [1]
+    finally:
+        hook.remove()
+    assert all(p.vision is None and p.recording is None for p in pipeline.unet.attn_processors.values())

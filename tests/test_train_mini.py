@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from realcustom.adapter import RealCustomAdapter
-from realcustom.attention import install_processors
+from realcustom.attention import AttentionLayers
 from realcustom.vision import VisionFeatures
 from train.diffusion import diffusion_loss, min_snr_weight, size_condition, v_target
 from train.networks import build_scheduler, build_unet, build_vae
@@ -109,15 +109,14 @@ def test_adapter_alone_learns():
     """With a frozen UNet every weight of the adapter gets a gradient, and the UNet none."""
     torch.manual_seed(0)
     unet = build_unet().requires_grad_(False)
-    install_processors(unet)
+    attention = AttentionLayers(unet)
     adapter = RealCustomAdapter.for_unet(unet, vision_dim=192)
     tokens = {"shallow": 192, "deep": 64, "local": 256}
     features = VisionFeatures(**{name: torch.randn(2, count, 192) for name, count in tokens.items()})
     clean, noise = torch.randn(2, 2, 4, 16, 16)
-    loss = diffusion_loss(
-        unet, build_scheduler(), clean, noise, torch.tensor([500, 900]), torch.randn(2, 8, 128), torch.randn(2, 64),
-        {"vision": everywhere(adapter(features))},
-    ).mean()  # fmt: skip
+    text = torch.randn(2, 8, 128), torch.randn(2, 64)
+    with attention.connected(everywhere(adapter(features))):
+        loss = diffusion_loss(unet, build_scheduler(), clean, noise, torch.tensor([500, 900]), *text).mean()
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter.parameters())
     assert all(p.grad is None for p in unet.parameters())

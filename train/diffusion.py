@@ -35,7 +35,7 @@ def size_condition(batch: int, latents: Tensor) -> Tensor:
     )
 
 
-def diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled, cross_attention_kwargs=None) -> Tensor:
+def diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled) -> Tensor:
     """Weighted velocity loss per sample, fp32 [B]."""
     noisy, target = v_target(scheduler, clean, noise, steps)
     predicted = unet(
@@ -43,7 +43,6 @@ def diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled, cross_a
         steps,
         encoder_hidden_states=embeds,
         added_cond_kwargs={"text_embeds": pooled, "time_ids": size_condition(len(noisy), noisy)},
-        cross_attention_kwargs=cross_attention_kwargs,
     ).sample.float()
     return (predicted - target).pow(2).mean((1, 2, 3)) * min_snr_weight(scheduler, steps)
 
@@ -59,9 +58,8 @@ def sample_latents(
     noise,
     num_steps=20,
     guidance=4.0,
-    cross_attention_kwargs=None,
 ) -> Tensor:
-    """DDIM with classifier-free guidance; text only unless `cross_attention_kwargs` brings more into the first rows."""
+    """DDIM with classifier-free guidance; the rows with the text come first, the unconditional ones after them."""
     scheduler.set_timesteps(num_steps)
     latents, count = noise, len(noise)
     text = torch.cat([embeds, negative.expand(count, -1, -1)])
@@ -74,7 +72,6 @@ def sample_latents(
                 t,
                 encoder_hidden_states=text,
                 added_cond_kwargs=condition,
-                cross_attention_kwargs=cross_attention_kwargs,
             ).sample.float()
         with_text, without = predicted.chunk(2)
         latents = scheduler.step(without + guidance * (with_text - without), t, latents).prev_sample

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from realcustom.adapter import RealCustomAdapter, VisionKeysValues
-from realcustom.attention import VisualAttention, install_processors
+from realcustom.attention import AttentionLayers, VisualAttention
 from realcustom.vision import VisionFeatures
 
 from ..checkpoint import checkpoint_state, load_average
@@ -54,7 +54,7 @@ class AdapterTask:
         self.device = device
         self.model = load_base(out, device)
         self.model.unet.to(memory_format=torch.channels_last)
-        install_processors(self.model.unet)
+        self.attention = AttentionLayers(self.model.unet)
         self.encoders = load_vision(out, device)
         self.vision_step = checkpoint_state(out / "vision" / "checkpoint")["step"]
         self.codec = LatentCodec(out, device)
@@ -91,13 +91,13 @@ class AdapterTask:
         with self.autocast(), sdpa_kernel(SDPBackend.MATH):  # the fused kernel is slow backwards on a CPU
             with torch.no_grad():
                 embeds, pooled = self.model.encode_text(self.model.tokens(captions).to(self.device))
-            predicted = self.model.unet(
-                noisy.contiguous(memory_format=torch.channels_last),
-                steps,
-                encoder_hidden_states=embeds,
-                added_cond_kwargs={"text_embeds": pooled, "time_ids": size_condition(len(clean), clean)},
-                cross_attention_kwargs={"vision": vision},
-            ).sample
+            with self.attention.connected(vision):
+                predicted = self.model.unet(
+                    noisy.contiguous(memory_format=torch.channels_last),
+                    steps,
+                    encoder_hidden_states=embeds,
+                    added_cond_kwargs={"text_embeds": pooled, "time_ids": size_condition(len(clean), clean)},
+                ).sample
         error = (predicted.float() - target).pow(2) * weight
         return error.mean((1, 2, 3)) * min_snr_weight(self.scheduler, steps)
 
@@ -184,9 +184,8 @@ def _compare(task: AdapterTask, adapter: RealCustomAdapter, raw: Entry, captions
     text = (embeds[:-1], pooled[:-1], embeds[-1:], pooled[-1:])
     rows = [F.interpolate(to_signed(raw["reference"][:count]), (size, size), mode="area").to(task.device)]
     for vision in (None, everywhere(keys_values, torch.arange(count, device=task.device))):
-        latents = sample_latents(
-            task.model.unet, task.scheduler, *text, noise, cross_attention_kwargs={"vision": vision}
-        )
+        with task.attention.connected(vision):
+            latents = sample_latents(task.model.unet, task.scheduler, *text, noise)
         rows.append(task.codec.decode(latents))
     return torch.cat(rows)
 
