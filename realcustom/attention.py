@@ -24,7 +24,7 @@ from .adapter import VisionKeysValues
 
 @dataclass(frozen=True)
 class LayerVision:
-    """What one layer sees: keys and values [P, N, C], masks [P, Q, 1] or None, rows [P] or None (see VisualAttention)."""
+    """What one layer sees: keys, values [P, N, C]; mask [P, Q, 1] or None; rows [P] or None; see `VisualAttention`."""
 
     key: Tensor
     value: Tensor

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 PresetName = Literal["paper", "release"]
+MaskSource = Literal["guidance_branch", "generation_branch"]
 
 
 def _check_choice(owner: object, **choices: tuple[str, ...]) -> None:
@@ -92,6 +93,7 @@ class SamplingDefaults:
         early_stop_step: T_stop; the guidance mask of this step stays in force for the later ones.
         guidance_scale: ω of Eq. 17; 1 runs no unconditional row.
         scope_ratio: γ_scope, fraction of positions a subject may influence, in (0, 1].
+        mask_source, mask_interval: how masks are computed, see `Request`.
     """
 
     height: int = 1024
@@ -100,6 +102,8 @@ class SamplingDefaults:
     early_stop_step: int = 12
     guidance_scale: float = 7.5
     scope_ratio: float = 0.2
+    mask_source: MaskSource = "guidance_branch"
+    mask_interval: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

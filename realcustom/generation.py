@@ -66,10 +66,22 @@ class Generation:
     def timestep(self) -> Tensor:
         return self.scheduler.timesteps[self.step_index]
 
+    def mask_due(self, step: int) -> bool:
+        """Whether `step` begins with a new mask: steps before T_stop do, the later ones reuse the last (Sec. 3.3.1)."""
+        if not self.references or self.masks_fixed or step >= min(self.request.early_stop_step, self.num_steps):
+            return False
+        return step % self.request.mask_interval == 0
+
     @property
-    def needs_guidance(self) -> bool:
-        """Whether this step computes a new mask: the first T_stop steps do, the later ones reuse the last."""
-        return bool(self.references) and not self.masks_fixed and self.step_index < self.request.early_stop_step
+    def needs_guidance_branch(self) -> bool:
+        """Whether this step's mask comes from a row of its own."""
+        exact = self.request.mask_source == "guidance_branch"
+        return self.mask_due(self.step_index) and (exact or self.guidance_masks is None)
+
+    @property
+    def records_next_mask(self) -> bool:
+        """Whether this step's generation row gives the next step its mask."""
+        return self.request.mask_source == "generation_branch" and self.mask_due(self.step_index + 1)
 
     def set_masks(self, masks: Tensor) -> None:
         """Put masks [S, h, w] in [0, 1] in force."""

@@ -8,7 +8,9 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from os import PathLike
 from typing import Any
 
@@ -24,7 +26,7 @@ from torch import Tensor
 from . import adapter as _adapter  # noqa: F401  diffusers finds the adapter's class through the imported module
 from .adapter import RealCustomAdapter, VisionKeysValues
 from .attention import AttentionLayers, LeftEarly, VisualAttention, level_sizes
-from .config import RealCustomConfig, SamplingDefaults
+from .config import MaskSource, RealCustomConfig, SamplingDefaults
 from .generation import Generation
 from .mask import average_maps, guidance_masks
 from .recorder import AttentionRecorder
@@ -172,26 +174,20 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
             sizes: (height, width) in px to be ready for; the default size if there are none.
         """
         groups = WARM_UP_GROUPS if self._compiled else WARM_UP_GROUPS[:1]
-        names = ("ball", "box")
-        for height, width in sizes or [(None, None)]:
-            for guidance_scale in (None, 1.0)[: len(groups)]:
-                for group in groups:
-                    generations = []
-                    for number in group:
-                        grey = Image.new("RGB", (64, 64), "grey")
-                        subjects = tuple(Subject(image=grey, target_phrase=name) for name in names[:number])
-                        request = Request(
-                            prompt="a ball and a box",
-                            subjects=subjects if self.adapter is not None else (),
-                            height=height,
-                            width=width,
-                            guidance_scale=guidance_scale,
-                            seed=0,
-                        )
-                        generations.append(self.prepare(request))
-                    self.step(generations)
-            self.preview(generations)
+        scales = (None, 1.0) if self._compiled else (None,)
+        for (height, width), guidance_scale, group in product(sizes or [(None, None)], scales, groups):
+            settings = dict(height=height, width=width, guidance_scale=guidance_scale, seed=0)
+            generations = [self._grey_generation(number, settings) for number in group]
+            self.step(generations)
+            if group is groups[-1]:
+                self.preview(generations[:1])
         self.clear_caches()
+
+    def _grey_generation(self, num_subjects: int, settings: dict[str, Any]) -> Generation:
+        names = ("ball", "box")[: num_subjects if self.adapter is not None else 0]
+        grey = Image.new("RGB", (64, 64), "grey")
+        subjects = tuple(Subject(image=grey, target_phrase=name) for name in names)
+        return self.prepare(Request(prompt="a ball and a box", subjects=subjects, **settings))
 
     # ---- prepare: everything that depends on the request alone -------------------------------------------------
 
@@ -319,8 +315,7 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         """
         assert generations and len({g.size for g in generations}) == 1, "pictures of one size advance together"
         assert not any(g.done for g in generations), "a finished picture has no next step"
-        guided = [g for g in generations if g.needs_guidance]
-        if guided:  # afterwards the last mask stays in force (early stop, Sec. 3.3.1)
+        if guided := [g for g in generations if g.needs_guidance_branch]:
             self.guidance_branch(guided)
         for generation, noise in zip(generations, self.generation_branch(generations), strict=True):
             generation.advance(noise)
@@ -328,16 +323,14 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
     def guidance_branch(self, generations: Sequence[Generation]) -> None:
         """Text alone; what the target words attend to becomes each generation's new guidance masks (Eq. 14, 15, 18)."""
         recorder = self._recorder(generations)
-        try:
+        with suppress(LeftEarly):
             self._predict(generations, [g.text for g in generations], recorder=recorder, leave_early=True)
-        except LeftEarly:
-            pass
         self._set_masks(generations, recorder)
 
-    def _recorder(self, generations: Sequence[Generation]) -> AttentionRecorder:
+    def _recorder(self, generations: Sequence[Generation], rows: Tensor | None = None) -> AttentionRecorder:
         num_subjects = max(len(g.references) for g in generations)
-        tokens = torch.stack([_pad_rows(g.target_tokens, num_subjects) for g in generations])  # [R, S, T]
-        return AttentionRecorder(self._attention.levels, self.realcustom_config.method.mask_maps, tokens)
+        tokens = torch.stack([_pad_rows(g.target_tokens, num_subjects) for g in generations])  # [B, S, T]
+        return AttentionRecorder(self._attention.levels, self.realcustom_config.method.mask_maps, tokens, rows)
 
     def _set_masks(self, generations: Sequence[Generation], recorder: AttentionRecorder) -> None:
         method = self.realcustom_config.method
@@ -360,7 +353,13 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         free = [g for g in generations if g.negative_text is not None]  # those with an unconditional row
         rows = [*generations, *free]
         texts = [g.text for g in generations] + [g.negative_text for g in free]
-        outputs = self._predict(rows, texts, vision=self._visual_attention(generations, free))
+        vision = self._visual_attention(generations, free)
+        recorder = None
+        if recorded := {row: g for row, g in enumerate(generations) if g.records_next_mask}:
+            recorder = self._recorder(list(recorded.values()), torch.tensor(list(recorded), device=self._device))
+        outputs = self._predict(rows, texts, vision=vision, recorder=recorder)
+        if recorder is not None:
+            self._set_masks(list(recorded.values()), recorder)
         unconditional = dict(zip(map(id, free), outputs[len(generations) :], strict=True))
         return [
             output
@@ -472,6 +471,8 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         num_inference_steps: int | None = None,
         early_stop_step: int | float | None = None,
         guidance_scale: float | None = None,
+        mask_source: MaskSource | None = None,
+        mask_interval: int | None = None,
         seed: int | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -510,6 +511,8 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
             num_inference_steps=num_inference_steps,
             early_stop_step=early_stop_step,
             guidance_scale=guidance_scale,
+            mask_source=mask_source,
+            mask_interval=mask_interval,
             seed=seed,
         ).with_defaults(self.sampling)
         generators = _one_each(generator, num_images_per_prompt)

@@ -112,9 +112,9 @@ class AttentionRecorder:
 def recorded_levels(levels: dict[str, int], mask_maps: str) -> tuple[frozenset[int], int | None]:
     """Which levels a mask is built from: (levels whose cross-attention counts, level of the self-attention or None).
 
-    Resolutions are told apart by size: the largest one with attention is "high", every smaller one is "low". For SDXL at
-    1024 px these are 64 x 64 and 32 x 32, as in the paper; for SD1.5 at 512 px 64 x 64, and 32 x 32 down to 8 x 8. A
-    UNet with attention at a single resolution uses it for both.
+    Resolutions are told apart by size: the largest one with attention is "high", every smaller one is "low". For SDXL
+    at 1024 px these are 64 x 64 and 32 x 32, as in the paper; for SD1.5 at 512 px 64 x 64, and 32 x 32 down to 8 x 8.
+    A UNet with attention at a single resolution uses it for both.
 
     Args:
         levels: level of every attention layer by name.

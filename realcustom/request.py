@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import secrets
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import get_args
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from .config import MaskSource, SamplingDefaults
 from .words import find_phrase
-
-if TYPE_CHECKING:
-    from .config import SamplingDefaults
 
 MAX_SEED = 2**63 - 1
 
@@ -84,6 +82,10 @@ class Request:
         num_inference_steps: denoising steps, at least 1.
         early_stop_step: T_stop: a step count (int, at least 1) or a fraction of the steps (float in (0, 1]).
         guidance_scale: ω of Eq. 17, at least 1; 1 runs no unconditional row.
+        mask_source: "guidance_branch" is the paper's method: up to T_stop every step has a text-only row whose
+            attention becomes the mask. "generation_branch" is an approximation without that row: the mask comes from
+            the text attention of the picture's own row in the step before; only the first step runs the other branch.
+        mask_interval: a new mask at every k-th step up to T_stop, at least 1; more than 1 is an approximation, too.
         seed: in [0, 2**63); the same seed gives the same picture, alone or in any batch.
         None takes the loaded model's default; a missing seed is drawn.
     Raises:
@@ -98,6 +100,8 @@ class Request:
     num_inference_steps: int | None = None
     early_stop_step: int | float | None = None
     guidance_scale: float | None = None
+    mask_source: MaskSource | None = None
+    mask_interval: int | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -107,8 +111,12 @@ class Request:
                 raise ValueError(f"{name} must be text, not {type(getattr(self, name)).__name__}.")
         if not self.prompt.strip():
             raise ValueError("prompt is empty; describe the picture, for example 'a dog on the beach'.")
-        for name, limit in (("height", 1), ("width", 1), ("num_inference_steps", 1)):
-            _check_integer(name, getattr(self, name), minimum=limit)
+        for name in ("height", "width", "num_inference_steps", "mask_interval"):
+            _check_integer(name, getattr(self, name), minimum=1)
+        if self.mask_source not in (None, *get_args(MaskSource)):
+            raise ValueError(
+                f"mask_source is {self.mask_source!r}; it must be one of {', '.join(map(repr, get_args(MaskSource)))}."
+            )
         _check_integer("seed", self.seed, minimum=0, maximum=MAX_SEED)
         if self.guidance_scale is not None:
             _check_number("guidance_scale", self.guidance_scale)
@@ -159,6 +167,8 @@ class Request:
             num_inference_steps=steps,
             early_stop_step=self._whole_early_stop(steps, defaults),
             guidance_scale=self.guidance_scale if self.guidance_scale is not None else defaults.guidance_scale,
+            mask_source=self.mask_source or defaults.mask_source,
+            mask_interval=self.mask_interval or defaults.mask_interval,
             seed=self.seed if self.seed is not None else secrets.randbelow(2**32),
         )
 

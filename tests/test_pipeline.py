@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from realcustom import RealCustomPipeline, Request, Subject
 from realcustom.attention import AttentionLayers
+from realcustom.scheduler import AlternatingDPMSolverScheduler
 
 PROMPT = "a dog and a cat"
 
@@ -74,6 +75,8 @@ def mixed_requests() -> list[Request]:
         Request(prompt="the cat", subjects=(cat(scope_ratio=0.6),), seed=2, early_stop_step=1, guidance_scale=1.0),
         Request(prompt=PROMPT, subjects=(dog("green"), cat()), seed=3, num_inference_steps=6),
         Request(prompt=PROMPT, seed=4, negative_prompt="ugly", num_inference_steps=2, guidance_scale=5.0),
+        Request(prompt=PROMPT, subjects=(cat(),), seed=5, mask_source="generation_branch", early_stop_step=3),
+        Request(prompt=PROMPT, subjects=(dog(), cat()), seed=6, mask_interval=2, early_stop_step=4),
     ]
 
 
@@ -86,6 +89,8 @@ def test_a_mixed_batch_gives_each_the_picture_it_gets_alone(preset):
         EulerDiscreteScheduler.from_config(pipeline.scheduler.config),
         DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config),
         EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config),
+        None,
+        AlternatingDPMSolverScheduler(prediction_type="v_prediction"),
     ]
     alone = [latents(pipeline, r, scheduler=s) for r, s in zip(mixed_requests(), schedulers, strict=True)]
     made = [pipeline.prepare(r, scheduler=s) for r, s in zip(mixed_requests(), schedulers, strict=True)]
@@ -101,13 +106,54 @@ def test_the_same_seed_is_the_same_picture_and_another_is_not(pipeline):
     assert np.abs(one - other).max() > 3
 
 
-def test_the_guidance_branch_runs_exactly_early_stop_steps(pipeline, monkeypatch):
+@pytest.mark.parametrize(
+    "settings,expected",
+    [
+        ({}, [1, 1, 1]),
+        ({"mask_interval": 2}, [1, 0, 1]),
+        ({"mask_source": "generation_branch"}, [1, 0, 0]),
+    ],
+)
+def test_the_guidance_branch_runs_when_it_must(pipeline, monkeypatch, settings, expected):
+    """Up to T_stop at every step, or every k-th, or only at the first; without subjects never."""
     calls = []
     original = RealCustomPipeline.guidance_branch
-    monkeypatch.setattr(RealCustomPipeline, "guidance_branch", lambda s, g: (calls.append(len(g)), original(s, g)))
-    latents(pipeline, Request(prompt=PROMPT, subjects=(dog(),), num_inference_steps=4, early_stop_step=3))
+    monkeypatch.setattr(RealCustomPipeline, "guidance_branch", lambda s, g: (calls.append(1), original(s, g)))
+    generation = pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), early_stop_step=3, **settings))
+    for number in [*expected, 0]:
+        calls.clear()
+        pipeline.step([generation])
+        assert len(calls) == number
     latents(pipeline, Request(prompt=PROMPT))
-    assert calls == [1, 1, 1]
+    assert not calls
+
+
+def test_masks_of_the_generation_branch_follow_it(pipeline):
+    """Without a row of their own masks still change until T_stop, and not after; no UNet call is added."""
+    request = Request(
+        prompt=PROMPT,
+        subjects=(dog(),),
+        seed=3,
+        num_inference_steps=5,
+        early_stop_step=3,
+        mask_source="generation_branch",
+    )
+    generation, masks = pipeline.prepare(request), []
+    while not generation.done:
+        pipeline.step([generation])
+        masks.append(generation.guidance_masks)
+    # a step records the mask of the next one
+    assert not torch.equal(masks[0], masks[1]) and masks[1] is masks[2] is masks[3] is masks[4]
+
+
+def test_with_a_zero_mask_both_branches_attend_alike(pipeline):
+    """The approximation is exact where the reference has no effect: both rows then see the same text and picture."""
+    generation = pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), seed=3, mask_source="generation_branch"))
+    pipeline.guidance_branch([generation])
+    exact = generation.guidance_masks
+    generation.set_masks(torch.zeros_like(exact))
+    pipeline.generation_branch([generation])
+    assert torch.allclose(generation.guidance_masks, exact, atol=1e-5)
 
 
 def test_after_early_stop_the_last_mask_stays(pipeline):
