@@ -10,10 +10,12 @@ from .config import MethodConfig, RealCustomConfig, SamplingDefaults
 from .request import Request, Subject
 
 _LAZY = {
+    "AlternatingDPMSolverScheduler": "scheduler",
     "Generation": "generation",
     "RealCustomAdapter": "adapter",
     "RealCustomOutput": "pipeline",
     "RealCustomPipeline": "pipeline",
+    "place": "memory",
 }
 
 __all__ = ["MethodConfig", "RealCustomConfig", "Request", "SamplingDefaults", "Subject", *_LAZY]

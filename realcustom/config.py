@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 PresetName = Literal["paper", "release"]
+ModelFamily = Literal["sdxl", "sd15"]
 MaskSource = Literal["guidance_branch", "generation_branch"]
 
 
@@ -139,12 +140,22 @@ class RealCustomConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
 
     @classmethod
-    def preset(cls, name: PresetName) -> "RealCustomConfig":
-        """Both presets for SDXL: the paper's settings, or those the authors' demo starts with."""
+    def preset(cls, name: PresetName, family: ModelFamily = "sdxl") -> "RealCustomConfig":
+        """Both presets: the paper's settings for each family (Sec. 4.1), or those the authors' demo starts with.
+
+        Raises:
+            ValueError: no such preset or family, or "release" for a family the authors have released nothing for.
+        """
         method = MethodConfig.preset(name)
-        if name == "release":
-            return cls(method=method, sampling=SamplingDefaults(guidance_scale=3.5, scope_ratio=0.25))
-        return cls(method=method)
+        if family == "sdxl":
+            release = SamplingDefaults(guidance_scale=3.5, scope_ratio=0.25)
+            return cls(method=method, sampling=release if name == "release" else SamplingDefaults())
+        if family == "sd15":
+            if name == "release":
+                raise ValueError("preset 'release' is for SDXL; the authors have released no SD1.5 weights.")
+            steps = dict(num_inference_steps=50, early_stop_step=25)
+            return cls(method=method, sampling=SamplingDefaults(height=512, width=512, guidance_scale=12.5, **steps))
+        raise ValueError(f"family {family!r} does not exist; use 'sdxl' or 'sd15'.")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -113,6 +113,8 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         self._num_levels = len(unet.config.down_block_types)
         self._attention = AttentionLayers(unet)
         self._compiled = False
+        self.leaves_early = True
+        self.offload_hooks: dict[str, Any] = {}  # of components that are on the device only while in use, see memory.py
         self._references: OrderedDict[bytes, VisionKeysValues] = OrderedDict()
         self._texts: OrderedDict[str, TextCondition] = OrderedDict()
         self._cache_lock = threading.RLock()  # a server prepares one picture while another one steps
@@ -124,20 +126,31 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
             options.setdefault("dtype", torch.float32)
         return super().from_pretrained(str(pretrained_model_name_or_path), **options)
 
+    @classmethod
+    def from_parts(cls, base: str | PathLike, adapter: str | PathLike | None = None, **options) -> "RealCustomPipeline":
+        """From a base model (SDXL or SD1.5), public vision encoders and an adapter; see `assemble.from_parts`."""
+        from .assemble import from_parts
+
+        return from_parts(base, adapter, **options)
+
     @property
     def sampling(self) -> SamplingDefaults:
         """What a request that says nothing is sampled with."""
         return self.realcustom_config.sampling
 
-    def load_realcustom(self, path: str | PathLike) -> None:
+    def load_realcustom(self, path: str | PathLike, replace_unet: bool = False) -> None:
         """Put the adapter of a safetensors file, or of the authors' .pth, in force (see `weights.load_adapter`).
 
+        Args:
+            replace_unet: plain UNet weights in the same file replace those of the UNet, instead of being refused.
         Raises:
             ValueError: not such a file, or one for another model; nothing has been changed then.
         """
         from .weights import load_adapter
 
-        adapter = load_adapter(path, self.unet, vision_dim=self._vision_encoders().num_channels)
+        vision_dim = self._vision_encoders().num_channels
+        adapter, plain = load_adapter(path, self.unet, vision_dim=vision_dim, replace_unet=replace_unet)
+        self.unet.load_state_dict(plain, strict=False)
         self.register_modules(adapter=adapter.to(self.unet.device, self.unet.dtype))
         self.clear_caches()
 
@@ -273,6 +286,7 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         with self._cache_lock:
             if text not in self._texts:
                 self._texts[text] = self._text_encoders().encode(text)
+                self._offload("text_encoder", "text_encoder_2")
                 while len(self._texts) > TEXT_CACHE_ENTRIES:
                     self._texts.popitem(last=False)
             self._texts.move_to_end(text)
@@ -293,6 +307,7 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         with self._cache_lock:
             if key not in self._references:
                 features = self._vision_encoders().encode([image])
+                self._offload("image_encoder", "image_encoder_2")
                 tokens = {name: v.to(self._device, self.unet.dtype) for name, v in vars(features).items()}
                 self._references[key] = self.adapter(VisionFeatures(**tokens))
                 size = sum(k.nbytes + v.nbytes for k, v in self._references[key].values())
@@ -300,6 +315,11 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
                     self._references.popitem(last=False)
             self._references.move_to_end(key)
             return self._references[key]
+
+    def _offload(self, *names: str) -> None:
+        for name in names:
+            if name in self.offload_hooks:
+                self.offload_hooks[name].offload()
 
     def _black_reference(self) -> VisionKeysValues:
         return self._encode_reference(Image.new("RGB", (8, 8)))
@@ -324,7 +344,7 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         """Text alone; what the target words attend to becomes each generation's new guidance masks (Eq. 14, 15, 18)."""
         recorder = self._recorder(generations)
         with suppress(LeftEarly):
-            self._predict(generations, [g.text for g in generations], recorder=recorder, leave_early=True)
+            self._predict(generations, [g.text for g in generations], recorder=recorder, leave_early=self.leaves_early)
         self._set_masks(generations, recorder)
 
     def _recorder(self, generations: Sequence[Generation], rows: Tensor | None = None) -> AttentionRecorder:
@@ -445,6 +465,8 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
 
     def _decode(self, latents: Tensor, output_type: str = "pil"):
         config = self.vae.config
+        if self.vae.dtype == torch.float16 and getattr(config, "force_upcast", False):
+            self.vae.to(torch.float32)  # SDXL's own VAE overflows in fp16
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         latents = latents / config.scaling_factor
         if mean is not None and std is not None:

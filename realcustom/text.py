@@ -55,7 +55,7 @@ class TextEncoders:
             return out.pooler_output
         if self.pooled_projection:
             return out.text_embeds
-        return encoder.text_model(ids).pooler_output
+        return encoder.text_model(ids.to(out.last_hidden_state.device)).pooler_output
 
     def target_tokens(self, prompt: str, phrases: Sequence[str]) -> Tensor:
         """Marks the tokens of each phrase, fp32 [S, T]; ValueError as in `target_token_positions`."""

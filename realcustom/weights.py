@@ -37,25 +37,31 @@ def save_adapter(adapter: RealCustomAdapter, path: str | PathLike) -> None:
     save_file(state, path, metadata={"realcustom_adapter": json.dumps(_own_config(adapter))})
 
 
-def load_adapter(path: str | PathLike, unet, *, vision_dim: int) -> RealCustomAdapter:
+def load_adapter(
+    path: str | PathLike, unet, *, vision_dim: int, replace_unet: bool = False
+) -> tuple[RealCustomAdapter, StateDict]:
     """An adapter from a file of ours or from the authors' checkpoint, checked against the UNet it is for.
 
     Args:
         path: .safetensors, or .pth / .bin / .pt read with `weights_only=True`.
-        unet: the UNet it must fit.
+        unet: the UNet it must fit; it is not changed.
         vision_dim: channels of the vision features it must accept.
+        replace_unet: accept plain UNet weights beside the adapter's, as full checkpoints have them.
+    Returns:
+        The adapter, and the plain UNet weights to put into the UNet (empty if the file has none).
     Raises:
         ValueError: unreadable file, unknown or missing key, wrong shape, wrong family; names file, key, expectation.
     """
     state, config = read_state(path)
-    layers = cross_attention_layers(unet)
+    plain: StateDict = {}
     if config is None and any(name.startswith(_OFFICIAL_PROJECTOR) for name in state):
         state, plain = convert_official(state)
-        if plain:
+        if plain and not replace_unet:
             raise ValueError(
-                f"{path} also holds {len(plain)} plain UNet weights (such as {sorted(plain)[0]}), which an adapter "
-                "may not replace; load the UNet by itself and keep only the RealCustom keys in this file."
+                f"{path} also holds {len(plain)} plain UNet weights (such as {sorted(plain)[0]}); pass "
+                "replace_unet=True to let them replace those of the base model, as the authors' demo does."
             )
+        check_state(plain, unet.state_dict(), path, partial=True)
     options = {
         "vision_dim": vision_dim,
         "condition_dim": unet.config.cross_attention_dim,
@@ -65,10 +71,10 @@ def load_adapter(path: str | PathLike, unet, *, vision_dim: int) -> RealCustomAd
     if config is not None:
         options["head_dim"] = config["head_dim"]
     with torch.device("meta"):
-        adapter = RealCustomAdapter(layers=layers, **options)
+        adapter = RealCustomAdapter(layers=cross_attention_layers(unet), **options)
     check_state(state, adapter.state_dict(), path)
     adapter.load_state_dict(state, assign=True)
-    return adapter.requires_grad_(False).eval()
+    return adapter.requires_grad_(False).eval(), plain
 
 
 def read_state(path: str | PathLike) -> tuple[StateDict, dict | None]:
@@ -95,19 +101,20 @@ def read_state(path: str | PathLike) -> tuple[StateDict, dict | None]:
     return state, None
 
 
-def check_state(state: StateDict, expected: StateDict, path: str | PathLike) -> None:
-    """ValueError naming the first missing, unknown or misshapen key of `state`."""
-    for kind, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
+def check_state(state: StateDict, expected: StateDict, path: str | PathLike, partial: bool = False) -> None:
+    """ValueError naming the first missing (unless `partial`), unknown or misshapen key of `state`."""
+    missing = set() if partial else expected.keys() - state.keys()
+    for kind, names in (("lacks", missing), ("has unknown", state.keys() - expected.keys())):
         if names:
             raise ValueError(
                 f"{path} {kind} {len(names)} of the {len(expected)} weights expected for this model, "
-                f"for example {sorted(names)[0]}; it is an adapter for another model."
+                f"for example {sorted(names)[0]}; it is a file for another model."
             )
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
                 f"{path}: {name} has shape {list(tensor.shape)}, this model needs {list(expected[name].shape)}; "
-                "it is an adapter for another model."
+                "it is a file for another model."
             )
 
 

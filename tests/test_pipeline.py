@@ -265,6 +265,16 @@ def test_output_types(pipeline, output_type, shape):
     assert tuple(output.images.shape) == shape
 
 
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_a_half_precision_vae_that_overflows_decodes_in_single(force_upcast):
+    pipeline = tiny_pipeline()
+    pipeline.vae.register_to_config(force_upcast=force_upcast)
+    pipeline.vae.to(torch.float16)
+    made = pipeline._decode(torch.zeros(4, 16, 16), "np")
+    assert np.isfinite(made).all()
+    assert pipeline.vae.dtype == (torch.float32 if force_upcast else torch.float16)
+
+
 def test_processors_can_be_taken_out_again():
     unet = tiny_unet()
     before = {name: type(processor) for name, processor in unet.attn_processors.items()}

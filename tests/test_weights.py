@@ -5,10 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tiny import picture, tiny_pipeline
+from tiny import SDXL_UNET, picture, tiny_pipeline, tiny_sd15_unet
 
-from realcustom import Request, Subject
+from realcustom import RealCustomAdapter, Request, Subject
+from realcustom.attention import AttentionLayers
+from realcustom.weights import check_state, convert_official, load_adapter
+
+GOLDEN = Path(__file__).parent / "golden"
+PROJECTOR = "encoder_hidden_states_vision_projection"
 
 
 @pytest.fixture
@@ -88,9 +94,59 @@ def test_a_pickle_with_code_is_refused_without_running_it(saved, capsys):
     assert "code from a pickle ran" not in capsys.readouterr().out
 
 
-def test_plain_unet_weights_beside_the_authors_keys_are_refused_by_name(tmp_path):
-    folder = Path(__file__).parent / "golden"
+def official_checkpoint(pipeline, path: Path, unet_weights: dict) -> None:
+    """The pipeline's adapter under the authors' names, with plain UNet weights beside it."""
+    projector = {"deep_mlp": "projector_base", "cross_scale_attention": "min_attention", "high_mlp": "projector",
+                 "cross_layer_attention": "min_attention2", "shallow_mlp": "projector2"}  # fmt: skip
+    state = dict(unet_weights)
+    for name, tensor in pipeline.adapter.state_dict().items():
+        kind, part, rest = name.split(".", 2)
+        if kind == "projector":
+            rest = rest.replace("norm_query", "norm1").replace("norm_answer", "norm2")
+            state[f"{PROJECTOR}.{projector[part]}.{rest}"] = tensor
+        else:
+            state[f"{part.replace('-', '.')}.{kind}.weight"] = tensor
+    torch.save(state, path)
+
+
+def test_plain_unet_weights_in_the_authors_file_are_refused_or_applied_on_request(tmp_path):
+    """Neither silently: refused by name, and where asked for they replace the UNet's, strictly checked."""
+    path = tmp_path / "RealCustom.pth"
     pipeline = tiny_pipeline()
-    with pytest.raises(ValueError, match="plain UNet weights"):
-        pipeline.load_realcustom(folder / "unet_weights.safetensors")
-    assert json.loads((folder / "meta.json").read_text())["prompt"]
+    name = "conv_in.weight"
+    official_checkpoint(pipeline, path, {name: torch.full_like(pipeline.unet.conv_in.weight, 0.5)})
+    with pytest.raises(ValueError, match=r"1 plain UNet weights \(such as conv_in.weight\)"):
+        pipeline.load_realcustom(path)
+    assert not (pipeline.unet.conv_in.weight == 0.5).all()
+    pipeline.load_realcustom(path, replace_unet=True)
+    assert (pipeline.unet.conv_in.weight == 0.5).all() and not pipeline.adapter.config.cross_scale
+    official_checkpoint(tiny_pipeline(), path, {"conv_on.weight": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"unknown 1 .*conv_on\.weight"):
+        pipeline.load_realcustom(path, replace_unet=True)
+
+
+@pytest.mark.parametrize("layout", ["highres", "shallow"])
+def test_every_key_of_the_authors_full_size_checkpoints_is_accounted_for(layout):
+    """Names and shapes of their SDXL checkpoints fill an adapter for SDXL's UNet exactly; no memory is needed."""
+    listed = json.loads((GOLDEN / f"official_{layout}_keys.json").read_text())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(SDXL_UNET)
+        state = {name: torch.empty(shape) for name, shape in listed["keys"].items()}
+        own, plain = convert_official(state)
+        adapter = RealCustomAdapter.for_unet(
+            unet, vision_dim=1152 + 1024, cross_layer=layout == "shallow", cross_scale=layout == "highres"
+        )
+    check_state(own, adapter.state_dict(), layout)
+    overwritten = ("min_attention.", "projector.") if layout == "shallow" else ()  # in the authors' shallow projector
+    left_out = [n for n in state if n.startswith(tuple(f"{PROJECTOR}.{module}" for module in overwritten))]
+    assert not plain and len(own) == len(state) - len(left_out)
+    assert sum(t.numel() for t in state.values()) == listed["counts"]["n_new_params"]
+    assert len(unet.state_dict()) == listed["counts"]["n_plain_sdxl_tensors"]
+    forward = [name for name in AttentionLayers(unet).levels if name.endswith("attn2")]
+    assert forward == listed["attn2_blocks_in_forward_order"]
+
+
+def test_an_adapter_of_another_family_is_refused(saved):
+    """An adapter of the SDXL shape does not enter a UNet with other layers."""
+    with pytest.raises(ValueError, match="for another model"):
+        load_adapter(saved[1], tiny_sd15_unet(), vision_dim=64)

@@ -24,6 +24,21 @@ from realcustom.config import VisionConfig
 
 TEXT_LENGTH = 24
 
+# Where the published SDXL UNet departs from the defaults of diffusers' class.
+SDXL_UNET = dict(
+    sample_size=128,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(320, 640, 1280),
+    attention_head_dim=(5, 10, 20),
+    transformer_layers_per_block=(1, 2, 10),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+
 
 def tiny_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer without merges: every letter is a token, so words have several tokens."""
@@ -60,11 +75,20 @@ def tiny_unet() -> UNet2DConditionModel:
     )
 
 
-def tiny_pipeline(seed: int = 0, preset: str = "paper", scheduler=None) -> RealCustomPipeline:
-    """A whole pipeline for 64 x 64 px pictures; weights are random but large enough for everything to have effect."""
-    generator_state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    text = dict(
+def tiny_sd15_unet() -> UNet2DConditionModel:
+    """SD1.5's shape: cross-attention at the first three levels and in the middle."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+    )
+
+
+def tiny_text_config(**changes) -> CLIPTextConfig:
+    return CLIPTextConfig(
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -75,29 +99,51 @@ def tiny_pipeline(seed: int = 0, preset: str = "paper", scheduler=None) -> RealC
         bos_token_id=512,
         eos_token_id=513,
         pad_token_id=513,
+        **changes,
     )
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+
+
+def tiny_vision_encoders(num_layers: int = 3) -> tuple[SiglipVisionModel, Dinov2WithRegistersModel]:
     vision = dict(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4, hidden_act="gelu"
+        hidden_size=32,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+        hidden_act="gelu",
     )
+    siglip = SiglipVisionModel(SiglipVisionConfig(intermediate_size=32, vision_use_head=False, **vision))
+    return siglip, Dinov2WithRegistersModel(Dinov2WithRegistersConfig(mlp_ratio=1, **vision))
+
+
+def tiny_pipeline(seed: int = 0, preset: str = "paper", scheduler=None) -> RealCustomPipeline:
+    """A whole pipeline for 64 x 64 px pictures; weights are random but large enough for everything to have effect."""
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)
     unet = tiny_unet()
+    siglip, dino = tiny_vision_encoders()
     pipeline = RealCustomPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(8, 8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            latent_channels=4,
-            norm_num_groups=4,
-            layers_per_block=1,
-        ),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(tiny_text_config()),
         tokenizer=tiny_tokenizer(),
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text)),
+        text_encoder_2=CLIPTextModelWithProjection(tiny_text_config()),
         tokenizer_2=tiny_tokenizer(),
         unet=unet,
         scheduler=scheduler
         or DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False),
-        image_encoder=SiglipVisionModel(SiglipVisionConfig(intermediate_size=32, vision_use_head=False, **vision)),
-        image_encoder_2=Dinov2WithRegistersModel(Dinov2WithRegistersConfig(mlp_ratio=1, **vision)),
+        image_encoder=siglip,
+        image_encoder_2=dino,
         adapter=RealCustomAdapter.for_unet(unet, vision_dim=64, head_dim=32),
         realcustom_config=RealCustomConfig(
             method=MethodConfig.preset(preset),

@@ -1,0 +1,89 @@
+"""Memory tiers: which weights stay on the device, so that a model fits a smaller one.
+
+Tiers are exact but for the VAE: decoding in tiles blends their seams.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+MemoryTier = Literal["high", "medium", "low"]
+
+TILE = 512  # px, where the VAE's own tiles are larger: SDXL's are as large as its pictures
+ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder", "image_encoder_2")
+
+
+def place(pipeline, device: str | torch.device, tier: MemoryTier = "high") -> None:
+    """Put a pipeline on a device for the rest of its life.
+
+    Args:
+        tier: "high" keeps everything there. "medium" keeps text and vision encoders in main memory, brings them over
+            for a new prompt or reference, and decodes in tiles. "low" also brings the UNet over layer by layer in every
+            step, which is several times slower.
+    Raises:
+        ValueError: another tier.
+    """
+    if tier not in get_args(MemoryTier):
+        raise ValueError(f"memory is {tier!r}; it must be one of {', '.join(map(repr, get_args(MemoryTier)))}.")
+    if tier == "high":
+        pipeline.to(device)
+        return
+    for name in resident_parts(tier):
+        if getattr(pipeline, name) is not None:
+            getattr(pipeline, name).to(device)
+    _offload_encoders(pipeline, torch.device(device))
+    _tile(pipeline.vae)
+    if tier == "low":
+        _offload_layers(pipeline, torch.device(device))
+
+
+def _tile(vae) -> None:
+    vae.enable_tiling()
+    if getattr(vae, "tile_sample_min_size", 0) > TILE:
+        vae.tile_latent_min_size = vae.tile_latent_min_size * TILE // vae.tile_sample_min_size
+        vae.tile_sample_min_size = TILE
+
+
+def _offload_encoders(pipeline, device: torch.device) -> None:
+    from accelerate import cpu_offload_with_hook
+
+    for name in ENCODERS:
+        if (encoder := getattr(pipeline, name)) is not None:
+            _, pipeline.offload_hooks[name] = cpu_offload_with_hook(encoder, device)
+
+
+def _offload_layers(pipeline, device: torch.device) -> None:
+    from diffusers.hooks import apply_group_offloading
+
+    on_gpu = device.type == "cuda"
+    apply_group_offloading(
+        pipeline.unet, onload_device=device, offload_type="leaf_level", use_stream=on_gpu, record_stream=on_gpu
+    )
+    pipeline.leaves_early = False  # the layers are brought over in an order learned from whole passes
+
+
+def resident_parts(tier: MemoryTier) -> tuple[str, ...]:
+    """Components whose weights stay on the device."""
+    return {
+        "high": (*ENCODERS, "adapter", "unet", "vae"),
+        "medium": ("adapter", "unet", "vae"),
+        "low": ("adapter", "vae"),
+    }[tier]
+
+
+def weight_bytes(pipeline, tier: MemoryTier) -> dict[str, int]:
+    """Bytes of weights on the device: `resident` always, `peak` with the largest part that is brought over for a while.
+
+    Activations, latents and cached references come on top.
+    """
+    size = {name: _bytes(getattr(pipeline, name)) for name in resident_parts("high")}
+    resident = sum(size[name] for name in resident_parts(tier))
+    visiting = 0 if tier == "high" else max(size[name] for name in ENCODERS)
+    return {"resident": resident, "peak": resident + visiting}
+
+
+def _bytes(module: nn.Module | None) -> int:
+    if module is None:
+        return 0
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
