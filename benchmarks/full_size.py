@@ -1,0 +1,118 @@
+"""SDXL and SD1.5 with all their published shapes and random weights: speed, memory and shapes need no download."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from realcustom import RealCustomAdapter, RealCustomConfig, RealCustomPipeline
+
+TOKENIZER = Path(__file__).parents[1] / "assets/mini/tokenizer"  # any CLIP tokenizer will do for random weights
+TEXT_LENGTH = 77
+
+# Each UNet where it departs from the defaults of diffusers' class, which are SD1.5's.
+SDXL_UNET = dict(
+    sample_size=128,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(320, 640, 1280),
+    attention_head_dim=(5, 10, 20),
+    transformer_layers_per_block=(1, 2, 10),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+SD15_UNET = dict(sample_size=64, cross_attention_dim=768)
+
+
+def _text_encoders(family: str) -> dict[str, nn.Module]:
+    common = dict(vocab_size=49408, max_position_embeddings=TEXT_LENGTH, bos_token_id=0, eos_token_id=2)
+    large = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    first = CLIPTextModel(CLIPTextConfig(projection_dim=768, **large, **common))
+    if family == "sd15":
+        return {"text_encoder": first}
+    giant = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
+    second = CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=1280, hidden_act="gelu", **giant, **common))
+    return {"text_encoder": first, "text_encoder_2": second}
+
+
+def _vae(family: str) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        layers_per_block=2,
+        sample_size=1024 if family == "sdxl" else 512,
+        scaling_factor=0.13025 if family == "sdxl" else 0.18215,
+    )
+
+
+def _vision_encoders() -> dict[str, nn.Module]:
+    siglip = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+        hidden_act="gelu",
+        vision_use_head=False,
+    )
+    dino = Dinov2WithRegistersConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14
+    )
+    return {"image_encoder": SiglipVisionModel(siglip), "image_encoder_2": Dinov2WithRegistersModel(dino)}
+
+
+def random_pipeline(family: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> RealCustomPipeline:
+    """A whole pipeline of `family` ("sdxl" or "sd15") with random weights; on device "meta" without any memory."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**(SDXL_UNET if family == "sdxl" else SD15_UNET))
+        parts = {
+            "unet": unet,
+            "adapter": RealCustomAdapter.for_unet(unet, vision_dim=1152 + 1024),
+            "vae": _vae(family),
+            **_text_encoders(family),
+            **_vision_encoders(),
+        }
+    parts = {name: _materialize(module.to(dtype), device) for name, module in parts.items()}
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=TEXT_LENGTH)
+    pipeline = RealCustomPipeline(
+        **parts,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer if family == "sdxl" else None,
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        realcustom_config=RealCustomConfig.preset("paper", family),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _materialize(module: nn.Module, device: str) -> nn.Module:
+    module.requires_grad_(False).eval()
+    if device == "meta":
+        return module
+    module.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if name.endswith("position_ids"):
+            value.copy_(torch.arange(value.shape[-1]).expand_as(value))
+        elif value.ndim > 1:
+            value.normal_(std=value[0].numel() ** -0.5, generator=generator)
+        else:
+            value.fill_(1.0 if name.endswith("weight") else 0.0)
+    return module
