@@ -168,8 +168,10 @@ def time_parts(bench: Workbench, rounds: int) -> dict[str, float]:
         rows = torch.stack([generation.model_input()]).to(pipeline.unet.dtype)
         text, added = generation.text, None
         if text.pooled is not None:
-            ids = pipeline._time_ids(generation)[None].to(pipeline.unet.dtype)
-            added = {"text_embeds": text.pooled[None].to(pipeline.unet.dtype), "time_ids": ids}
+            added = {
+                "text_embeds": text.pooled[None].to(rows.dtype),
+                "time_ids": generation.time_ids[None].to(rows.dtype),
+            }
         pipeline.unet(rows, generation.timestep, text.embeds[None].to(rows.dtype), added_cond_kwargs=added)
     parts = {
         "prepare (new prompt and reference)": prepare_new,

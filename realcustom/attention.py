@@ -31,16 +31,14 @@ class LayerVision:
     mask: Tensor | None
     rows: Tensor | None
 
-    def attend(self, query: Tensor) -> Tensor:
-        """Masked visual attention of every pair summed into its row; query [R, H, Q, d] -> [R, Q, C]."""
+    def add_to(self, out: Tensor, query: Tensor) -> Tensor:
+        """`out` [R, Q, C] plus the masked visual attention of every pair in its row; query [R, H, Q, d]."""
         asked = query if self.rows is None else query[self.rows]
         key, value = _split_heads(self.key, query), _split_heads(self.value, query)
         seen = _merge_heads(F.scaled_dot_product_attention(asked, key, value))
         if self.mask is not None:
             seen = seen * self.mask.to(seen.dtype)
-        if self.rows is None:
-            return seen
-        return seen.new_zeros(len(query), *seen.shape[1:]).index_add(0, self.rows, seen)
+        return out + seen if self.rows is None else out.index_add(0, self.rows, seen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +108,7 @@ class RealCustomAttnProcessor:
         if self.recording is not None:
             self.recording.take(query, key)
         if self.vision is not None:
-            out = out + self.vision.attend(query)
+            out = self.vision.add_to(out, query)
         out = attn.to_out[1](attn.to_out[0](out))
         return out / attn.rescale_output_factor
 

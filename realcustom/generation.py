@@ -30,6 +30,7 @@ class Generation:
         text, negative_text: the latter is None when guidance_scale is 1.
         references: keys and values of each subject's reference.
         target_tokens: tokens of each subject's words, [S, T].
+        time_ids: size condition of the models that take one, [6].
         guidance_masks: [S, h, w] in [0, 1]; None until the first guided step.
         masks_fixed: the masks were given by the caller; the guidance branch is not run.
         predicted_clean: the scheduler's current estimate of the clean latent, for previews.
@@ -43,6 +44,7 @@ class Generation:
     negative_text: TextCondition | None
     references: tuple[VisionKeysValues, ...] = ()
     target_tokens: Tensor | None = None
+    time_ids: Tensor | None = None
     guidance_masks: Tensor | None = None
     masks_fixed: bool = False
     predicted_clean: Tensor | None = None

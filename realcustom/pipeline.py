@@ -228,13 +228,14 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         """
         request = request.with_defaults(self.sampling)
         self._check(request)
+        device = self._execution_device  # walks all modules, so it is asked once a picture and not in every step
         scheduler = copy.deepcopy(scheduler if scheduler is not None else self.scheduler)
-        scheduler.set_timesteps(request.num_inference_steps, device=self._device)
+        scheduler.set_timesteps(request.num_inference_steps, device=device)
         generator = generator or torch.Generator("cpu").manual_seed(request.seed)
         if latents is None:
             shape = (self.unet.config.in_channels, *self._latent_size(request.height, request.width))
             latents = torch.randn(shape, generator=generator, device=generator.device)
-        latents = latents.to(self._device, torch.float32) * scheduler.init_noise_sigma
+        latents = latents.to(device, torch.float32) * scheduler.init_noise_sigma
         text_encoders = self._text_encoders()
         tokens = text_encoders.target_tokens(request.prompt, [s.target_phrase for s in request.subjects])
         generation = Generation(
@@ -245,10 +246,11 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
             text=self._encode_text(request.prompt),
             negative_text=self._negative_text(request),
             references=tuple(self._encode_reference(s.image) for s in request.subjects),
-            target_tokens=tokens.to(self._device),
+            target_tokens=tokens.to(device),
+            time_ids=self._time_ids(request).to(device),
         )
         if masks is not None:
-            generation.set_masks(masks.to(self._device, torch.float32))
+            generation.set_masks(masks.to(device, torch.float32))
             generation.masks_fixed = True
         return generation
 
@@ -263,10 +265,6 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
                 "the request has subjects, but no RealCustom++ adapter with its vision encoders is loaded; "
                 "call load_realcustom or load a model that has them."
             )
-
-    @property
-    def _device(self) -> torch.device:
-        return self._execution_device
 
     def _latent_size(self, height: int, width: int) -> tuple[int, int]:
         return height // self.vae_scale_factor, width // self.vae_scale_factor
@@ -308,7 +306,7 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
             if key not in self._references:
                 features = self._vision_encoders().encode([image])
                 self._offload("image_encoder", "image_encoder_2")
-                tokens = {name: v.to(self._device, self.unet.dtype) for name, v in vars(features).items()}
+                tokens = {name: v.to(self.adapter.device, self.adapter.dtype) for name, v in vars(features).items()}
                 self._references[key] = self.adapter(VisionFeatures(**tokens))
                 size = sum(k.nbytes + v.nbytes for k, v in self._references[key].values())
                 while len(self._references) * size > max(REFERENCE_CACHE_BYTES, size):
@@ -376,7 +374,8 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         vision = self._visual_attention(generations, free)
         recorder = None
         if recorded := {row: g for row, g in enumerate(generations) if g.records_next_mask}:
-            recorder = self._recorder(list(recorded.values()), torch.tensor(list(recorded), device=self._device))
+            rows_recorded = torch.tensor(list(recorded), device=generations[0].latents.device)
+            recorder = self._recorder(list(recorded.values()), rows_recorded)
         outputs = self._predict(rows, texts, vision=vision, recorder=recorder)
         if recorder is not None:
             self._set_masks(list(recorded.values()), recorder)
@@ -404,7 +403,7 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         rows = [row for row, _, references in seen for _ in references]
         sizes = self._level_sizes(generations[0])
         return VisualAttention(
-            rows=torch.tensor(rows, device=self._device),
+            rows=torch.tensor(rows, device=generations[0].latents.device),
             keys_values=[kv for _, _, references in seen for kv in references],
             masks={
                 level: torch.cat([g.masks_at(sizes[level]) for _, g, _ in seen])
@@ -421,12 +420,12 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         leave_early: bool = False,
     ) -> Tensor:
         """One UNet call, a row per generation and text; fp32 [R, channels, height, width]."""
-        dtype = self.unet.dtype
+        dtype = self.unet.conv_in.weight.dtype  # `unet.dtype` walks all modules
         added = None
         if texts[0].pooled is not None:
             added = {
                 "text_embeds": torch.stack([t.pooled for t in texts]).to(dtype),
-                "time_ids": torch.stack([self._time_ids(g) for g in rows]).to(dtype),
+                "time_ids": torch.stack([g.time_ids for g in rows]).to(dtype),
             }
         with self._attention.connected(vision, recorder and recorder.layers, leave_early):
             output = self.unet(
@@ -438,11 +437,12 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
             )[0]
         return output.float()
 
-    def _time_ids(self, generation: Generation) -> Tensor:
+    def _time_ids(self, request: Request) -> Tensor:
         """Original size, crop corner and target size; the picture is asked for as uncropped."""
-        height, width = generation.size
-        size = (width, height) if self.realcustom_config.method.time_ids == "width_first" else (height, width)
-        return torch.tensor([*size, 0, 0, *size], device=self._device, dtype=torch.float32)
+        size = (request.height, request.width)
+        if self.realcustom_config.method.time_ids == "width_first":
+            size = size[::-1]
+        return torch.tensor([*size, 0, 0, *size], dtype=torch.float32)
 
     def _level_sizes(self, generation: Generation) -> list[tuple[int, int]]:
         return level_sizes(*self._latent_size(*generation.size), self._num_levels)

@@ -233,7 +233,7 @@ def test_text_embeddings_and_target_tokens(golden):
     close(generation.negative_text.pooled, inputs["negative_pooled"][0], 1e-5)
     assert torch.equal(generation.target_tokens[0], inputs["target_token"][0])
     assert torch.equal(generation.target_tokens[1], inputs["target_token_2"][0])
-    assert torch.equal(golden.pipeline._time_ids(generation), inputs["time_ids"][0])
+    assert torch.equal(generation.time_ids, inputs["time_ids"][0])
 
 
 def test_reference_pictures_before_the_encoders(golden):
