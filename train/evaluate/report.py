@@ -1,8 +1,8 @@
 """The report: does the picture show the right individual, and is it in the right scene?
 
-For held-out individuals, each in a scene, three ways of making the same picture from the same seed: with the guidance
-mask, with a mask of ones, and from words alone. The judges pick among ten references of the same category and name the
-scene. Chance is 10% and 12.5%.
+For held-out individuals, each in a scene, several ways of making the same picture from the same seed: with the guidance
+mask (exactly, and by both approximations), with a mask of ones, and from words alone. The judges pick among ten
+references of the same category and name the scene. Chance is 10% and 12.5%.
 """
 
 import json
@@ -27,7 +27,14 @@ from .judges import load_judges
 log = logging.getLogger(__name__)
 
 CANDIDATES = 10
-WAYS = ("masked", "mask of ones", "words alone")
+# Way -> settings of its requests.
+WAYS: dict[str, dict] = {
+    "masked": {},
+    "masked, from the generation branch": {"mask_source": "generation_branch"},
+    "masked, at every 3rd step": {"mask_interval": 3},
+    "mask of ones": {},
+    "words alone": {"subjects": ()},
+}
 
 
 class Case:
@@ -50,8 +57,8 @@ class Case:
         return f"{article} {self.category} {SCENES[self.scene]}"
 
     def request(self, way: str) -> Request:
-        subjects = () if way == "words alone" else (Subject(image=self.given, target_phrase=self.category),)
-        return Request(prompt=self.prompt, subjects=subjects, seed=self.index)
+        settings = {"subjects": (Subject(image=self.given, target_phrase=self.category),), **WAYS[way]}
+        return Request(prompt=self.prompt, seed=self.index, **settings)
 
 
 @torch.no_grad()

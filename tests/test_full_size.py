@@ -1,0 +1,48 @@
+"""SDXL in all its size with random weights: `python -m pytest -m slow -s` (13 GB of memory, some minutes on a CPU)."""
+
+import resource
+import time
+from itertools import pairwise
+
+import pytest
+from tiny import picture
+
+from benchmarks.full_size import random_pipeline
+from realcustom import Request, Subject
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("family,size", [("sdxl", 512), ("sd15", 512)])
+def test_two_subjects_two_steps(family, size):
+    """Every part has its published shape, fits the others, and two subjects share out a picture without overlap."""
+    start = time.perf_counter()
+    pipeline = random_pipeline(family)
+    loaded = time.perf_counter()
+    subjects = (
+        Subject(image=picture("red"), target_phrase="dog"),
+        Subject(image=picture("blue"), target_phrase="beach"),
+    )
+    request = Request(
+        prompt="a dog on the beach", subjects=subjects, height=size, width=size, num_inference_steps=2, seed=0
+    )
+    generation = pipeline.prepare(request)
+    prepared = time.perf_counter()
+    while not generation.done:
+        pipeline.step([generation])
+    stepped = time.perf_counter()
+    (made,) = pipeline.decode([generation])
+    decoded = time.perf_counter()
+
+    sizes = {"sdxl": (2048, (32, 32)), "sd15": (768, (64, 64))}
+    width, mask_size = sizes[family]
+    assert generation.text.embeds.shape == (77, width)
+    tokens = {tuple(keys.shape[:2]) for keys, _ in generation.references[0].values()}
+    assert tokens == {(1, 2 * 729)}  # shallow, and deep with local views, each 27 x 27
+    assert generation.guidance_masks.shape == (2, *mask_size)
+    assert not (generation.guidance_masks[0].bool() & generation.guidance_masks[1].bool()).any()
+    assert generation.latents.isfinite().all() and made.size == (size, size)
+    moments = (start, loaded, prepared, stepped, decoded)
+    seconds = zip(("load", "prepare", "2 steps", "decode"), (b - a for a, b in pairwise(moments)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"\n{family}: " + ", ".join(f"{name} {t:.1f} s" for name, t in seconds) + f"; peak memory {peak:.1f} GiB")
