@@ -61,6 +61,8 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
             prompt = gr.Textbox(
                 label="Prompt", placeholder="a dog on the beach", lines=1, max_lines=4, elem_id=f"{task.name}-prompt"
             )
+            if {"subjects", "scenes"} <= info.vocabulary.keys():
+                _build_composer(task, info, prompt)
             slots = _build_slots(task)
             with gr.Row():
                 generate = gr.Button("Generate", variant="primary", elem_id=f"{task.name}-generate")
@@ -69,15 +71,16 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
         with gr.Column(scale=6):
             status = gr.Markdown("", elem_classes="stage-line", elem_id=f"{task.name}-status")
             with gr.Row():
-                live = gr.Image(
-                    label="Picture", interactive=False, format="png", height=300, elem_id=f"{task.name}-live"
-                )
-                overlay = gr.Image(
-                    label="Guidance masks", interactive=False, format="png", height=300, elem_id=f"{task.name}-masks"
-                )
+                live, overlay = (
+                    gr.Image(
+                        label=label, interactive=False, format="png", height=300, buttons=["download", "fullscreen"],
+                        elem_classes="enlarged", elem_id=f"{task.name}-{name}",
+                    )
+                    for label, name in (("Picture", "live"), ("Guidance masks", "masks"))
+                )  # fmt: skip
             gallery = gr.Gallery(
-                label="Results", columns=4, height=240, object_fit="contain", format="png",
-                elem_id=f"{task.name}-gallery",
+                label="Results", columns=4, height="auto", object_fit="contain", format="png",
+                buttons=["download", "fullscreen"], elem_classes="enlarged", elem_id=f"{task.name}-gallery",
             )  # fmt: skip
             with gr.Row():
                 made_seed = gr.Number(label="Seed of the first picture", interactive=False, precision=0)
@@ -108,6 +111,27 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
     reuse.click(lambda seed: seed, made_seed, controls.seed, queue=False, api_visibility="private")
     if task.examples:
         _build_examples(task, prompt, slots)
+
+
+def _build_composer(task: Task, info: ModelInfo, prompt: gr.Textbox) -> None:
+    """A small model's words as chips: a scene and one subject, or several, make a prompt it understands."""
+    several = task.num_slots > 1 or task.many_words
+    with gr.Accordion("Compose from the words this model knows", open=False, elem_id=f"{task.name}-compose"):
+        kind = gr.CheckboxGroup if several else gr.Radio
+        chips = dict(elem_classes="words", show_label=False, container=False)
+        subjects = kind(info.vocabulary["subjects"], elem_id=f"{task.name}-known-subjects", **chips)
+        scene = gr.Radio(info.vocabulary["scenes"], elem_id=f"{task.name}-known-scenes", **chips)
+
+    def compose(chosen, place: str | None) -> str:
+        names = chosen if isinstance(chosen, list) else [chosen] if chosen else []
+        named = " and ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names)
+        return " ".join(part for part in (named, place) if part)
+
+    for chip in (subjects, scene):
+        chip.input(
+            compose, [subjects, scene], prompt, queue=False, show_progress="hidden", api_visibility="private",
+            trigger_mode="always_last",
+        )  # fmt: skip
 
 
 def _build_slots(task: Task) -> list[Slot]:

@@ -28,6 +28,7 @@ CSS = f"""
 .words input {{ position: absolute; opacity: 0; width: 1px; height: 1px; }}
 .words label:focus-within {{ outline: 2px solid var(--color-accent); }}
 .words label span {{ margin-left: 0 !important; }}
+.enlarged img {{ width: 100% !important; height: 100% !important; object-fit: contain !important; }}
 .stage-line {{ min-height: 1.6em; }}
 .known {{ color: var(--body-text-color-subdued); font-size: 0.9em; }}
 footer {{ opacity: 0.6; }}

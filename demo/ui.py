@@ -59,10 +59,10 @@ def build_demo(client: Client, info: ModelInfo) -> gr.Blocks:
             "become. It appears only where that word lives in the picture; everything else follows the text."
         )
         if info.vocabulary:
-            known = "  \n".join(f"*{kind}*: {', '.join(words)}" for kind, words in info.vocabulary.items())
+            counts = " and ".join(f"{len(words)} {kind}" for kind, words in info.vocabulary.items())
             gr.Markdown(
-                f"The model **{info.id}** is small enough for a laptop and was trained in a world of its own. "
-                f"These are the words it knows; real photographs need the full-size model.  \n{known}",
+                f"The model **{info.id}** is small enough for a laptop and was trained in a made world of {counts}. It "
+                "knows only the words offered under each prompt, and no photographs; these need a full-size model.",
                 elem_classes="known",
             )
         else:

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import shutil
 
 import numpy as np
@@ -26,6 +27,8 @@ def url(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tiny_pipeline().save_pretrained(folder)
+    words = {"subjects": ["dog", "cat", "owl"], "scenes": ["on the beach", "in the snow"]}
+    (folder / "vocabulary.json").write_text(json.dumps(words))
     server = start(Settings(model=str(folder), cpu_threads=1))
     demo = build_demo(server, asyncio.run(server.model()))
     _, address, _ = demo.launch(
@@ -128,6 +131,21 @@ def test_a_mistake_is_answered_with_a_sentence(page):
     page.click("#One2One-generate")
     toast = page.wait_for_selector("[data-testid=toast-body], .toast-body", timeout=10_000)
     assert "Add a picture of the subject" in toast.inner_text()
+
+
+@pytest.mark.parametrize(
+    "tab,subjects,prompt",
+    [("One2One", ["owl"], "an owl in the snow"), ("Many2Many", ["dog", "owl"], "a dog and an owl in the snow")],
+)
+def test_known_words_make_a_prompt_by_clicking(page, tab, subjects, prompt):
+    """Chips of subjects and scenes write the prompt, whose words can then be clicked."""
+    page.get_by_role("tab", name=tab, exact=True).click()
+    page.click(f"#{tab}-compose button")
+    for word in subjects:
+        page.click(f"#{tab}-known-subjects label:has-text('{word}')")
+    page.click(f"#{tab}-known-scenes label:has-text('in the snow')")
+    page.wait_for_function(f"() => document.querySelector('#{tab}-prompt textarea').value === '{prompt}'")
+    page.wait_for_selector(f"#{tab}-words-0 label:has-text('{subjects[0]}')")
 
 
 def test_the_page_fits_a_phone(url, browser):
