@@ -148,6 +148,8 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         """
         from .weights import load_adapter
 
+        if self.image_encoder is None or self.image_encoder_2 is None:
+            raise ValueError("load both vision encoders first: an adapter must fit the width of their features.")
         vision_dim = self._vision_encoders().num_channels
         adapter, plain = load_adapter(path, self.unet, vision_dim=vision_dim, replace_unet=replace_unet)
         self.unet.load_state_dict(plain, strict=False)

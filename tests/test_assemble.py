@@ -3,8 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from safetensors.torch import save_file
+from single_file import write_single_file
 from tiny import (
     picture,
     tiny_sd15_unet,
@@ -27,12 +34,13 @@ def base_model(family: str):
     torch.manual_seed(0)
     common = dict(
         vae=tiny_vae(),
-        text_encoder=CLIPTextModel(tiny_text_config()),
+        # of different widths, as the real ones are: by these diffusers tells them apart in a single file
+        text_encoder=CLIPTextModel(tiny_text_config(8 if family == "sdxl" else 16)),
         tokenizer=tiny_tokenizer(),
         scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
     )
     if family == "sdxl":
-        second = dict(text_encoder_2=CLIPTextModelWithProjection(tiny_text_config()), tokenizer_2=tiny_tokenizer())
+        second = dict(text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(24)), tokenizer_2=tiny_tokenizer())
         return StableDiffusionXLPipeline(**common, **second, unet=tiny_unet())
     options = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     return StableDiffusionPipeline(**common, **options, unet=tiny_sd15_unet())
@@ -105,6 +113,25 @@ def test_saved_and_loaded_it_is_the_same_model(assembled, tmp_path):
     assert np.abs(one - other).max() < 1e-5
 
 
+def test_a_single_file_gives_the_same_model_as_a_folder(parts, assembled, tmp_path):
+    """The layout of the original checkpoints, with configurations and tokenizers from a folder."""
+    _, folder = parts
+    write_single_file(base_model(parts[0]), tmp_path / "model.safetensors")
+    pipeline = RealCustomPipeline.from_parts(
+        tmp_path / "model.safetensors",
+        folder / "adapter.safetensors",
+        base_config=folder / "base",
+        siglip=folder / "siglip",
+        dinov2=folder / "dinov2",
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    settings = dict(
+        subjects=[Subject(image=picture(), target_phrase="dog")], height=64, width=64, num_inference_steps=2
+    )
+    one, other = (p(PROMPT, seed=2, output_type="np", **settings).images for p in (pipeline, assembled[1]))
+    assert np.abs(one - other).max() < 1e-5
+
+
 def test_the_release_preset_brings_its_sampler(parts):
     family, folder = parts
     load = lambda: RealCustomPipeline.from_parts(
@@ -120,9 +147,12 @@ def test_the_release_preset_brings_its_sampler(parts):
         pipeline.prepare(Request(prompt=PROMPT, subjects=(Subject(image=picture(), target_phrase="dog"),)))
 
 
-def test_few_steps_without_guidance(assembled):
+@pytest.mark.parametrize("sampler", [LCMScheduler, EulerDiscreteScheduler])
+def test_few_steps_without_guidance(assembled, sampler, monkeypatch):
     """Distilled checkpoints: T_stop as a fraction scales with the steps, CFG 1 has no unconditional row."""
     _, pipeline = assembled
+    scheduler = sampler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    monkeypatch.setattr(pipeline, "scheduler", scheduler)
     rows = []
     hook = pipeline.unet.conv_in.register_forward_hook(lambda module, args, out: rows.append(len(out)))
     settings = dict(num_inference_steps=4, guidance_scale=1.0, early_stop_step=0.5, height=64, width=64)

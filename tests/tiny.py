@@ -87,9 +87,9 @@ def tiny_sd15_unet() -> UNet2DConditionModel:
     )
 
 
-def tiny_text_config(**changes) -> CLIPTextConfig:
+def tiny_text_config(hidden_size: int = 16) -> CLIPTextConfig:
     return CLIPTextConfig(
-        hidden_size=16,
+        hidden_size=hidden_size,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -99,7 +99,6 @@ def tiny_text_config(**changes) -> CLIPTextConfig:
         bos_token_id=512,
         eos_token_id=513,
         pad_token_id=513,
-        **changes,
     )
 
 
