@@ -3,11 +3,12 @@ frozen.
 
 Visual attention is unmasked in training (Sec. 3.2): the model must find out which words a reference belongs to. Two
 departures, both because the training is short: noisy steps, where appearance is decided, are drawn more often, and the
-loss counts more where the reference's subjects are. As in stage `base`, the first samples are of half size.
+loss counts more where the reference's subjects are. Picture sizes take turns as in stage `base`.
 
 Legend: B batch, N vision tokens, C vision channels.
 """
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,10 @@ from ..latents import LatentCodec
 from ..loop import LoopConfig, run_loop
 from ..networks import LATENT_FACTOR, PICTURE_SIZE, VISION_WIDTH, build_scheduler
 from ..pictures import save_grid, to_signed
-from .base import TextToImage, load_base
+from .base import TextToImage, first_falling_step, load_base, size_and_turn
 from .vision import load_vision
 
-BATCH_SIZE = 32
-HALF_SIZE_SAMPLES = 64_000
+BATCH_SIZE = 64
 CURRICULUM_SAMPLES = 20_000  # fresh pairs over which the curriculum of Eq. 10-13 runs
 OUTSIDE_WEIGHT = 0.3
 FEATURES = {"shallow": 3 * 64, "deep": 64, "local": 4 * 64}  # tokens
@@ -50,11 +50,12 @@ def everywhere(keys_values: VisionKeysValues, rows: Tensor | None = None) -> Vis
 class AdapterTask:
     """The frozen parts, and the loss of the adapter upon them."""
 
-    def __init__(self, out: Path, device: str) -> None:
+    def __init__(self, out: Path, device: str, compiled: bool = False) -> None:
         self.device = device
         self.model = load_base(out, device)
         self.model.unet.to(memory_format=torch.channels_last)
         self.attention = AttentionLayers(self.model.unet)
+        self.unet = torch.compile(self.model.unet, dynamic=False) if compiled else self.model.unet
         self.encoders = load_vision(out, device)
         self.vision_step = checkpoint_state(out / "vision" / "checkpoint")["step"]
         self.codec = LatentCodec(out, device)
@@ -85,14 +86,14 @@ class AdapterTask:
         inside = load(entry["inside"])[:, None]
         return load(entry["latents"]), features, OUTSIDE_WEIGHT + (1 - OUTSIDE_WEIGHT) * inside
 
-    def loss(self, vision, clean: Tensor, weight: Tensor, captions: list[str], noise: Tensor, steps: Tensor) -> Tensor:
+    def loss(self, unet, vision, clean: Tensor, weight: Tensor, captions: list[str], noise: Tensor, steps: Tensor):
         """Weighted velocity loss per sample, [B]; `vision` None is the base model alone."""
         noisy, target = v_target(self.scheduler, clean, noise, steps)
         with self.autocast(), sdpa_kernel(SDPBackend.MATH):  # the fused kernel is slow backwards on a CPU
             with torch.no_grad():
                 embeds, pooled = self.model.encode_text(self.model.tokens(captions).to(self.device))
             with self.attention.connected(vision):
-                predicted = self.model.unet(
+                predicted = unet(
                     noisy.contiguous(memory_format=torch.channels_last),
                     steps,
                     encoder_hidden_states=embeds,
@@ -109,14 +110,14 @@ def draw_noisy(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
     return noise, (even.pow(0.7) * 1000).long().clamp_max(999).to(clean.device)
 
 
-def train_adapter(out: Path, device: str = "cpu", **options) -> None:
+def train_adapter(out: Path, device: str = "cpu", compiled: bool = False, **options) -> None:
     config = LoopConfig(
         out=out / "adapter", batch_size=BATCH_SIZE, learning_rate=6e-4, warmup_steps=100, average_decay=0.998,
-        save_every_s=120, preview_every_s=240, **options,
+        decay=0.15, preview_every_s=240, **options,
     )  # fmt: skip
-    task = AdapterTask(out, device)
+    task = AdapterTask(out, device, compiled)
     adapter = build_adapter(task.model).to(device)
-    half_steps = HALF_SIZE_SAMPLES // config.batch_size
+    details_from = first_falling_step(config)
     pools: dict[int, SamplePool] = {}
 
     def pool_for(size: int, turn: int) -> SamplePool:
@@ -128,7 +129,7 @@ def train_adapter(out: Path, device: str = "cpu", **options) -> None:
                 "caption": ((CAPTION_BYTES,), "uint8"),
                 "inside": ((side, side), "uint8"),
             }
-            # The curriculum runs over the half-size pairs; the full-size ones come after it.
+            # The curriculum runs over the half-size pairs; the fewer full-size ones are all of its last kind.
             half = size < PICTURE_SIZE
             render = RenderPairs(size=size, seed=2 if half else 7, curriculum=CURRICULUM_SAMPLES if half else 1)
             folder = config.out / f"pool_{size}_vision_{task.vision_step}"  # features of other encoders are of no use
@@ -138,7 +139,7 @@ def train_adapter(out: Path, device: str = "cpu", **options) -> None:
         return pools[size]
 
     def loss_of_step(step: int, generator: torch.Generator):
-        size, turn = (PICTURE_SIZE // 2, step) if step < half_steps else (PICTURE_SIZE, step - half_steps)
+        size, turn = size_and_turn(step, details_from)
         pool = pool_for(size, turn)
         pool.refresh(turn)
         entry = pool.batch(turn, torch.rand(config.batch_size, generator=generator).numpy())
@@ -146,19 +147,16 @@ def train_adapter(out: Path, device: str = "cpu", **options) -> None:
         noise, steps = draw_noisy(clean, generator)
         with task.autocast():
             vision = everywhere(adapter(features))
-        return task.loss(vision, clean, weight, unpack_captions(entry["caption"]), noise, steps).mean(), {}
+        return task.loss(task.unet, vision, clean, weight, unpack_captions(entry["caption"]), noise, steps).mean(), {}
 
-    fixed: dict[int, tuple[Entry, Entry, VisionFeatures]] = {}
-
-    def fixed_for(size: int):
-        """Held-out pairs, as pictures and encoded, and features of wrong references for them."""
-        if size not in fixed:
-            raw = RenderPairs(size=size, seed=5, split="held_out", with_wrong=True)(range(1, 65))
-            fixed[size] = raw, task.encode(raw), task.features(raw["wrong"])
-        return fixed[size]
+    @cache
+    def held_out() -> tuple[Entry, Entry, VisionFeatures]:
+        """Pairs as pictures and encoded, and features of wrong references for them."""
+        raw = RenderPairs(size=PICTURE_SIZE, seed=5, split="held_out", with_wrong=True)(range(1, 65))
+        return raw, task.encode(raw), task.features(raw["wrong"])
 
     def preview(step: int) -> dict[str, float]:
-        raw, encoded, wrong = fixed_for(PICTURE_SIZE // 2 if step < half_steps else PICTURE_SIZE)
+        raw, encoded, wrong = held_out()
         clean, features, weight = task.tensors(encoded)
         noise, steps = draw_noisy(clean, torch.Generator().manual_seed(1))
         captions = unpack_captions(encoded["caption"])
@@ -166,8 +164,12 @@ def train_adapter(out: Path, device: str = "cpu", **options) -> None:
         for name, reference in (("right", features), ("wrong", wrong), ("none", None)):
             with task.autocast():
                 vision = None if reference is None else everywhere(adapter(reference))
-            numbers[f"loss_{name}"] = round(float(task.loss(vision, clean, weight, captions, noise, steps).mean()), 5)
-        save_grid(_compare(task, adapter, raw, captions), config.out / "pictures" / f"{step * 32:08d}.png", columns=10)
+            numbers[f"loss_{name}"] = round(
+                float(task.loss(task.model.unet, vision, clean, weight, captions, noise, steps).mean()), 5
+            )
+        save_grid(
+            _compare(task, adapter, raw, captions), config.out / "pictures" / f"{step * BATCH_SIZE:08d}.png", columns=10
+        )
         return numbers
 
     run_loop(config, adapter, loss_of_step, preview)

@@ -62,6 +62,13 @@ def size_and_turn(step: int, details_from: int | None = None) -> tuple[int, int]
     return PICTURE_SIZE // 2, step - full
 
 
+def first_falling_step(config: LoopConfig) -> int | None:
+    """The step from which the learning rate falls; None if the run has no end."""
+    if config.max_samples is None:
+        return None
+    return math.ceil((1 - config.decay) * config.max_samples / config.batch_size)
+
+
 class TextToImage(nn.Module):
     """UNet and text encoders as one trainable module."""
 
@@ -112,9 +119,7 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
         plain_attention(model.unet)
     scheduler = build_scheduler()
     codec = LatentCodec(out, device)
-    details_from = None
-    if config.max_samples is not None:
-        details_from = math.ceil((1 - config.decay) * config.max_samples / config.batch_size)
+    details_from = first_falling_step(config)
     unet = torch.compile(model.unet, dynamic=False) if compiled else model.unet
     pools: dict[int, SamplePool] = {}
 
