@@ -111,7 +111,7 @@ def draw_noise(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
 
 def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options) -> None:
     config = LoopConfig(
-        out=out / "base", batch_size=BATCH_SIZE, learning_rate=1e-3, warmup_steps=100, decay=0.15, **options
+        out=out / "base", batch_size=BATCH_SIZE, learning_rate=1e-3, warmup_steps=100, decay=0.1, **options
     )
     torch.manual_seed(0)
     model = TextToImage(load_tokenizer(out)).to(device)
