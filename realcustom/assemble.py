@@ -36,6 +36,7 @@ def from_parts(
     preset: PresetName = "paper",
     base_config: str | PathLike | None = None,
     replace_unet: bool = False,
+    variant: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> RealCustomPipeline:
     """Load a base model, both vision encoders and an adapter.
@@ -48,11 +49,12 @@ def from_parts(
         base_config: for a single file, hub id or folder that has the configurations and tokenizers of its family;
             None takes the family's own from the hub.
         replace_unet: see `RealCustomPipeline.load_realcustom`.
+        variant: which files of the base's folder to take, such as "fp16".
         dtype: of all weights.
     Raises:
         ValueError: a base of another family, a file that is not safetensors, an adapter that does not fit.
     """
-    parts, family = _load_base(base, base_config, dtype)
+    parts, family = _load_base(base, base_config, variant, dtype)
     config = RealCustomConfig.preset(preset, family)
     sampler = AlternatingDPMSolverScheduler if preset == "release" else DDIMScheduler
     encoders = {
@@ -65,14 +67,14 @@ def from_parts(
         **encoders,
         scheduler=sampler.from_config(_without_extras(sampler, parts.scheduler.config)),
         realcustom_config=config,
-        force_zeros_for_empty_prompt=preset == "paper" and family == "sdxl",
+        force_zeros_for_empty_prompt=preset == "paper" and parts.config.get("force_zeros_for_empty_prompt", False),
     )
     if adapter is not None:
         pipeline.load_realcustom(adapter, replace_unet)
     return pipeline
 
 
-def _load_base(base, base_config, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
+def _load_base(base, base_config, variant: str | None, dtype: torch.dtype) -> tuple[DiffusionPipeline, str]:
     if Path(base).is_file():
         family = single_file_family(base)
         options = {} if base_config is None else {"config": str(base_config)}
@@ -81,7 +83,7 @@ def _load_base(base, base_config, dtype: torch.dtype) -> tuple[DiffusionPipeline
         name = DiffusionPipeline.load_config(str(base)).get("_class_name")
         if name not in _FAMILIES:
             raise ValueError(f"{base} is a {name}; RealCustom++ works on {' or '.join(_FAMILIES)}.")
-        family, options = _FAMILIES[name], {"use_safetensors": True}
+        family, options = _FAMILIES[name], {"use_safetensors": True, "variant": variant}
         load = _CLASSES[family].from_pretrained
     if family == "sd15":
         options |= {"safety_checker": None, "requires_safety_checker": False}
@@ -134,6 +136,7 @@ def main() -> None:
     parser.add_argument(
         "--replace-unet", action="store_true", help="take UNet weights found in the adapter's file, too"
     )
+    parser.add_argument("--variant", help="which files of the base's folder to take, such as fp16")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the whole model to")
     flags = vars(parser.parse_args())
