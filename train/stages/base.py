@@ -132,7 +132,7 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
             fields = {"latents": ((4, side, side), "float16"), "caption": ((CAPTION_BYTES,), "uint8")}
             folder = config.out / f"pool_{size}"
             render = RenderSamples(size=size)
-            pools[size] = SamplePool(folder, fields, render, encode, start=16_000, capacity=60_000, per_step=12)
+            pools[size] = SamplePool(folder, fields, render, encode, start=16_000, capacity=60_000, per_step=6)
             pools[size].fill(turn)
         return pools[size]
 
