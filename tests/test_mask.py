@@ -61,6 +61,17 @@ def test_sharing_gives_the_picks_of_algorithm_1(ratios):
     assert kept.sum(0).max() == 1
 
 
+@pytest.mark.parametrize("agreement", [0.0, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("seed", range(6))
+def test_sharing_holds_however_much_subjects_compete(agreement, seed):
+    """From no common wish to wanting exactly the same, with ties."""
+    common, own = relevance(12, 12, seed=seed), relevance(4, 12, 12, seed=seed + 100)
+    values = ((agreement * common + (1 - agreement) * own) * 50).round() / 50
+    ratios = relevance(4, seed=seed + 200).mul(0.24).add(0.01).tolist()
+    kept = share_scopes(values, ratios)
+    assert torch.equal(kept.flatten(1), algorithm_1(values, ratios))
+
+
 def test_shares_beyond_the_picture_end_with_the_last_position():
     kept = share_scopes(relevance(2, 4, 4), (1.0, 1.0))
     assert kept.sum(dim=(1, 2)).tolist() == [8, 8]
