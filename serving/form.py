@@ -71,6 +71,9 @@ class EditForm(BaseModel):
     partial_images: int = Field(0, ge=0, le=100, description="with `stream`: previews of each picture")
     previews: bool = Field(False, description="with `stream`: a preview every few steps, in place of partial_images")
     progress: bool = Field(False, description="with `stream`: also place in line and step count, as events")
+    timeout_s: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="seconds after which the request is given up with 504"
+    )
     user: str | None = Field(None, description="accepted for OpenAI clients; not used")
     quality: Literal["auto"] | None = Field(None, description="accepted for OpenAI clients; only auto")
     background: Literal["auto", "opaque"] | None = Field(None, description="accepted for OpenAI clients")

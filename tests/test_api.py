@@ -341,7 +341,7 @@ def test_overload_is_429_with_retry_after(settings):
         async def model(self):
             return await self.inner.model()
 
-        async def stream(self, request, *, previews=True):
+        async def stream(self, request, *, previews=True, timeout_s=None):
             raise Overloaded("8 pictures are waiting already.", 7)
             yield
 
@@ -362,7 +362,7 @@ def _info(replica):
 
 def test_http_client_speaks_this_interface(api, replica, monkeypatch):
     """Model, picture and stream through HttpClient equal those of the replica, errors keep their type."""
-    client = HttpClient("http://test")
+    client = HttpClient("http://test", max_retries=0)
     client._options["transport"] = httpx.ASGITransport(api)
     request = Request(
         prompt=PROMPT,
