@@ -11,11 +11,14 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--address", help="use a server running on a Ray cluster, such as auto or ray://HOST:10001")
     parser.add_argument("--api-key", default=os.environ.get("REALCUSTOM_API_KEY"), help="sent to the server of --url")
     parser.add_argument("--model", default=None, help="model of the local server (default: the one that is shipped)")
+    parser.add_argument(
+        "--memory", choices=("high", "medium", "low"), help="of the local server's model (default: high)"
+    )
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")))
     flags = parser.parse_args(arguments)
-    if sum(map(bool, (flags.url, flags.address, flags.model))) > 1:
-        parser.error("--url, --address and --model exclude each other: a running server has its own model.")
+    if sum(map(bool, (flags.url, flags.address, flags.model or flags.memory))) > 1:
+        parser.error("--url, --address and --model or --memory exclude each other: a running server has its own model.")
     return flags
 
 
@@ -32,7 +35,8 @@ def connect(flags: argparse.Namespace):
     from serving.local import start
     from serving.settings import Settings
 
-    return start(Settings(model=flags.model) if flags.model else None)
+    given = {"model": flags.model, "memory": flags.memory}
+    return start(Settings(**{name: value for name, value in given.items() if value}))
 
 
 def main() -> None:

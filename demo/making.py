@@ -3,12 +3,14 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 
 from PIL import Image
 
 from serving.client import Client, InvalidRequest, Progress, Queued, Request, Result
+
+HEARTBEAT_S = 1.0  # an update at least this often: Gradio notices a closed tab only when it has something to send
 
 
 @dataclass
@@ -53,11 +55,14 @@ class Pictures:
             step, steps = sum(p.step for p in under_way), sum(p.num_steps for p in under_way)
             return f"Step {step // len(under_way)} of {steps // len(under_way)}"
         places = [p.position for p in self.pictures if p.position is not None]
-        return f"Waiting in line: {min(places)} before you." if places and min(places) else "Starting…"
+        if not places:
+            return "Starting…"
+        pictures = "picture" if min(places) == 1 else "pictures"
+        return f"Waiting in line: {min(places)} {pictures} before yours." if min(places) else "Next in line…"
 
 
 async def make_pictures(client: Client, request: Request, number: int) -> AsyncIterator[Pictures]:
-    """`number` pictures with consecutive seeds, made together; yields their state as it changes.
+    """`number` pictures with consecutive seeds, made together; yields their state as it changes, and every second.
 
     Closing the iterator closes every stream, which frees the replica within a step.
     """
@@ -79,9 +84,9 @@ async def make_pictures(client: Client, request: Request, number: int) -> AsyncI
     try:
         done = False
         while not done:
-            error = await heard.get()
-            if error is not None:
-                raise error
+            with suppress(asyncio.TimeoutError):
+                if (error := await asyncio.wait_for(heard.get(), HEARTBEAT_S)) is not None:
+                    raise error
             while not heard.empty():  # several events at once are one update of the page
                 if (error := heard.get_nowait()) is not None:
                     raise error

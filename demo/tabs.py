@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import gradio as gr
 from PIL import Image
@@ -38,19 +38,20 @@ class Slot:
 
 @dataclass(frozen=True, kw_only=True)
 class Controls:
-    """The settings every tab shows; order of `inputs` is the order of `_read`."""
+    """The settings every tab shows; their order is that of `_read`."""
 
     scope: gr.Slider
     stop: gr.Slider
     guidance: gr.Slider
     steps: gr.Slider
+    fast: gr.Checkbox
     seed: gr.Number
     negative: gr.Textbox
     number: gr.Slider
 
     @property
     def inputs(self) -> list:
-        return [self.scope, self.stop, self.guidance, self.steps, self.seed, self.negative, self.number]
+        return [getattr(self, part.name) for part in fields(self)]
 
 
 def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
@@ -175,13 +176,19 @@ def _build_controls(task: Task, info: ModelInfo) -> Controls:
         steps = gr.Slider(
             1, most_steps, sampling.num_inference_steps, step=1, label="Steps", elem_id=f"{task.name}-steps"
         )
+        fast = gr.Checkbox(
+            sampling.mask_source == "generation_branch", label="Fast masks", elem_id=f"{task.name}-fast",
+            info="Approximate: no pass of their own, they follow the picture one step behind",
+        )  # fmt: skip
         with gr.Row():
             seed = gr.Number(
                 label="Seed", info="Empty draws one", precision=0, minimum=0, value=None, elem_id=f"{task.name}-seed"
             )
             number = gr.Slider(1, min(4, limits.max_images), 1, step=1, label="Pictures")
         negative = gr.Textbox(label="Negative prompt", placeholder="what should not be there")
-    return Controls(scope=scope, stop=stop, guidance=guidance, steps=steps, seed=seed, negative=negative, number=number)
+    return Controls(
+        scope=scope, stop=stop, guidance=guidance, steps=steps, fast=fast, seed=seed, negative=negative, number=number
+    )
 
 
 def _wire_words(prompt: gr.Textbox, slots: list[Slot], task: Task) -> None:
@@ -207,7 +214,7 @@ def _wire_words(prompt: gr.Textbox, slots: list[Slot], task: Task) -> None:
 def _read(task: Task, values: tuple) -> tuple[Request, int]:
     """The page's values -> request and number of pictures; InvalidRequest says what is missing."""
     prompt, rest = values[0] or "", values[1:]
-    scope, stop, guidance, steps, seed, negative, number = rest[3 * task.num_slots :]
+    scope, stop, guidance, steps, fast, seed, negative, number = rest[3 * task.num_slots :]
     words = words_of(prompt)
     subjects: list[Subject] = []
     for index in range(task.num_slots):
@@ -231,6 +238,7 @@ def _read(task: Task, values: tuple) -> tuple[Request, int]:
         num_inference_steps=int(steps),
         early_stop_step=min(int(stop), int(steps)),
         guidance_scale=float(guidance),
+        mask_source="generation_branch" if fast else "guidance_branch",
         seed=None if seed is None else int(seed),
     )
     return request, int(number)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 PresetName = Literal["paper", "release"]
 ModelFamily = Literal["sdxl", "sd15"]
+MemoryTier = Literal["high", "medium", "low"]
 MaskSource = Literal["guidance_branch", "generation_branch"]
 
 

@@ -3,12 +3,12 @@
 Tiers are exact but for the VAE: decoding in tiles blends their seams.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import nn
 
-MemoryTier = Literal["high", "medium", "low"]
+from .config import MemoryTier
 
 TILE = 512  # px, where the VAE's own tiles are larger: SDXL's are as large as its pictures
 ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder", "image_encoder_2")

@@ -117,6 +117,7 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         self.offload_hooks: dict[str, Any] = {}  # of components that are on the device only while in use, see memory.py
         self._references: OrderedDict[bytes, VisionKeysValues] = OrderedDict()
         self._texts: OrderedDict[str, TextCondition] = OrderedDict()
+        self.reference_hits = self.reference_misses = 0  # of the cache, for a server's metrics
         self._cache_lock = threading.RLock()  # a server prepares one picture while another one steps
 
     @classmethod
@@ -305,7 +306,10 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         """Keys and values of a reference in every layer, once per content of the picture."""
         key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
         with self._cache_lock:
-            if key not in self._references:
+            if key in self._references:
+                self.reference_hits += 1
+            else:
+                self.reference_misses += 1
                 features = self._vision_encoders().encode([image])
                 self._offload("image_encoder", "image_encoder_2")
                 tokens = {name: v.to(self.adapter.device, self.adapter.dtype) for name, v in vars(features).items()}

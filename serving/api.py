@@ -18,17 +18,19 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from realcustom.request import Request
 
-from .client import Client, ModelInfo
-from .errors import InvalidRequest, Overloaded, ServerError, TooLarge
+from .client import Client
+from .errors import InvalidRequest, Overloaded, ServerError, TimedOut, TooLarge, Unavailable
 from .events import Event, Progress, Queued, Result
 from .form import EditForm, sentence
 from .images import to_base64
 from .middleware import BodyLimit
+from .model_info import ModelInfo
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
 
 PEEK_S = 2.0  # how long a stream waits for its first step, so that a refused request gets a status and not an event
+MODEL_INFO_S, MODEL_INFO_WAIT_S = 5.0, 1.0  # age at which it is asked for anew, and how long a new answer may take
 ERRORS = {
     status: {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
     for status, text in {
@@ -37,6 +39,8 @@ ERRORS = {
         422: "a request that cannot be made; the message says why",
         429: "no place; see Retry-After",
         500: "a fault of the server",
+        503: "no replica can make the picture now; see Retry-After",
+        504: "the deadline has passed",
     }.items()
 }
 ERROR_SCHEMA = {
@@ -60,12 +64,20 @@ ERROR_SCHEMA = {
 def create_api(client: Client, settings: Settings) -> FastAPI:
     """The HTTP interface to `client`."""
     api = FastAPI(title="RealCustom++", version="0.1", docs_url="/docs", redoc_url=None)
-    loaded: list[ModelInfo] = []  # a server's model never changes: asked for once
+    known: list[tuple[float, ModelInfo]] = []  # when it was asked for, and the answer
 
     async def model_info() -> ModelInfo:
-        if not loaded:
-            loaded.append(await client.model())
-        return loaded[0]
+        """Limits may change while the server runs (`user_config`), but busy replicas need not be asked every time."""
+        if known and time.monotonic() - known[-1][0] < MODEL_INFO_S:
+            return known[-1][1]
+        try:
+            info = await asyncio.wait_for(client.model(), MODEL_INFO_WAIT_S if known else settings.max_timeout_s)
+        except (Overloaded, Unavailable, asyncio.TimeoutError):
+            if not known:
+                raise Unavailable("no replica answers yet.", 5.0) from None
+            info = known[-1][1]
+        known[:] = [(time.monotonic(), info)]
+        return info
 
     async def check_key(http: HttpRequest) -> None:
         expected = settings.api_key and f"Bearer {settings.api_key.get_secret_value()}"
@@ -83,32 +95,33 @@ def create_api(client: Client, settings: Settings) -> FastAPI:
         info = await model_info()
         requests = await form.to_requests(info.limits, info.id)
         for request in requests:
-            info.limits.check(request, info.sampling)
+            info.limits.check(request, info.sampling, pictures=len(requests))
+        timeout_s = info.limits.timeout(form.timeout_s)
         if form.stream:
             previews = form.previews or form.partial_images
-            events = all_events(client, requests, previews)
+            events = all_events(client, requests, previews, timeout_s)
             return await _start_stream(_server_sent(events, form))
         results: dict[int, Result] = {}
-        async with aclosing(all_events(client, requests, previews=False)) as events:
+        async with aclosing(all_events(client, requests, False, timeout_s)) as events:
             async for index, event in events:
                 if isinstance(event, Result):
                     results[index] = event
         data = [await asyncio.to_thread(_item, results[i], form.output_format) for i in range(len(requests))]
         return {"created": int(time.time()), "data": data, "output_format": form.output_format}
 
-    @api.get("/v1/models", dependencies=[Depends(check_key)], responses={500: ERRORS[500]})
+    @api.get("/v1/models", dependencies=[Depends(check_key)], responses={s: ERRORS[s] for s in (401, 500, 503)})
     async def list_models() -> dict[str, Any]:
         """The loaded model: defaults, limits, vocabulary."""
         info = await model_info()
         return {"object": "list", "data": [{"object": "model", "owned_by": "realcustom", **info.to_dict()}]}
 
-    @api.get("/healthz", responses={503: ERRORS[500]})
+    @api.get("/healthz", responses={503: ERRORS[503]})
     async def health() -> dict[str, str]:
         """200 when a replica answers."""
         try:
             await asyncio.wait_for(client.model(), timeout=5)
-        except Exception:
-            return _problem(503, "no replica answers yet.", "server_error", headers={"Retry-After": "5"})
+        except (Overloaded, ServerError, asyncio.TimeoutError):
+            raise Unavailable("no replica answers yet.", 5.0) from None
         return {"status": "ok"}
 
     api.add_middleware(BodyLimit, max_bytes=settings.max_subjects * settings.max_image_bytes + 2**20)
@@ -129,14 +142,14 @@ def create_api(client: Client, settings: Settings) -> FastAPI:
 
 
 async def all_events(
-    client: Client, requests: Sequence[Request], previews: bool | int
+    client: Client, requests: Sequence[Request], previews: bool | int, timeout_s: float
 ) -> AsyncIterator[tuple[int, Event]]:
     """Events of all pictures as they come, with their index. If one fails or the caller leaves, all are cancelled."""
     queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
 
     async def follow(index: int, request: Request) -> None:
         try:
-            async with aclosing(client.stream(request, previews=previews)) as events:
+            async with aclosing(client.stream(request, previews=previews, timeout_s=timeout_s)) as events:
                 async for event in events:
                     queue.put_nowait((index, event))
             queue.put_nowait((index, None))
@@ -273,6 +286,10 @@ def _error_body(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         return _body(422, str(error), "invalid_request")
     if isinstance(error, Overloaded):
         return _body(429, str(error), "overloaded", headers={"Retry-After": str(math.ceil(error.retry_after_s))})
+    if isinstance(error, Unavailable):
+        return _body(503, str(error), "unavailable", headers={"Retry-After": str(math.ceil(error.retry_after_s))})
+    if isinstance(error, TimedOut):
+        return _body(504, str(error), "timeout")
     if isinstance(error, StarletteHTTPException):
         # Starlette's parser of multipart bodies answers 400: bad input is 422 everywhere here
         status = 422 if error.status_code == 400 else error.status_code
@@ -283,13 +300,8 @@ def _error_body(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 
 def _body(status: int, message: str, code: str, *, param: str | None = None, headers: dict[str, str] | None = None):
-    kind = {"server_error": "server_error", "overloaded": "rate_limit_error"}.get(code, "invalid_request_error")
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}, headers or {}
-
-
-def _problem(status: int, message: str, code: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    status, body, headers = _body(status, message, code, headers=headers)
-    return JSONResponse(body, status, headers)
 
 
 async def _answer_error(http: HttpRequest, error: Exception) -> JSONResponse:

@@ -2,13 +2,16 @@
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingPolicy
 
 from .api import create_api
-from .client import HandleClient
+from .autoscaling import BacklogPolicy
+from .handle_client import HandleClient
 from .replica import Replica
 from .settings import PROJECT_ROOT, Settings
 
 REPLICA = "Replica"
+MAX_CONNECTIONS = 1000  # requests that the ingress follows at once; the replicas' queues are much shorter
 
 
 def app(settings: Settings) -> Application:
@@ -16,6 +19,8 @@ def app(settings: Settings) -> Application:
     settings = settings.placed()
     # Workers of a server that was started elsewhere find the project without being told.
     runtime_env = {"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}}
+    full = {"status_code": 429, "retry_after_s": 5}
+    logs = {"encoding": settings.log_format}
     replicas = serve.deployment(
         Replica,
         name=REPLICA,
@@ -27,27 +32,35 @@ def app(settings: Settings) -> Application:
         autoscaling_config={
             "min_replicas": settings.min_replicas,
             "max_replicas": settings.max_replicas,
-            # a replica is well used when its batch is full; more than that is waiting and asks for company
-            "target_ongoing_requests": settings.max_batch_size,
-            "metrics_interval_s": 2,
-            "look_back_period_s": 6,
-            "upscale_delay_s": 5,
-            "downscale_delay_s": 120,
+            "policy": AutoscalingPolicy(
+                policy_function=BacklogPolicy, policy_kwargs={"target_backlog_s": settings.target_backlog_s}
+            ),
+            "metrics_interval_s": 1,
+            "look_back_period_s": 3,
+            "upscale_delay_s": settings.upscale_delay_s,
+            "downscale_delay_s": settings.downscale_delay_s,
         },
+        user_config=settings.tuning.model_dump(),
         max_ongoing_requests=settings.max_batch_size + settings.max_queued,
         max_queued_requests=settings.max_queued,
+        backpressure_config=full,
         health_check_period_s=10,
-        graceful_shutdown_timeout_s=60,
-    ).bind(settings)
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        logging_config=logs,
+    ).bind(settings, metrics=True)
 
     def http_api():
         handle = serve.get_deployment_handle(REPLICA, app_name=serve.get_replica_context().app_name)
-        return create_api(HandleClient(handle), settings)
+        return create_api(HandleClient(handle, max_retries=settings.max_retries), settings)
 
     ingress = serve.deployment(
         serve.ingress(http_api)(),
         name="Ingress",
         ray_actor_options={"num_cpus": 0, "runtime_env": runtime_env},
-        max_ongoing_requests=1000,
+        max_ongoing_requests=MAX_CONNECTIONS,
+        max_queued_requests=MAX_CONNECTIONS,
+        backpressure_config=full,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        logging_config=logs,
     )
     return ingress.bind(replicas)

@@ -9,44 +9,22 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from realcustom.request import Request
 
-from .errors import InvalidRequest, Overloaded, ServerError
+from .cost import Rate, picture_cost
+from .errors import InvalidRequest, Overloaded, ServerError, TimedOut, Unavailable
 from .events import Event, Progress, Queued, Result
+from .job import Job
+from .memory import Budget, is_out_of_memory, release
+from .observer import Observer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve.realcustom")  # under Ray Serve's logger: its handlers and JSON are ours, too
 
-
-@dataclass(eq=False)
-class Job:
-    """One picture's place in the engine and its line to the caller. `previews`: none, every few steps, or a number."""
-
-    request: Request
-    previews: bool | int
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue = field(default_factory=asyncio.Queue)
-    generation: Any = None
-    told: bool = False  # the result or an error has been sent, or nobody listens any more
-    position: int | None = None  # place in line last told
-    preview_pending: bool = False
-    step_told: int = 0
-
-    def tell(self, event: Event | Exception) -> None:
-        """Hand an event to the caller; from any thread, under the engine's lock, so that order holds."""
-        if self.told:
-            return
-        self.told = isinstance(event, Result | Exception)
-        if isinstance(event, Progress):  # a preview is made beside the steps and may be behind them: never count back
-            self.step_told = max(self.step_told, event.step)
-            event = replace(event, step=self.step_told)
-        try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:  # the caller's loop has closed; nobody is left to tell
-            self.told = True
+MAX_FAILED_STEPS = 5  # in a row; then the device is taken for broken, and the replica for unhealthy
+RETRY_AFTER_S = (1.0, 120.0)  # least and most that a refused caller is asked to wait
 
 
 class Engine:
@@ -58,7 +36,11 @@ class Engine:
         max_queued: pictures waiting beyond these; more are refused with `Overloaded`.
         preview_every: steps between previews.
         stall_timeout_s: see `check_health`.
+        batch_sizes: numbers of pictures that may step together, so that programs compiled for a batch size are used
+            again; a larger group takes turns. Empty allows any number.
+        budget: memory that the pictures under way may take together; None does not ask.
         synchronize: waits for the device after a step; without it a GPU would be steps behind every cancel.
+        observer: is told what happens, for metrics.
     """
 
     def __init__(
@@ -69,13 +51,24 @@ class Engine:
         max_queued: int = 32,
         preview_every: int = 3,
         stall_timeout_s: float = 300,
+        batch_sizes: Sequence[int] = (),
+        budget: Budget | None = None,
         synchronize: Callable[[], None] | None = None,
+        observer: Observer | None = None,
     ) -> None:
+        assert not batch_sizes or min(batch_sizes) == 1, "a picture alone must be able to step"
         self._pipeline = pipeline
-        self._max_batch_size, self._max_queued = max_batch_size, max_queued
-        self._preview_every, self._stall_timeout_s = preview_every, stall_timeout_s
+        self._batch_sizes = tuple(batch_sizes)
+        self._budget = budget
         self._synchronize = synchronize or (lambda: None)
+        self._observer = observer or Observer()
         self._condition = threading.Condition()
+        self.reconfigure(
+            max_batch_size=max_batch_size,
+            max_queued=max_queued,
+            preview_every=preview_every,
+            stall_timeout_s=stall_timeout_s,
+        )
         self._waiting: deque[Job] = deque()
         self._preparing: Job | None = None
         self._active: list[Job] = []
@@ -83,7 +76,8 @@ class Engine:
         self._finished: deque[Job] = deque()
         self._previews: deque[Job] = deque()
         self._decoding: Job | None = None
-        self._last_turn: dict[tuple[int, int], int] = {}  # size -> number of the step it last had
+        self._rate = Rate()
+        self._failed_steps = 0  # in a row
         self.num_steps = 0
         self._busy_since: dict[str, float | None] = {}
         self._closed: str | None = None  # why nothing is accepted any more
@@ -94,17 +88,42 @@ class Engine:
         for thread in self._threads:
             thread.start()
 
-    async def stream(self, request: Request, previews: bool | int = True) -> AsyncIterator[Event]:
+    def reconfigure(self, *, max_batch_size: int, max_queued: int, preview_every: int, stall_timeout_s: float) -> None:
+        """Change these while pictures are under way; the ones that are here already stay."""
+        with self._condition:
+            self._max_batch_size, self._max_queued = max_batch_size, max_queued
+            self._preview_every, self._stall_timeout_s = preview_every, stall_timeout_s
+            self._condition.notify_all()
+
+    async def stream(
+        self,
+        request: Request,
+        previews: bool | int = True,
+        timeout_s: float | None = None,
+        request_id: str = "",
+    ) -> AsyncIterator[Event]:
         """Events of one picture, `Result` last. Closing the iterator frees the place before the next step.
 
+        Args:
+            previews: every `preview_every` steps, never, or this number in all.
+            timeout_s: seconds from now after which the picture is given up.
+            request_id: for the log.
         Raises:
-            Overloaded: no place. InvalidRequest: the pipeline refused the request. ServerError: a fault of ours.
+            Overloaded: no place. InvalidRequest: the pipeline refused the request. TimedOut: the deadline has passed.
+            Unavailable: a fault that another replica may not have. ServerError: another fault of ours.
         """
-        job = Job(request, previews, asyncio.get_running_loop())
+        full = request.with_defaults(self._pipeline.sampling)
+        cost = picture_cost(full, self._pipeline.sampling)
+        job = Job(full, previews, asyncio.get_running_loop(), cost, request_id)
         self._enter(job)
         try:
             while True:
-                event = await job.events.get()
+                left = None if timeout_s is None else job.arrived + timeout_s - time.monotonic()
+                try:
+                    event = await asyncio.wait_for(job.events.get(), left)
+                except asyncio.TimeoutError:
+                    event = TimedOut(f"the picture was not finished within {timeout_s:.3g} s.")
+                    job.outcome = "timed_out"
                 if isinstance(event, Exception):
                     raise event
                 yield event
@@ -113,23 +132,29 @@ class Engine:
         finally:
             self._leave(job)
 
-    def stats(self) -> dict[str, int]:
-        """Pictures in each state."""
+    def stats(self) -> dict[str, float]:
+        """Pictures in each state, steps made, cost of the steps to come, and the seconds they will take."""
         with self._condition:
+            cost = self._remaining_cost()
             return {
                 "waiting": len(self._waiting),
                 "preparing": int(self._preparing is not None),
                 "active": len(self._active),
                 "decoding": len(self._finished) + len(self._previews) + int(self._decoding is not None),
                 "steps": self.num_steps,
+                "backlog_cost": cost,
+                "backlog_s": self._rate.seconds(cost),
             }
 
     def check_health(self) -> None:
-        """Raise `RuntimeError` if a thread has died or a piece of work has not ended within `stall_timeout_s`."""
+        """Raise `RuntimeError` if a thread has died, a piece of work has not ended within `stall_timeout_s`, or the
+        last steps have all failed."""
         with self._condition:
             if self._closed:
                 raise RuntimeError(f"the engine has stopped: {self._closed}")
             busy = {name: since for name, since in self._busy_since.items() if since is not None}
+            if self._failed_steps >= MAX_FAILED_STEPS:
+                raise RuntimeError(f"the last {self._failed_steps} steps have failed")
         if dead := [thread.name for thread in self._threads if not thread.is_alive()]:
             raise RuntimeError(f"threads have died: {', '.join(dead)}")
         for name, since in busy.items():
@@ -151,13 +176,33 @@ class Engine:
     def _enter(self, job: Job) -> None:
         with self._condition:
             if self._closed:
-                raise ServerError(f"no pictures are made here any more: {self._closed}.")
-            under_way = len(self._active) + int(self._preparing is not None)
-            if under_way + len(self._waiting) >= self._max_batch_size + self._max_queued:
-                raise Overloaded(f"{len(self._waiting)} pictures are waiting already; try again in a few seconds.")
+                raise Unavailable(f"no pictures are made here any more: {self._closed}.")
+            if self._budget and not self._budget.fits([job.memory]):
+                raise InvalidRequest(
+                    f"a picture of {job.request.width}x{job.request.height} with {len(job.request.subjects)} subjects "
+                    "does not fit this server's memory; ask for a smaller one."
+                )
+            if self._under_way() + len(self._waiting) >= self._max_batch_size + self._max_queued:
+                self._observer.rejected()
+                raise Overloaded(
+                    f"{len(self._waiting)} pictures are waiting already; try again in a few seconds.",
+                    retry_after_s=self._seconds_to_a_place(),
+                )
             self._waiting.append(job)
             self._tell_positions()
             self._condition.notify_all()
+
+    def _under_way(self) -> int:
+        return len(self._active) + int(self._preparing is not None)
+
+    def _seconds_to_a_place(self) -> float:
+        least, most = RETRY_AFTER_S
+        expected = self._rate.seconds(self._remaining_cost()) / max(1, self._under_way() + len(self._waiting))
+        return min(most, max(least, expected))
+
+    def _remaining_cost(self) -> float:
+        preparing = [self._preparing] if self._preparing else []
+        return sum(job.remaining_cost for job in (*self._waiting, *preparing, *self._active) if not job.told)
 
     def _leave(self, job: Job) -> None:
         with self._condition:
@@ -167,7 +212,12 @@ class Engine:
                 self._tell_positions()
             if job in self._active and job not in self._stepping:
                 self._active.remove(job)
+            seconds = time.monotonic() - job.arrived
+            self._observer.picture(job.outcome, seconds=seconds)
+            self._observe_queue()
             self._condition.notify_all()
+        about = {"request_id": job.request_id, "outcome": job.outcome, "seconds": round(seconds, 3)}
+        logger.info("picture %s after %.2f s and %d steps", job.outcome, seconds, job.step_told, extra=about)
 
     def _tell_positions(self) -> None:
         for position, job in enumerate(self._waiting):
@@ -179,9 +229,13 @@ class Engine:
         everyone = [*self._waiting, *self._active, *self._finished, *self._previews, self._preparing, self._decoding]
         for job in everyone:
             if job is not None:
-                job.tell(ServerError(f"the picture was not finished: {reason}."))
+                job.tell(Unavailable(f"the picture was not finished: {reason}."))
         for jobs in (self._waiting, self._active, self._finished, self._previews):
             jobs.clear()
+
+    def _observe_queue(self) -> None:
+        backlog_s = self._rate.seconds(self._remaining_cost())
+        self._observer.queue(waiting=len(self._waiting), active=self._under_way(), backlog_s=backlog_s)
 
     # ---- the three threads -------------------------------------------------------------------------------------
 
@@ -204,59 +258,114 @@ class Engine:
         self._busy_since[threading.current_thread().name] = time.monotonic()
         return not self._closed
 
-    def _has_place(self) -> bool:
-        return len(self._active) < self._max_batch_size and len(self._finished) < self._max_batch_size
+    def _next_has_place(self) -> bool:
+        """Whether the first in line may come in. If its memory is not free yet, nobody passes it: none starves."""
+        if not self._waiting or len(self._active) >= self._max_batch_size:
+            return False
+        if len(self._finished) >= self._max_batch_size:
+            return False
+        here = [job.memory for job in (*self._active, *self._finished)]
+        return not here or not self._budget or self._budget.fits([*here, self._waiting[0].memory])
 
     def _prepare_next(self) -> None:
         with self._condition:
-            if not self._wait(lambda: self._waiting and self._has_place()):
+            if not self._wait(self._next_has_place):
                 return
             job = self._preparing = self._waiting.popleft()  # first come, first served, whatever the size
             self._tell_positions()
         outcome: Exception | None = None
+        hits, misses = self._reference_counts()
         try:
             job.generation = self._pipeline.prepare(job.request)
         except ValueError as error:
             outcome = InvalidRequest(str(error))
         except Exception as error:
-            logger.exception("prepare failed")
-            outcome = ServerError(f"the picture could not be prepared ({type(error).__name__}).")
+            logger.exception("prepare failed", extra={"request_id": job.request_id})
+            outcome = Unavailable(f"the picture could not be prepared ({type(error).__name__}); try again.")
+        new_hits, new_misses = self._reference_counts()
         with self._condition:
             self._preparing = None
+            self._observer.references(hits=new_hits - hits, misses=new_misses - misses)
             if outcome is not None:
                 job.tell(outcome)
             elif not job.told:
+                job.last_turn = self.num_steps
                 self._active.append(job)
+            self._observe_queue()
             self._condition.notify_all()
 
+    def _reference_counts(self) -> tuple[int, int]:
+        return self._pipeline.reference_hits, self._pipeline.reference_misses
+
     def _next_group(self) -> list[Job]:
-        """The pictures of the size that has waited longest for a step."""
-        sizes = list(dict.fromkeys(job.generation.size for job in self._active))
-        self._last_turn = {size: self._last_turn.get(size, 0) for size in sizes}
-        size = min(sizes, key=self._last_turn.__getitem__)
-        self._last_turn[size] = self.num_steps + 1
-        return [job for job in self._active if job.generation.size == size]
+        """Of the size whose turn is longest ago, as many pictures as may step together; being passed goes round."""
+        by_turn = sorted(self._active, key=lambda job: (job.last_turn, -job.last_passed))
+        candidates = [job for job in by_turn if job.generation.size == by_turn[0].generation.size]
+        number = max((n for n in self._batch_sizes if n <= len(candidates)), default=len(candidates))
+        for job in candidates[number:]:
+            job.last_passed = self.num_steps + 1
+        return candidates[:number]
 
     def _step_next(self) -> None:
         with self._condition:
             if not self._wait(lambda: self._active):
                 return
             group = self._stepping = self._next_group()
-        outcome: Exception | None = None
-        try:
-            self._pipeline.step([job.generation for job in group])
-            self._synchronize()
-        except Exception as error:
-            logger.exception("a step of %d pictures failed", len(group))
-            outcome = error
+            for job in group:
+                job.last_turn = self.num_steps + 1
+        failed = self._advance(group)
         with self._condition:
             self.num_steps += 1
+            self._failed_steps = self._failed_steps + 1 if len(failed) == len(group) else 0
             self._stepping = []
             for job in group:
-                if outcome is not None:
-                    job.tell(ServerError(f"a step of the picture failed ({type(outcome).__name__}); try again."))
+                if job in failed:
+                    job.tell(failed[job])
                 self._after_step(job)
+            self._observe_queue()
             self._condition.notify_all()
+
+    def _advance(self, group: list[Job]) -> dict[Job, Exception]:
+        """One step of all, or of halves if the memory does not suffice. Returns whose step failed, and why."""
+        generations = [job.generation for job in group]
+        before = [(g.step_index, g.guidance_masks) for g in generations]
+        mask_rows = sum(g.needs_guidance_branch for g in generations)
+        rows = mask_rows + sum(1 + (g.negative_text is not None) for g in generations)
+        start = time.monotonic()
+        try:
+            self._pipeline.step(generations)
+            self._synchronize()
+        except Exception as error:
+            about = {"request_ids": [job.request_id for job in group]}
+            untouched = all(g.step_index == index for g, (index, _) in zip(generations, before))
+            if not (is_out_of_memory(error) and untouched):
+                logger.exception("a step of %d pictures failed", len(group), extra=about)
+                message = f"a step of the picture failed ({type(error).__name__}); try again."
+                return dict.fromkeys(group, Unavailable(message))
+            logger.warning("out of memory in a step of %d pictures", len(group), extra=about)
+            del error
+            return self._advance_in_halves(group, before)
+        seconds = time.monotonic() - start
+        logger.debug(
+            "step of %d pictures in %.3f s", len(group), seconds, extra={"request_ids": [j.request_id for j in group]}
+        )
+        with self._condition:
+            self._rate.add(sum(job.cost / job.generation.num_steps for job in group), seconds)
+        self._observer.step(pictures=len(group), rows=rows, mask_rows=mask_rows, seconds=seconds)
+        return {}
+
+    def _advance_in_halves(self, group: list[Job], before: list[tuple[int, Any]]) -> dict[Job, Exception]:
+        release()
+        if self._budget:
+            with self._condition:
+                self._budget.shrink([job.memory for job in self._active])
+        if len(group) == 1:
+            return {group[0]: Unavailable("the server's memory did not suffice for the picture; try again.")}
+        for job, (_, masks) in zip(group, before):
+            if masks is not None:  # as if the step had not been tried: its new masks are made again
+                job.generation.set_masks(masks)
+        middle = len(group) // 2
+        return self._advance(group[:middle]) | self._advance(group[middle:])
 
     def _after_step(self, job: Job) -> None:
         if job not in self._active:  # the engine has closed in the meantime
@@ -291,13 +400,17 @@ class Engine:
             try:
                 event = self._finish(job) if final else self._look(job)
             except Exception as error:
-                logger.exception("decode failed")
-                event = ServerError(f"the picture could not be decoded ({type(error).__name__}).") if final else None
+                logger.exception("decode failed", extra={"request_id": job.request_id})
+                event = Unavailable(f"the picture could not be decoded ({type(error).__name__}); try again.")
+                event = event if final else None
         with self._condition:
             self._decoding = None
             job.preview_pending = False
             # A preview that comes after the last step would be older news than what the caller knows.
             if event is not None and (final or not job.generation.done):
+                if not final and not job.preview_told and not job.told:
+                    job.preview_told = True
+                    self._observer.first_preview(time.monotonic() - job.arrived)
                 job.tell(event)
             self._condition.notify_all()
 

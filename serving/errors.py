@@ -9,8 +9,16 @@ class TooLarge(InvalidRequest):
     """More bytes than the server takes (HTTP 413)."""
 
 
-class Overloaded(RuntimeError):
-    """Every place is taken; try again after `retry_after_s` seconds (HTTP 429)."""
+class ServerError(RuntimeError):
+    """The server failed; the request itself was fine (HTTP 500)."""
+
+
+class TimedOut(ServerError):
+    """The request's deadline has passed; its place is free again (HTTP 504)."""
+
+
+class _TryAgain:
+    """Carries `retry_after_s`: when to ask again, in seconds."""
 
     def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
         super().__init__(message, retry_after_s)
@@ -20,5 +28,9 @@ class Overloaded(RuntimeError):
         return self.args[0]
 
 
-class ServerError(RuntimeError):
-    """The server failed; the request itself was fine (HTTP 500)."""
+class Overloaded(_TryAgain, RuntimeError):
+    """Every place is taken; try again after `retry_after_s` seconds (HTTP 429)."""
+
+
+class Unavailable(_TryAgain, ServerError):
+    """A replica died, stops or failed at this picture; the same request may succeed elsewhere or later (HTTP 503)."""

@@ -10,6 +10,7 @@ from fastapi import UploadFile
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from realcustom.config import MaskSource
 from realcustom.request import MAX_SEED, Request, Subject
 
 from .errors import InvalidRequest
@@ -63,6 +64,12 @@ class EditForm(BaseModel):
         None, description="T_stop: whole steps, or a fraction of the steps"
     )
     guidance_scale: float | None = None
+    mask_source: MaskSource | None = Field(
+        None, description='"guidance_branch" is exact; "generation_branch" is faster and approximate'
+    )
+    mask_interval: int | None = Field(
+        None, ge=1, description="a new mask at every k-th step; more than 1 is approximate"
+    )
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     model: str | None = Field(None, description="id of the loaded model")
     response_format: Literal["b64_json"] = "b64_json"
@@ -71,6 +78,9 @@ class EditForm(BaseModel):
     partial_images: int = Field(0, ge=0, le=100, description="with `stream`: previews of each picture")
     previews: bool = Field(False, description="with `stream`: a preview every few steps, in place of partial_images")
     progress: bool = Field(False, description="with `stream`: also place in line and step count, as events")
+    timeout_s: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="seconds after which the request is given up with 504"
+    )
     user: str | None = Field(None, description="accepted for OpenAI clients; not used")
     quality: Literal["auto"] | None = Field(None, description="accepted for OpenAI clients; only auto")
     background: Literal["auto", "opaque"] | None = Field(None, description="accepted for OpenAI clients")
@@ -104,6 +114,8 @@ class EditForm(BaseModel):
                 num_inference_steps=self.num_inference_steps,
                 early_stop_step=self.early_stop_step,
                 guidance_scale=self.guidance_scale,
+                mask_source=self.mask_source,
+                mask_interval=self.mask_interval,
                 seed=secrets.randbelow(2**32) if self.seed is None else self.seed,
             )
         except ValueError as error:

@@ -4,8 +4,8 @@ import logging
 import os
 import socket
 
-from .client import HandleClient
 from .errors import ServerError
+from .handle_client import HandleClient
 from .settings import Settings
 
 NAME = "realcustom"  # of the Serve application
@@ -14,8 +14,8 @@ NAME = "realcustom"  # of the Serve application
 class LocalServer(HandleClient):
     """A client of the server that `start` started. `url` is its HTTP address."""
 
-    def __init__(self, handle, url: str, *, owns_ray: bool) -> None:
-        super().__init__(handle)
+    def __init__(self, handle, url: str, *, owns_ray: bool, max_retries: int) -> None:
+        super().__init__(handle, max_retries=max_retries)
         self.url = url
         self._owns_ray = owns_ray
 
@@ -60,9 +60,11 @@ def start(
             object_store_memory=512 * 2**20,
         )
     serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
-    serve.run(app(settings or Settings()), name=NAME, route_prefix=route_prefix)
+    settings = settings or Settings()
+    serve.run(app(settings), name=NAME, route_prefix=route_prefix)
     handle = serve.get_deployment_handle(REPLICA, app_name=NAME)
-    return LocalServer(handle, f"http://{host}:{port}{route_prefix.rstrip('/')}", owns_ray=owns_ray)
+    url = f"http://{host}:{port}{route_prefix.rstrip('/')}"
+    return LocalServer(handle, url, owns_ray=owns_ray, max_retries=settings.max_retries)
 
 
 def join(address: str = "auto") -> HandleClient:

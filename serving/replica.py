@@ -3,16 +3,18 @@
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
 
-from realcustom import MethodConfig, RealCustomPipeline, Request, Subject
+from realcustom import MethodConfig, RealCustomPipeline, Request, place
 
-from .client import ModelInfo
 from .engine import Engine
 from .events import Event, Result
-from .settings import Settings, locate
+from .memory import Budget, available, measure
+from .metrics import RayMetrics
+from .model_info import ModelInfo
+from .settings import Settings, Tuning, locate
 
 PRESETS = ("paper", "release")
 
@@ -33,7 +35,8 @@ def load_pipeline(settings: Settings) -> RealCustomPipeline:
     if settings.adapter:
         pipeline.load_realcustom(locate(settings.adapter))
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(settings.device)
+    place(pipeline, settings.device, settings.memory)
+    return pipeline
 
 
 def model_info(pipeline: RealCustomPipeline, settings: Settings) -> ModelInfo:
@@ -54,42 +57,66 @@ class Replica:
 
     Args:
         settings: `Settings` with the device chosen (`Settings.placed`).
+        metrics: export what the engine does through Ray Serve, which must be running this replica then.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, metrics: bool = False) -> None:
         if settings.cpu_threads:
             torch.set_num_threads(settings.cpu_threads)
         self._pipeline = load_pipeline(settings)
         self._info = model_info(self._pipeline, settings)
-        self._warm_up()
+        footprint = measure(self._pipeline)  # also warms up, and a broken model fails here
+        if settings.compile:
+            self._pipeline.compile()
+            self._pipeline.warm_up()
+        budget = settings.memory_gb * 2**30 if settings.memory_gb else available(settings.device)
         self._engine = Engine(
             self._pipeline,
-            max_batch_size=settings.max_batch_size,
-            max_queued=settings.max_queued,
-            preview_every=settings.preview_every,
-            stall_timeout_s=settings.stall_timeout_s,
+            **settings.engine_options,
+            batch_sizes=settings.batch_sizes,
+            budget=Budget(footprint, budget),
             synchronize=torch.cuda.synchronize if settings.device == "cuda" else None,
+            observer=RayMetrics() if metrics else None,
         )
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Ray Serve calls this with the deployment's `user_config`, at the start and whenever it changes.
+
+        Raises:
+            ValidationError: not what `Tuning` takes; the deployment keeps its configuration then.
+        """
+        tuning = Tuning.model_validate(user_config)
+        self._info = self._info.with_limits(tuning.limits)
+        self._engine.reconfigure(**tuning.engine_options)
 
     async def model(self) -> ModelInfo:
         return self._info
 
-    async def stats(self) -> dict[str, int]:
+    async def stats(self) -> dict[str, float]:
         return self._engine.stats()
 
-    async def stream(self, request: Request, previews: bool | int = True) -> AsyncIterator[Event]:
+    async def stream(
+        self, request: Request, previews: bool | int = True, timeout_s: float | None = None
+    ) -> AsyncIterator[Event]:
         """Events of one picture. Cancelling the call, or closing the iterator, frees its place within one step."""
-        self._info.limits.check(request, self._info.sampling)
-        events = self._engine.stream(request, previews)
+        limits = self._info.limits
+        limits.check(request, self._info.sampling)
+        events = self._engine.stream(request, previews, limits.timeout(timeout_s), _request_id())
         try:
             async for event in events:
                 yield event
         finally:
             await events.aclose()
 
-    async def generate(self, request: Request) -> Result:
+    async def generate(self, request: Request, timeout_s: float | None = None) -> Result:
         """The finished picture of one request."""
-        return [event async for event in self.stream(request, previews=False)][-1]
+        return [event async for event in self.stream(request, previews=False, timeout_s=timeout_s)][-1]
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `autoscaling.BacklogPolicy` decides by; Ray Serve asks every few seconds."""
+        stats = self._engine.stats()
+        pictures = stats["waiting"] + stats["preparing"] + stats["active"]
+        return {"backlog_s": stats["backlog_s"], "pictures": pictures}
 
     def check_health(self) -> None:
         """Ray Serve replaces the replica when this raises."""
@@ -99,12 +126,9 @@ class Replica:
         if hasattr(self, "_engine"):
             self._engine.close()
 
-    def _warm_up(self) -> None:
-        """One step and one decode, so that a broken model fails here, and the first visitor does not wait longer."""
-        subjects = ()
-        if self._pipeline.adapter is not None:
-            subjects = (Subject(image=Image.new("RGB", (64, 64), "grey"), target_phrase="ball"),)
-        generation = self._pipeline.prepare(Request(prompt="a ball", subjects=subjects, seed=0))
-        self._pipeline.step([generation])
-        self._pipeline.preview([generation])
-        self._pipeline.clear_caches()
+
+def _request_id() -> str:
+    """Of the Ray Serve request that is being answered; the same one the HTTP answer has as X-Request-ID."""
+    from ray.serve.context import _get_serve_request_context
+
+    return _get_serve_request_context().request_id

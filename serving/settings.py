@@ -1,13 +1,14 @@
-"""Limits and Settings: everything `serve run serving:app key=value` and the YAML files accept, with its default."""
+"""Limits, Tuning, Settings: everything `serve run serving:app key=value` and the YAML files accept, with defaults."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
-from realcustom.config import SamplingDefaults
+from realcustom.config import MemoryTier, SamplingDefaults
 from realcustom.request import Request
 
+from .cost import picture_cost
 from .errors import InvalidRequest
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,8 @@ class Limits(BaseModel):
         max_pixels: width x height of a picture.
         min_side: shortest side of a picture in pixels; below it the deepest feature map vanishes.
         max_steps: denoising steps.
+        max_cost: megapixels x steps x (1 + subjects), of all pictures of a request together (see `cost.picture_cost`).
+        max_timeout_s: seconds after which a request that has not ended is given up; a request may ask for fewer.
         max_prompt_chars: characters of the prompt, and of the negative prompt.
         max_image_bytes: bytes of an uploaded file.
         max_reference_pixels: width x height of an uploaded picture, checked before it is decoded.
@@ -34,11 +37,13 @@ class Limits(BaseModel):
     max_pixels: int = Field(2048 * 2048, ge=64)
     min_side: int = Field(64, ge=8)
     max_steps: int = Field(200, ge=1)
+    max_cost: float = Field(2000, gt=0)
+    max_timeout_s: float = Field(600, gt=0)
     max_prompt_chars: int = Field(2000, ge=1)
     max_image_bytes: int = Field(20 * 2**20, ge=1024)
     max_reference_pixels: int = Field(24_000_000, ge=1024)
 
-    def check(self, request: Request, defaults: SamplingDefaults) -> None:
+    def check(self, request: Request, defaults: SamplingDefaults, pictures: int = 1) -> None:
         """Raise `InvalidRequest` if the request, with the model's defaults, asks for more than a limit."""
         height, width = request.height or defaults.height, request.width or defaults.width
         steps = request.num_inference_steps or defaults.num_inference_steps
@@ -54,6 +59,11 @@ class Limits(BaseModel):
             raise InvalidRequest(f"the size is {width}x{height}; each side must be at least {self.min_side} px.")
         if steps > self.max_steps:
             raise InvalidRequest(f"num_inference_steps is {steps}; this server runs at most {self.max_steps}.")
+        if (cost := pictures * picture_cost(request, defaults)) > self.max_cost:
+            raise InvalidRequest(
+                f"the request costs {cost:.4g} (megapixels x steps x (1 + subjects) x pictures); this server takes at "
+                f"most {self.max_cost:.4g}. Ask for fewer pictures or steps, or a smaller size."
+            )
         for name in ("prompt", "negative_prompt"):
             if len(getattr(request, name)) > self.max_prompt_chars:
                 raise InvalidRequest(
@@ -61,8 +71,46 @@ class Limits(BaseModel):
                     f"this server takes at most {self.max_prompt_chars}."
                 )
 
+    def timeout(self, asked_s: float | None) -> float:
+        """Seconds that a request gets, which asked for `asked_s`."""
+        return self.max_timeout_s if asked_s is None else min(asked_s, self.max_timeout_s)
 
-class Settings(Limits):
+
+class Tuning(Limits):
+    """What can change without a restart: the `user_config` of the deployment `Replica`.
+
+    Attributes:
+        max_batch_size: pictures under way together in a replica, if their memory allows it.
+        max_queued: pictures waiting in a replica, and again in front of the replicas; more are refused.
+        preview_every: steps between previews.
+        stall_timeout_s: seconds after which a piece of work that does not end makes the replica unhealthy.
+    """
+
+    max_batch_size: int = Field(8, ge=1)
+    max_queued: int = Field(32, ge=1)
+    preview_every: int = Field(3, ge=1)
+    stall_timeout_s: float = Field(300, gt=0)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(**{name: getattr(self, name) for name in Limits.model_fields})
+
+    @property
+    def tuning(self) -> "Tuning":
+        return Tuning(**{name: getattr(self, name) for name in Tuning.model_fields})
+
+    @property
+    def engine_options(self) -> dict[str, int | float]:
+        """Keyword arguments of `Engine.reconfigure`."""
+        return {name: getattr(self, name) for name in Tuning.model_fields if name not in Limits.model_fields}
+
+
+def _numbers(value: object) -> object:
+    """The command line's "1,2,4" -> the list of a configuration file."""
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
+class Settings(Tuning):
     """One server.
 
     Attributes:
@@ -70,14 +118,19 @@ class Settings(Limits):
         adapter: RealCustom++ adapter file to load over the model; None if the model brings its own.
         device: "auto" is a GPU if the starting machine has one.
         dtype: "auto" is float32 on a CPU and bfloat16 on a GPU.
+        memory: which weights stay on the device, see `realcustom.memory.place`.
         num_replicas: fixed number of replicas; it sets min_replicas and max_replicas.
-        min_replicas, max_replicas: bounds of autoscaling, which follows the pictures under way and waiting.
+        min_replicas, max_replicas: bounds of autoscaling; 0 lets the last replica go when nothing is asked for.
+        target_backlog_s: autoscaling wants each replica to have this many seconds of work ahead.
+        upscale_delay_s, downscale_delay_s: how long more or fewer replicas must be wanted before it happens.
+        drain_timeout_s: how long a replica that leaves may finish its pictures.
         num_cpus, num_gpus: what Ray reserves for a replica; num_gpus None is 1 on a GPU and 0 otherwise.
         cpu_threads: torch threads of a replica; None is torch's own choice.
-        max_batch_size: pictures under way together in a replica.
-        max_queued: pictures waiting in a replica, and again in front of the replicas; more are refused.
-        preview_every: steps between previews.
-        stall_timeout_s: seconds after which a piece of work that does not end makes the replica unhealthy.
+        compile: `torch.compile` the UNet's blocks; the replica starts later and steps faster.
+        batch_sizes: numbers of pictures that may step together; empty allows any.
+        memory_gb: memory for pictures under way in a replica; None is most of what is free once the model is loaded.
+        max_retries: how often a picture is begun again elsewhere after its replica failed.
+        log_format: of Ray Serve's log files; "JSON" has the request id as a field.
         api_key: if set, HTTP requests must carry it as `Authorization: Bearer <api_key>`.
     """
 
@@ -85,16 +138,22 @@ class Settings(Limits):
     adapter: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    memory: MemoryTier = "high"
     num_replicas: int | None = Field(None, ge=1)
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
+    target_backlog_s: float = Field(10, gt=0)
+    upscale_delay_s: float = Field(3, ge=0)
+    downscale_delay_s: float = Field(120, ge=0)
+    drain_timeout_s: float = Field(120, gt=0)
     num_cpus: float = Field(1, ge=0)
     num_gpus: float | None = Field(None, ge=0)
     cpu_threads: int | None = Field(None, ge=1)
-    max_batch_size: int = Field(8, ge=1)
-    max_queued: int = Field(32, ge=1)
-    preview_every: int = Field(3, ge=1)
-    stall_timeout_s: float = Field(300, gt=0)
+    compile: bool = False
+    batch_sizes: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = ()
+    memory_gb: float | None = Field(None, gt=0)
+    max_retries: int = Field(2, ge=0)
+    log_format: Literal["TEXT", "JSON"] = "JSON"
     api_key: SecretStr | None = None
 
     @model_validator(mode="before")
@@ -108,14 +167,12 @@ class Settings(Limits):
         return {**values, "num_replicas": None, "min_replicas": fixed, "max_replicas": fixed}
 
     @model_validator(mode="after")
-    def _check_replicas(self) -> "Settings":
+    def _check(self) -> "Settings":
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas is {self.min_replicas}; max_replicas must be at least that.")
+        if self.batch_sizes and min(self.batch_sizes) != 1:
+            raise ValueError(f"batch_sizes is {list(self.batch_sizes)}; 1 must be among them, and nothing below it.")
         return self
-
-    @property
-    def limits(self) -> Limits:
-        return Limits(**{name: getattr(self, name) for name in Limits.model_fields})
 
     def placed(self) -> "Settings":
         """The settings as a replica on another machine needs them: device chosen, `cwd`-relative paths absolute."""

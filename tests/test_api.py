@@ -134,6 +134,8 @@ BAD = {
     "steps 0": (dict(num_inference_steps="0"), "num_inference_steps"),
     "steps many": (dict(num_inference_steps="1000"), "num_inference_steps"),
     "steps half": (dict(num_inference_steps="2.5"), "num_inference_steps"),
+    "mask source": (dict(mask_source="magic"), "mask_source"),
+    "mask interval 0": (dict(mask_interval="0"), "mask_interval"),
     "stop 0": (dict(early_stop_step="0"), "early_stop_step"),
     "stop fraction": (dict(early_stop_step="1.5"), "early_stop_step"),
     "stop nan": (dict(early_stop_step="nan"), "early_stop_step"),
@@ -341,7 +343,7 @@ def test_overload_is_429_with_retry_after(settings):
         async def model(self):
             return await self.inner.model()
 
-        async def stream(self, request, *, previews=True):
+        async def stream(self, request, *, previews=True, timeout_s=None):
             raise Overloaded("8 pictures are waiting already.", 7)
             yield
 
@@ -362,7 +364,7 @@ def _info(replica):
 
 def test_http_client_speaks_this_interface(api, replica, monkeypatch):
     """Model, picture and stream through HttpClient equal those of the replica, errors keep their type."""
-    client = HttpClient("http://test")
+    client = HttpClient("http://test", max_retries=0)
     client._options["transport"] = httpx.ASGITransport(api)
     request = Request(
         prompt=PROMPT,
@@ -371,6 +373,8 @@ def test_http_client_speaks_this_interface(api, replica, monkeypatch):
             Subject(image=picture("blue"), target_phrase="cat"),
         ),
         early_stop_step=1.0,
+        mask_source="generation_branch",
+        mask_interval=2,
         width=96,
         seed=2**62,
     )

@@ -4,6 +4,9 @@ import asyncio
 import io
 import json
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,10 +21,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    """The page over a Ray Serve of its own, with the toy model."""
-    from demo.theme import CSS, THEME
-    from demo.ui import build_demo
+def server(tmp_path_factory):
+    """A Ray Serve with the toy model and two places; its default of 25 steps lets the page ask for up to 100."""
     from serving.local import start
     from serving.settings import Settings
 
@@ -29,14 +30,26 @@ def url(tmp_path_factory):
     tiny_pipeline().save_pretrained(folder)
     words = {"subjects": ["dog", "cat", "owl"], "scenes": ["on the beach", "in the snow"]}
     (folder / "vocabulary.json").write_text(json.dumps(words))
-    server = start(Settings(model=str(folder), cpu_threads=1))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["realcustom_config"]["sampling"]["num_inference_steps"] = 25
+    (folder / "model_index.json").write_text(json.dumps(index))
+    server = start(Settings(model=str(folder), cpu_threads=1, max_batch_size=2, max_steps=1000))
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(server):
+    """The page over the server."""
+    from demo.theme import CSS, THEME
+    from demo.ui import build_demo
+
     demo = build_demo(server, asyncio.run(server.model()))
     _, address, _ = demo.launch(
         server_name="127.0.0.1", theme=THEME, css=CSS, prevent_thread_lock=True, quiet=True, ssr_mode=False
     )
     yield address
     demo.close()
-    server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +159,80 @@ def test_known_words_make_a_prompt_by_clicking(page, tab, subjects, prompt):
     page.click(f"#{tab}-known-scenes label:has-text('in the snow')")
     page.wait_for_function(f"() => document.querySelector('#{tab}-prompt textarea').value === '{prompt}'")
     page.wait_for_selector(f"#{tab}-words-0 label:has-text('{subjects[0]}')")
+
+
+class Occupied:
+    """Both places of the server taken by pictures of 1000 steps, until the block ends."""
+
+    def __init__(self, server) -> None:
+        from serving.client import Request
+
+        self._server, self._loop = server, asyncio.new_event_loop()
+        self._requests = [Request(prompt="a dog", num_inference_steps=1000, seed=i) for i in range(2)]
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        self._running = [asyncio.run_coroutine_threadsafe(self._server.generate(r), self._loop) for r in self._requests]
+        until(lambda: stats(self._server)["active"] == 2)
+
+    def __exit__(self, *_) -> None:
+        for running in self._running:
+            running.cancel()
+        until(lambda: stats(self._server)["active"] == 0)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+def stats(server) -> dict:
+    """In another thread: Playwright's event loop runs in this one."""
+    with ThreadPoolExecutor() as pool:
+        return pool.submit(lambda: server._handle.stats.remote().result()).result()
+
+
+def until(condition, timeout_s=20) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def ask_for_long_pictures(page) -> None:
+    choose(page, "One2One", "a dog runs", [(picture("red"), ["dog"])])
+    page.fill("#One2One-steps input[type=number]", "100")
+    page.click("#One2One-generate")
+
+
+@pytest.mark.parametrize("way", ["stop", "closed tab"])
+def test_leaving_in_mid_picture_frees_the_place(server, page, way):
+    """The stop button, and closing the tab, end the picture in the replica before its 100 steps are done."""
+    before = stats(server)["steps"]
+    ask_for_long_pictures(page)
+    until(lambda: stats(server)["steps"] > before + 5)
+    if way == "stop":
+        page.click("#One2One-stop")
+    else:
+        page.close()
+    until(lambda: stats(server)["active"] == 0)
+    assert stats(server)["steps"] < before + 100
+    if way == "stop":
+        assert "Stopped" in page.inner_text("#One2One-status")
+
+
+def test_a_visitor_in_line_hears_the_place_and_gives_it_up_by_closing_the_tab(server, page, browser):
+    with Occupied(server):
+        first = browser.new_page()
+        first.goto(page.url)
+        first.wait_for_selector("#One2One-prompt")
+        ask_for_long_pictures(first)
+        until(lambda: stats(server)["waiting"] == 1)
+        ask_for_long_pictures(page)
+        page.wait_for_function(
+            "() => document.querySelector('#One2One-status').innerText.includes('1 picture before yours')"
+        )
+        first.close()
+        page.wait_for_function("() => document.querySelector('#One2One-status').innerText.includes('Next in line')")
+        page.close()
+        until(lambda: stats(server)["waiting"] == 0)
 
 
 def test_the_page_fits_a_phone(url, browser):

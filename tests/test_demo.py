@@ -14,7 +14,7 @@ from demo.tabs import Task, _read
 from serving.client import InvalidRequest, Request, Subject
 from serving.engine import Engine
 
-SETTINGS = (0.5, 2, 3.0, 4, 7, "", 2)  # scope, T_stop, CFG, steps, seed, negative prompt, pictures
+SETTINGS = (0.5, 2, 3.0, 4, True, 7, "", 2)  # scope, T_stop, CFG, steps, fast masks, seed, negative prompt, pictures
 ONE = Task(name="One", says="", num_slots=1, many_words=False)
 MANY = Task(name="Many", says="", num_slots=1, many_words=True)
 SLOTS = Task(name="Slots", says="", num_slots=2, many_words=False)
@@ -32,6 +32,7 @@ def test_a_chosen_word_becomes_a_subject_with_the_pages_settings():
     assert [s.target_phrase for s in request.subjects] == ["dog"]
     assert (request.subjects[0].scope_ratio, request.early_stop_step, request.guidance_scale) == (0.5, 2, 3.0)
     assert (request.num_inference_steps, request.seed, number) == (4, 7, 2)
+    assert request.mask_source == "generation_branch"
 
 
 def test_several_words_share_one_picture_and_a_phrase_replaces_clicks():

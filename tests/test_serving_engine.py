@@ -8,12 +8,15 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from tiny import picture, tiny_pipeline
 
 from realcustom import Request, Subject
-from serving.engine import Engine
-from serving.errors import InvalidRequest, Overloaded, ServerError
+from serving.engine import MAX_FAILED_STEPS, Engine
+from serving.errors import InvalidRequest, Overloaded, ServerError, TimedOut, Unavailable
 from serving.events import Progress, Queued, Result
+from serving.memory import Budget, Footprint, Line
+from serving.observer import Observer
 
 PROMPT = "a dog and a cat"
 
@@ -22,11 +25,14 @@ class Watched:
     """The tiny pipeline, with each step's batch written down, and a gate that can hold steps back or break them."""
 
     def __init__(self) -> None:
-        self.pipeline = tiny_pipeline()
+        # In double precision: the last bit of a float sum depends on the batch, and in a random model, where all
+        # positions are nearly as relevant, it decides which of them a mask takes. What remains is the engine's doing.
+        self.pipeline = tiny_pipeline().to(torch.float64)
         self.batches: list[list[int]] = []
         self.gate = threading.Event()
         self.gate.set()
         self.break_step = None
+        self.largest_batch = 100  # pictures that the memory suffices for
 
     def __getattr__(self, name):
         return getattr(self.pipeline, name)
@@ -36,6 +42,8 @@ class Watched:
         self.batches.append([g.request.seed for g in generations])
         if self.break_step:
             raise self.break_step
+        if len(generations) > self.largest_batch:
+            raise MemoryError
         self.pipeline.step(generations)
 
 
@@ -48,6 +56,7 @@ def shared() -> Watched:
 def watched(shared) -> Watched:
     shared.batches.clear()
     shared.break_step = None
+    shared.largest_batch = 100
     shared.gate.set()
     return shared
 
@@ -104,6 +113,60 @@ def test_pictures_share_steps_and_equal_themselves_alone(engine, watched):
         assert result.seed == r.seed and len(result.masks) == len(r.subjects)
         assert all(mask.size == result.image.size and mask.mode == "L" for mask in result.masks)
         assert np.abs(np.asarray(result.image).astype(int) - alone(watched, r)).max() <= 1
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_any_neighbours_leave_a_picture_as_it_is(watched, case):
+    """Property: random requests that come and go at random times, in groups of random sizes, get the picture that
+    each gets alone; one 8-bit level at most apart."""
+    draw = np.random.default_rng(case)
+    sizes = [(64, 64), (96, 64), (64, 80)]
+    engine = Engine(watched, max_batch_size=int(draw.integers(2, 9)), batch_sizes=[(), (1, 2, 4)][case % 2])
+
+    def random_request(seed: int) -> Request:
+        height, width = sizes[draw.integers(len(sizes))]
+        phrases = ["dog", "cat"][: draw.integers(0, 3)]
+        return Request(
+            prompt=PROMPT,
+            subjects=tuple(
+                Subject(
+                    image=picture(str(draw.choice(["red", "blue", "lime"]))),
+                    target_phrase=phrase,
+                    scope_ratio=float(draw.uniform(0.05, 1)),
+                )
+                for phrase in phrases
+            ),
+            negative_prompt=str(draw.choice(["", "horse"])),
+            height=height,
+            width=width,
+            num_inference_steps=int(draw.integers(1, 9)),
+            early_stop_step=float(draw.choice([0.2, 0.5, 1.0])),
+            guidance_scale=float(draw.choice([1.0, 2.5, 7.5])),
+            seed=seed,
+        )
+
+    async def come(wanted: Request, after_s: float, leaves: bool) -> Result | None:
+        await asyncio.sleep(after_s)
+        async with aclosing(engine.stream(wanted, previews=bool(draw.integers(2)))) as events:
+            async for event in events:
+                if isinstance(event, Result):
+                    return event
+                if leaves and isinstance(event, Progress):
+                    return None
+
+    async def run():
+        requests = [random_request(seed) for seed in range(10)]
+        leaving = [i % 5 == 4 for i in range(10)]
+        arrivals = draw.exponential(0.05, size=10).cumsum()
+        results = await asyncio.gather(*map(come, requests, arrivals, leaving))
+        return zip(requests, results, leaving)
+
+    for wanted, result, left in asyncio.run(run()):
+        assert (result is None) == left
+        if result is not None:
+            assert np.abs(np.asarray(result.image).astype(int) - alone(watched, wanted)).max() <= 1
+    assert max(map(len, watched.batches)) > 1
+    engine.close()
 
 
 def test_a_picture_joins_between_steps(engine, watched):
@@ -200,6 +263,84 @@ def test_a_failing_step_is_told_and_the_engine_goes_on(engine, watched):
     asyncio.run(run())
 
 
+def test_steps_that_always_fail_make_the_replica_unhealthy(watched):
+    """A broken device shows in the health check, so that Ray replaces the replica; what it held may go elsewhere."""
+    engine = Engine(watched)
+    watched.break_step = RuntimeError("device-side assert")
+
+    async def run():
+        for seed in range(MAX_FAILED_STEPS):
+            engine.check_health()
+            with pytest.raises(Unavailable):
+                await last(engine, request(seed))
+
+    asyncio.run(run())
+    with pytest.raises(RuntimeError, match="failed"):
+        engine.check_health()
+    engine.close()
+
+
+def test_out_of_memory_in_a_step_halves_the_group(engine, watched):
+    """Pictures that do not fit together step in halves, all are finished, and each is the picture it is alone."""
+    wanted = [request(i, num_inference_steps=6, early_stop_step=4) for i in range(4)]
+
+    async def run():
+        watched.gate.clear()
+        tasks = [asyncio.create_task(last(engine, r)) for r in wanted]
+        await until(lambda: engine.stats()["active"] == 4)
+        watched.largest_batch = 2
+        watched.gate.set()
+        return await asyncio.gather(*tasks)
+
+    for r, result in zip(wanted, asyncio.run(run())):
+        assert np.abs(np.asarray(result.image).astype(int) - alone(watched, r)).max() <= 1
+    engine.check_health()
+
+
+def test_out_of_memory_for_one_picture_is_told(engine, watched):
+    watched.largest_batch = 0
+    with pytest.raises(Unavailable, match="memory"):
+        asyncio.run(last(engine, request(1)))
+    watched.largest_batch = 100
+    assert isinstance(asyncio.run(last(engine, request(1))), Result)
+
+
+def test_an_encoder_error_is_told_and_may_be_tried_elsewhere(engine, watched, monkeypatch):
+    """A fault while preparing ends that picture with Unavailable; the others are made."""
+    prepare = watched.pipeline.prepare
+
+    def broken(wanted):
+        if wanted.seed == 2:
+            raise RuntimeError("the encoder has failed")
+        return prepare(wanted)
+
+    monkeypatch.setattr(watched.pipeline, "prepare", broken)
+
+    async def run():
+        return await asyncio.gather(*(last(engine, request(i)) for i in range(4)), return_exceptions=True)
+
+    assert [type(result) for result in asyncio.run(run())] == [Result, Result, Unavailable, Result]
+
+
+def test_a_deadline_ends_the_picture_and_frees_its_place(engine, watched):
+    """Waiting, or under way: after its time the picture is given up, and its neighbour's picture is unchanged."""
+
+    async def late(wanted):
+        with pytest.raises(TimedOut, match="within"):
+            async for _ in engine.stream(wanted, timeout_s=0.5):
+                pass
+
+    async def run():
+        neighbour = asyncio.create_task(last(engine, request(1, num_inference_steps=40)))
+        await asyncio.gather(*(late(request(i, num_inference_steps=1000)) for i in range(2, 8)))
+        await until(lambda: engine.stats()["active"] + engine.stats()["waiting"] <= 1)
+        return await neighbour
+
+    result = asyncio.run(run())
+    expected = alone(watched, request(1, num_inference_steps=40))
+    assert np.abs(np.asarray(result.image).astype(int) - expected).max() <= 1
+
+
 def test_not_a_number_is_an_error_and_not_a_picture(engine, watched, monkeypatch):
     """Latents that became NaN end in a clear error."""
     step = watched.pipeline.step
@@ -230,8 +371,9 @@ def test_full_is_said_and_positions_move_up(engine, watched):
 
         waiting = [asyncio.create_task(wait_in_line(i)) for i in range(4)]
         await until(lambda: engine.stats()["waiting"] == 4)
-        with pytest.raises(Overloaded):
+        with pytest.raises(Overloaded) as refused:
             await last(engine, request(99))
+        assert 1 <= refused.value.retry_after_s <= 120
         watched.gate.set()
         await asyncio.gather(*under_way, *waiting)
         return lines
@@ -256,6 +398,102 @@ def test_sizes_take_turns(engine, watched):
     asyncio.run(run())
     turns = [3 in batch for batch in watched.batches[1:10]]
     assert all(a != b for a, b in pairwise(turns))
+
+
+def test_groups_are_of_the_allowed_sizes_and_nobody_starves(watched):
+    """With batch sizes 1, 2, 4, five pictures step as 4 and 1 in turns, and none is ever more than a turn behind."""
+    engine = Engine(watched, max_batch_size=5, batch_sizes=(1, 2, 4))
+
+    async def run():
+        watched.gate.clear()
+        tasks = [asyncio.create_task(last(engine, request(i, num_inference_steps=12))) for i in range(5)]
+        await until(lambda: engine.stats()["active"] == 5)
+        watched.batches.clear()
+        watched.gate.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+    assert {len(batch) for batch in watched.batches} <= {1, 2, 4}
+    steps = np.zeros(5, int)
+    for batch in watched.batches[1:12]:
+        steps[batch] += 1
+        assert steps.max() - steps.min() <= 2
+    assert all(len(batch) == 4 for batch in watched.batches[1:12])
+    engine.close()
+
+
+def test_pictures_come_in_as_memory_allows_and_in_order(watched):
+    """A budget of three small pictures lets no more in together; a large one is not passed by the small ones behind
+    it; one that never fits is refused with a sentence."""
+    small, large = 64 * 64, 96 * 96
+    none = Line(0, 0)
+    footprint = Footprint(held=Line(0, 1), reference=0, call=none, stepping=none, decoding=none)
+    engine = Engine(watched, max_batch_size=8, budget=Budget(footprint, 3 * small))
+    most, order = 0, []
+
+    async def come(seed, **settings):
+        await last(engine, request(seed, subjects=(), **settings))
+        order.append(seed)
+
+    async def run():
+        nonlocal most
+        tasks = [asyncio.create_task(come(i, num_inference_steps=20)) for i in range(3)]
+        await until(lambda: engine.stats()["active"] == 3)
+        tasks.append(asyncio.create_task(come(10, num_inference_steps=1, height=96, width=96)))
+        await asyncio.sleep(0)
+        tasks += [asyncio.create_task(come(20 + i, num_inference_steps=1)) for i in range(3)]
+        while not all(task.done() for task in tasks):
+            with engine._condition:
+                most = max(most, sum(job.memory[0] for job in engine._active))
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*tasks)
+        with pytest.raises(InvalidRequest, match="memory"):
+            await last(engine, request(9, height=128, width=128))
+
+    assert large <= 3 * small < large + small
+    asyncio.run(run())
+    assert most <= 3 * small
+    assert order.index(10) < min(order.index(20 + i) for i in range(3))
+    engine.close()
+
+
+def test_everything_is_reported(watched):
+    """Steps, rows, masks, outcomes, refusals and cached references reach the observer as they happened."""
+    told: list[tuple[str, dict]] = []
+
+    class Listener(Observer):
+        def __getattribute__(self, name):
+            if name.startswith("_"):
+                return super().__getattribute__(name)
+            return lambda *values, **named: told.append((name, {"values": values, **named}))
+
+    engine = Engine(watched, max_batch_size=2, max_queued=1, preview_every=1, observer=Listener())
+    watched.pipeline.clear_caches()
+
+    async def run():
+        await last(engine, request(1, num_inference_steps=4, early_stop_step=2), previews=True)
+        await last(engine, request(2, num_inference_steps=4, guidance_scale=1.0))
+        with pytest.raises(InvalidRequest):
+            await last(engine, request(3, height=63))
+        watched.gate.clear()
+        tasks = [asyncio.create_task(last(engine, request(i))) for i in range(3)]
+        await until(lambda: engine.stats()["active"] == 2)
+        with pytest.raises(Overloaded):
+            await last(engine, request(9))
+        for task in tasks:
+            task.cancel()
+        watched.gate.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(run())
+    outcomes = [named["values"][0] for name, named in told if name == "picture"]
+    assert outcomes == ["finished", "finished", "invalid", *["cancelled"] * 3]
+    steps = [named for name, named in told if name == "step"][:8]
+    assert [s["rows"] for s in steps] == [3, 3, 2, 2, 2, 2, 1, 1] and [s["mask_rows"] for s in steps][:3] == [1, 1, 0]
+    assert sum(name == "rejected" for name, _ in told) == 1 and any(name == "first_preview" for name, _ in told)
+    references = [named for name, named in told if name == "references"]
+    assert references[0]["misses"] >= 1 and (references[1]["hits"], references[1]["misses"]) == (1, 0)
+    engine.close()
 
 
 def test_closing_tells_everyone(watched):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import picture, tiny_pipeline
+from tiny import picture, sharpen, tiny_pipeline
 
 from realcustom import RealCustomPipeline
-from serving.client import HttpClient, InvalidRequest, Overloaded, Progress, Queued, Request, Result, Subject
+from serving.client import HttpClient, InvalidRequest, Overloaded, Progress, Queued, Request, Result, Subject, TimedOut
 from serving.images import encode_image
 from serving.local import LocalServer, join, start
 from serving.settings import Settings
@@ -26,7 +26,7 @@ MODEL_OPTIONS = dict(max_batch_size=4, max_queued=16, max_steps=2000, cpu_thread
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pipeline().save_pretrained(folder)
+    sharpen(tiny_pipeline()).save_pretrained(folder)
     return folder
 
 
@@ -39,7 +39,7 @@ def server(folder):
 
 @pytest.fixture
 def http(server) -> HttpClient:
-    return HttpClient(server.url)
+    return HttpClient(server.url, max_retries=0)
 
 
 def dog(colour="red", **settings) -> Subject:
@@ -203,6 +203,22 @@ def test_cancelling_a_task_frees_the_place(server, http):
     asyncio.run(run())
 
 
+def test_a_deadline_holds_behind_both_doors(server, http):
+    """After `timeout_s` the picture is given up with TimedOut (HTTP 504), and its place is free."""
+
+    async def run():
+        for client in (server, http):
+            with pytest.raises(TimedOut, match="within"):
+                await client.generate(Request(prompt=PROMPT, num_inference_steps=900), timeout_s=0.7)
+            await idle(server)
+
+    asyncio.run(run())
+    with httpx.Client(trust_env=False, timeout=30) as plain:
+        form = {"prompt": PROMPT, "num_inference_steps": "900", "timeout_s": "0.5"}
+        answer = plain.post(server.url + "/v1/images/edits", files={k: (None, v) for k, v in form.items()})
+    assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout", answer.text
+
+
 def test_sixteen_at_once_with_mixed_settings(server, http):
     """Everyone gets the picture that the request gives alone, with bad requests and leavers among them."""
 
@@ -231,14 +247,26 @@ def test_sixteen_at_once_with_mixed_settings(server, http):
 
 
 def test_a_crowd_is_told_to_come_back(server, http):
-    """More than the server holds: some are refused with Overloaded, the others are served, nobody hangs."""
+    """More than the server holds: some are refused with Overloaded, the others hear their place and are served."""
+    places: list[list[int]] = []
+
+    async def wait_in_line(client, request):
+        places.append([])
+        line = places[-1]
+        async for event in client.stream(request, previews=False):
+            if isinstance(event, Queued):
+                line.append(event.position)
+        return event
 
     async def run():
-        request = Request(prompt="a dog", num_inference_steps=5)
-        tasks = [(server, http)[i % 2].generate(request) for i in range(80)]
+        request = Request(prompt="a dog", num_inference_steps=25)
+        tasks = [wait_in_line((server, http)[i % 2], request) for i in range(80)]
         results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
         assert {type(result) for result in results} == {Result, Overloaded}
         assert sum(isinstance(result, Result) for result in results) >= 8
+        assert all(line for line, result in zip(places, results) if isinstance(result, Result))
+        assert max(max(line, default=0) for line in places) >= 10
+        assert all(result.retry_after_s >= 1 for result in results if isinstance(result, Overloaded))
         await idle(server)
 
     asyncio.run(run())

@@ -1,0 +1,286 @@
+"""Continuous batching against request-level batching and one at a time: the same arrivals, on one pipeline.
+
+    python benchmarks/serving.py                         # minutes per load; writes benchmarks/results/serving.{json,md}
+    python benchmarks/serving.py --seconds 5 --loads 0.8 # a first look
+
+Open loop: pictures arrive by a Poisson process, or in bursts, whether or not earlier ones are done, so that waiting is
+counted in full. Capacity is what `Engine` makes with a full batch; loads are fractions of it, the same for all sides.
+Each load's arrivals are played to one side after the other in turns, within one process.
+
+- step: `serving.engine.Engine`, pictures join and leave between steps.
+- request: Ray Serve's `@serve.batch` around whole generations: a batch is collected, made to its end, then the next.
+- single: one picture after the other.
+"""
+
+import argparse
+import asyncio
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from ray import serve
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from realcustom import RealCustomPipeline, Request, Subject
+from serving.engine import Engine
+from serving.events import Progress
+from serving.observer import Observer
+
+SIDES = ("step", "request", "single")
+BATCH_WAIT_S = 0.05  # how long @serve.batch collects; a picture takes many times as long
+
+
+@dataclass
+class Timing:
+    """Of one picture: when it came, was first seen, and was finished; seconds."""
+
+    arrived: float
+    previewed: float | None = None
+    finished: float | None = None
+
+
+@dataclass
+class BatchSizes(Observer):
+    """Pictures in each step."""
+
+    sizes: list[int] = field(default_factory=list)
+
+    def step(self, *, pictures: int, **_) -> None:
+        self.sizes.append(pictures)
+
+
+class StepSide:
+    """Pictures join and leave between steps."""
+
+    def __init__(self, pipeline, max_batch_size: int) -> None:
+        self.batches = BatchSizes()
+        self._engine = Engine(pipeline, max_batch_size=max_batch_size, max_queued=100_000, observer=self.batches)
+
+    async def make(self, request: Request, timing: Timing) -> None:
+        async with aclosing(self._engine.stream(request, previews=True)) as events:
+            async for event in events:
+                if isinstance(event, Progress) and event.preview is not None and timing.previewed is None:
+                    timing.previewed = time.perf_counter()
+        timing.finished = time.perf_counter()
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class WholeSide:
+    """Whole generations: a batch is made to its end before the next one starts; no previews on the way.
+
+    Pictures of a batch with fewer steps wait for those with more, as in any server that calls a pipeline.
+    """
+
+    def __init__(self, pipeline, max_batch_size: int) -> None:
+        self.batches = BatchSizes()
+        self._pipeline = pipeline
+
+        @serve.batch(max_batch_size=max_batch_size, batch_wait_timeout_s=BATCH_WAIT_S if max_batch_size > 1 else 0)
+        async def whole(requests: list[Request]) -> list[float]:
+            await asyncio.to_thread(self._generate, requests)
+            return [time.perf_counter()] * len(requests)
+
+        self._whole = whole
+
+    def _generate(self, requests: Sequence[Request]) -> None:
+        generations = [self._pipeline.prepare(request) for request in requests]
+        under_way = generations
+        while under_way := [g for g in under_way if not g.done]:
+            for size in {g.size for g in under_way}:
+                group = [g for g in under_way if g.size == size]
+                self.batches.step(pictures=len(group))
+                self._pipeline.step(group)
+        self._pipeline.decode(generations)
+
+    async def make(self, request: Request, timing: Timing) -> None:
+        timing.finished = await self._whole(request)
+
+    def close(self) -> None:
+        pass
+
+
+def build(side: str, pipeline, max_batch_size: int):
+    if side == "step":
+        return StepSide(pipeline, max_batch_size)
+    return WholeSide(pipeline, max_batch_size if side == "request" else 1)
+
+
+# ---- load ---------------------------------------------------------------------------------------------------------
+
+
+def requests(number: int, pipeline: RealCustomPipeline, seed: int) -> list[Request]:
+    """Pictures as people ask for them: one or two subjects from a few references, some with fewer steps."""
+    draw = np.random.default_rng(seed)
+    colours = ("red", "green", "blue", "gold")
+    steps = pipeline.sampling.num_inference_steps
+    made = []
+    for index in range(number):
+        phrases = ("dog", "cat")[: draw.integers(1, 3)]
+        subjects = tuple(
+            Subject(image=Image.new("RGB", (64, 64), colours[draw.integers(4)]), target_phrase=phrase)
+            for phrase in phrases
+        )
+        made.append(
+            Request(
+                prompt="a dog and a cat on the beach",
+                subjects=subjects,
+                num_inference_steps=int(draw.choice([steps, steps, max(1, steps // 2)])),
+                seed=index,
+            )
+        )
+    return made
+
+
+def poisson(rate: float, seconds: float, seed: int) -> list[float]:
+    """Arrival times in [0, seconds)."""
+    draw, times, now = np.random.default_rng(seed), [], 0.0
+    while (now := now + draw.exponential(1 / rate)) < seconds:
+        times.append(now)
+    return times
+
+
+def bursts(rate: float, seconds: float, size: int) -> list[float]:
+    """The same mean rate, in bursts of `size` at once."""
+    period = size / rate
+    return [period * burst for burst in range(max(1, int(seconds / period))) for _ in range(size)]
+
+
+async def play(make: Callable[[Request, Timing], Awaitable[None]], wanted: Sequence[Request], times: Sequence[float]):
+    """Let the requests arrive at their times, and wait for the last picture."""
+    start = time.perf_counter()
+
+    async def one(request: Request, at: float) -> Timing:
+        await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
+        timing = Timing(arrived=start + at)
+        await make(request, timing)
+        return timing
+
+    return await asyncio.gather(*map(one, wanted, times))
+
+
+def capacity(pipeline: RealCustomPipeline, max_batch_size: int, seconds: float) -> float:
+    """Pictures per second of `Engine` with a batch that is always full."""
+    side = StepSide(pipeline, max_batch_size)
+    wanted = requests(10_000, pipeline, seed=1)
+
+    async def run() -> float:
+        start, finished, following = time.perf_counter(), 0, iter(wanted)
+
+        async def keep_busy() -> None:
+            nonlocal finished
+            while time.perf_counter() - start < seconds:
+                await side.make(next(following), Timing(0))
+                finished += 1
+
+        await asyncio.gather(*(keep_busy() for _ in range(max_batch_size)))
+        return finished / (time.perf_counter() - start)
+
+    rate = asyncio.run(run())
+    side.close()
+    return rate
+
+
+def summary(timings: Sequence[Timing], sizes: Sequence[int]) -> dict[str, float]:
+    latencies = np.array([t.finished - t.arrived for t in timings])
+    # Without previews on the way, the first look is the finished picture.
+    previews = [(t.previewed or t.finished) - t.arrived for t in timings]
+    span = max(t.finished for t in timings) - min(t.arrived for t in timings)
+    return {
+        "pictures": len(timings),
+        "throughput_per_s": len(timings) / span,
+        **{f"p{q}_s": float(np.percentile(latencies, q)) for q in (50, 95, 99)},
+        "first_preview_s": statistics.median(previews),
+        "mean_batch": statistics.fmean(sizes),
+    }
+
+
+def measure(flags: argparse.Namespace) -> dict:
+    torch.set_num_threads(flags.threads)
+    pipeline = RealCustomPipeline.from_pretrained(flags.model)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(flags.device)
+    pipeline.warm_up()
+    full = capacity(pipeline, flags.max_batch_size, flags.seconds)
+    report = {
+        "machine": {"platform": platform.platform(), "threads": flags.threads, "device": flags.device},
+        "torch": torch.__version__,
+        "model": flags.model,
+        "max_batch_size": flags.max_batch_size,
+        "capacity_per_s": full,
+        "rounds": flags.rounds,
+        "loads": {},
+    }
+    plans = {f"{load:.0%}": load for load in flags.loads} | ({"bursts": 0.6} if flags.bursts else {})
+    for name, load in plans.items():
+        timings = {side: [] for side in SIDES}
+        sizes = {side: [] for side in SIDES}
+        for round_ in range(flags.rounds):
+            times = (
+                bursts(full * load, flags.seconds, flags.max_batch_size)
+                if name == "bursts"
+                else poisson(full * load, flags.seconds, seed=round_)
+            )
+            wanted = requests(len(times), pipeline, seed=100 + round_)
+            for side in SIDES:
+                pipeline.clear_caches()
+                maker = build(side, pipeline, flags.max_batch_size)
+                timings[side] += asyncio.run(play(maker.make, wanted, times))
+                sizes[side] += maker.batches.sizes
+                maker.close()
+                print(f"{name}, round {round_ + 1}, {side}: {len(times)} pictures", file=sys.stderr)
+        report["loads"][name] = {side: summary(timings[side], sizes[side]) for side in SIDES}
+    return report
+
+
+def table(report: dict) -> str:
+    """The report as Markdown."""
+    lines = [
+        f"Capacity {report['capacity_per_s']:.2f} pictures/s, batch at most {report['max_batch_size']}, "
+        f"{report['machine']['threads']} threads, {report['machine']['device']}, {report['model']}.",
+        "",
+        "| load | side | pictures/s | p50 s | p95 s | p99 s | first preview s | mean batch | p95 / request |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for load, sides in report["loads"].items():
+        for side, numbers in sides.items():
+            lines.append(
+                f"| {load} | {side} | {numbers['throughput_per_s']:.2f} | {numbers['p50_s']:.2f} "
+                f"| {numbers['p95_s']:.2f} | {numbers['p99_s']:.2f} | {numbers['first_preview_s']:.2f} "
+                f"| {numbers['mean_batch']:.1f} | {numbers['p95_s'] / sides['request']['p95_s']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="assets/mini")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--max-batch-size", type=int, default=8)
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8, 0.95], help="fractions of the capacity")
+    parser.add_argument("--seconds", type=float, default=120, help="of arrivals, for each load, side and round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-bursts", dest="bursts", action="store_false")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "serving")
+    flags = parser.parse_args()
+    report = measure(flags)
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    flags.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    flags.out.with_suffix(".md").write_text(table(report))
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""One picture's place in the engine and its line to the caller."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from realcustom.request import Request
+
+from .errors import InvalidRequest, TimedOut
+from .events import Event, Progress, Result
+from .observer import Outcome
+
+
+@dataclass(eq=False)
+class Job:
+    """A picture from its arrival until it is told.
+
+    Attributes:
+        request: with every default filled in.
+        previews: none, every few steps, or a number in all.
+        loop: of the caller.
+        cost: of all its steps (`cost.picture_cost`).
+        request_id: for the log.
+    """
+
+    request: Request
+    previews: bool | int
+    loop: asyncio.AbstractEventLoop
+    cost: float
+    request_id: str = ""
+    arrived: float = field(default_factory=time.monotonic)
+    events: asyncio.Queue = field(default_factory=asyncio.Queue)
+    generation: Any = None
+    told: bool = False  # the result or an error has been sent, or nobody listens any more
+    position: int | None = None  # place in line last told
+    preview_pending: bool = False
+    preview_told: bool = False
+    step_told: int = 0
+    last_turn: int = 0  # number of the engine's step it last took part in
+    last_passed: int = 0  # number of the step in which others of its size went first
+    outcome: Outcome = "cancelled"  # unless something else is told first
+
+    def tell(self, event: Event | Exception) -> None:
+        """Hand an event to the caller; from any thread, under the engine's lock, so that order holds."""
+        if self.told:
+            return
+        if isinstance(event, Result | Exception):
+            self.told, self.outcome = True, _outcome(event)
+        if isinstance(event, Progress):  # a preview is made beside the steps and may be behind them: never count back
+            self.step_told = max(self.step_told, event.step)
+            event = replace(event, step=self.step_told)
+        try:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        except RuntimeError:  # the caller's loop has closed; nobody is left to tell
+            self.told = True
+
+    @property
+    def remaining_cost(self) -> float:
+        if self.generation is None:
+            return self.cost
+        return self.cost * (1 - self.generation.step_index / self.generation.num_steps)
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """What its memory depends on: (pixels, subjects)."""
+        return self.request.height * self.request.width, len(self.request.subjects)
+
+
+def _outcome(event: Result | Exception) -> Outcome:
+    if isinstance(event, Result):
+        return "finished"
+    if isinstance(event, TimedOut):
+        return "timed_out"
+    return "invalid" if isinstance(event, InvalidRequest) else "failed"
