@@ -26,8 +26,6 @@ def place(pipeline, device: str | torch.device, tier: MemoryTier = "high") -> No
     """
     if tier not in get_args(MemoryTier):
         raise ValueError(f"memory is {tier!r}; it must be one of {', '.join(map(repr, get_args(MemoryTier)))}.")
-    for part in (pipeline.unet, pipeline.vae):
-        part.to(memory_format=torch.channels_last)  # what fast convolutions want
     if tier == "high":
         pipeline.to(device)
         return

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .networks import LATENT_FACTOR
+from .precision import autocast
 
 
 def v_target(scheduler, clean: Tensor, noise: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +67,7 @@ def sample_latents(
     pooled = torch.cat([pooled, negative_pooled.expand(count, -1)])
     condition = {"text_embeds": pooled, "time_ids": size_condition(2 * count, noise)}
     for t in scheduler.timesteps:
-        with torch.autocast(noise.device.type, torch.bfloat16):
+        with autocast(noise.device.type):
             predicted = unet(
                 torch.cat([latents] * 2),
                 t,

@@ -10,6 +10,7 @@ from .checkpoint import load_average
 from .data.render import RenderPictures
 from .networks import build_vae
 from .pictures import to_signed
+from .precision import autocast
 
 
 class LatentCodec:
@@ -43,5 +44,5 @@ class LatentCodec:
         ).float()
 
     def _autocast(self, function, values: Tensor) -> Tensor:
-        with torch.autocast(self.device.split(":")[0], torch.bfloat16):
+        with autocast(self.device):
             return function(values.contiguous(memory_format=torch.channels_last))

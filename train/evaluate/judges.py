@@ -21,6 +21,7 @@ from ..data.sprite_world import Split, compose, make_reference, random_instance,
 from ..data.sprites import TRAINED
 from ..loop import LoopConfig, run_loop
 from ..pictures import to_signed
+from ..precision import autocast
 
 GROUP = 8  # individuals of one category that a batch holds together, so that telling them apart is what is learned
 
@@ -123,7 +124,7 @@ def train_judges(out: Path, device: str = "cpu", **options) -> None:
         pool.refresh(step)
         groups = torch.rand(config.batch_size // GROUP, generator=generator).double().numpy()
         entry = tensors(pool.groups(step, groups, GROUP))
-        with torch.autocast(device.split(":")[0], torch.bfloat16):
+        with autocast(device):
             return judges_loss(model, entry, generator)
 
     held_out = tensors(RenderJudged(split="held_out")(range(256)))

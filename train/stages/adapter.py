@@ -29,6 +29,7 @@ from ..latents import LatentCodec
 from ..loop import LoopConfig, run_loop
 from ..networks import LATENT_FACTOR, PICTURE_SIZE, VISION_WIDTH, build_scheduler
 from ..pictures import save_grid, to_signed
+from ..precision import autocast
 from .base import TextToImage, first_falling_step, load_base, size_and_turn
 from .vision import load_vision
 
@@ -62,7 +63,7 @@ class AdapterTask:
         self.scheduler = build_scheduler()
 
     def autocast(self):
-        return torch.autocast(self.device.split(":")[0], torch.bfloat16)
+        return autocast(self.device)
 
     @torch.no_grad()
     def features(self, references: np.ndarray) -> VisionFeatures:

@@ -19,11 +19,12 @@ from ..latents import LatentCodec
 from ..loop import LoopConfig, run_loop
 from ..networks import LATENT_FACTOR, PICTURE_SIZE, build_scheduler, build_text_encoders, build_unet
 from ..pictures import save_grid, to_signed
+from ..precision import autocast
 from ..tokenizer import load_tokenizer
 
 CAPTION_DROPOUT = 0.1
-BATCH_SIZE = 128
-FULL_SIZE_EVERY = 6
+BATCH_SIZE = 64
+FULL_SIZE_EVERY = 10
 PREVIEW_PROMPTS = (
     "a dog on the beach",
     "a cat in the snow",
@@ -132,7 +133,7 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
             fields = {"latents": ((4, side, side), "float16"), "caption": ((CAPTION_BYTES,), "uint8")}
             folder = config.out / f"pool_{size}"
             render = RenderSamples(size=size)
-            pools[size] = SamplePool(folder, fields, render, encode, start=16_000, capacity=60_000, per_step=6)
+            pools[size] = SamplePool(folder, fields, render, encode, start=16_000, capacity=60_000, per_step=3)
             pools[size].fill(turn)
         return pools[size]
 
@@ -145,7 +146,7 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
         dropped = torch.rand(len(clean), generator=generator) < CAPTION_DROPOUT
         captions = ["" if drop else text for text, drop in zip(unpack_captions(entry["caption"]), dropped)]
         noise, steps = draw_noise(clean, generator)
-        with torch.autocast(device.split(":")[0], torch.bfloat16):
+        with autocast(device):
             embeds, pooled = model.encode_text(model.tokens(captions).to(device))
             return diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled).mean(), {}
 

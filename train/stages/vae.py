@@ -16,6 +16,7 @@ from ..data.render import RenderPictures
 from ..loop import LoopConfig, run_loop
 from ..networks import build_vae
 from ..pictures import save_grid, to_signed
+from ..precision import autocast
 
 BATCH_SIZE = 32
 CROP = 64  # px
@@ -64,7 +65,7 @@ def train_vae(out: Path, device: str = "cpu", **options) -> None:
 
     def loss_of_step(step: int, generator: torch.Generator):
         pixels = batch(step, generator)
-        with torch.autocast(device.split(":")[0], torch.bfloat16):
+        with autocast(device):
             return vae_loss(vae, pixels, generator)
 
     held_out = to_signed(RenderPictures(seed=99)(range(32))["pixels"]).to(device)

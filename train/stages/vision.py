@@ -29,6 +29,7 @@ from ..data.sprites import TRAINED, draw_instance
 from ..loop import LoopConfig, run_loop
 from ..networks import VISION_SIZE, VISION_WIDTH, build_vision_encoders
 from ..pictures import save_grid, to_signed
+from ..precision import autocast
 
 BATCH_SIZE = 24
 THUMBNAIL = 32  # px
@@ -160,7 +161,7 @@ def train_vision(out: Path, device: str = "cpu", **options) -> None:
     def loss_of_step(step: int, generator: torch.Generator):
         pool.refresh(step)
         entry = tensors(pool.batch(step, torch.rand(config.batch_size, generator=generator).numpy()))
-        with torch.autocast(device.split(":")[0], torch.bfloat16):
+        with autocast(device):
             return vision_loss(model, entry, generator)
 
     held_out = tensors(RenderViews(split="held_out")(range(64)))
