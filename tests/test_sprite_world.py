@@ -1,5 +1,7 @@
 """The sprite world: endless, seeded, and honest about what is held out."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -85,7 +87,7 @@ def test_curriculum_begins_with_the_picture_itself():
 def test_pool_is_the_same_after_a_restart(tmp_path):
     """What a pool holds at a step follows from the step: a new object fills in just what is missing."""
     options = dict(start=6, capacity=8, per_step=2)
-    fields = {"pixels": ((3, 32, 32), "uint8"), "caption": ((96,), "uint8")}
+    fields = {"pixels": ((3, 32, 32), "uint8"), "caption": ((96,), "uint8"), "inside": ((8, 8), "uint8")}
     render, draws = RenderSamples(size=32), np.array([0.0, 0.3, 0.99])
     unbroken = SamplePool(tmp_path / "a", fields, render, **options)
     unbroken._store(range(6), render(range(6)))
@@ -97,3 +99,17 @@ def test_pool_is_the_same_after_a_restart(tmp_path):
     for name in fields:
         assert (unbroken.batch(3, draws)[name] == resumed.batch(3, draws)[name]).all()
         assert (unbroken.groups(3, draws, 2)[name] == resumed.groups(3, draws, 2)[name]).all()
+
+
+def test_a_pool_with_a_new_field_begins_anew(tmp_path):
+    """Entries written before a field existed are made again: none is left with zeros in it."""
+    fields = {"a": ((), "int64")}
+    SamplePool(tmp_path, fields, partial(_ones, names="a"), start=4, capacity=8, per_step=1).fill(0, processes=1)
+    fields["b"] = ((), "int64")
+    pool = SamplePool(tmp_path, fields, partial(_ones, names="ab"), start=4, capacity=8, per_step=1)
+    pool.fill(0, processes=1)
+    assert (pool.batch(0, np.arange(4) / 4)["b"] == 1).all()
+
+
+def _ones(indices, names):
+    return {name: np.ones(len(indices), np.int64) for name in names}

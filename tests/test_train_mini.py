@@ -6,10 +6,10 @@ import torch
 from realcustom.adapter import RealCustomAdapter
 from realcustom.attention import AttentionLayers
 from realcustom.vision import VisionFeatures
-from train.diffusion import diffusion_loss, min_snr_weight, size_condition, v_target
+from train.diffusion import diffusion_loss, min_snr_weight, size_condition, subject_weight, v_target
 from train.networks import build_scheduler, build_unet, build_vae
 from train.stages.adapter import draw_noisy, everywhere
-from train.stages.base import PREVIEW_PROMPTS, TextToImage, draw_noise, size_and_turn
+from train.stages.base import FULL_SIZE_EVERY, PREVIEW_PROMPTS, TextToImage, draw_noise, size_and_turn
 from train.stages.vae import vae_loss
 from train.stages.vision import MINI_VISION, RenderViews, VisionTeacher, vision_loss
 from train.tokenizer import load_tokenizer
@@ -122,12 +122,21 @@ def test_adapter_alone_learns():
     assert all(p.grad is None for p in unet.parameters())
 
 
-@pytest.mark.parametrize("details_from, full_size_steps", [(None, 6), (17, 25), (12, 30)])
-def test_base_steps_of_each_size_count_up(details_from, full_size_steps):
+@pytest.mark.parametrize("details_from", [None, 17, 20])
+def test_base_steps_of_each_size_count_up(details_from):
     """Each size numbers its own steps without gaps, so that a pool moves on by one at each of its steps."""
     seen = {64: [], 128: []}
     for step in range(40):
         size, turn = size_and_turn(step, details_from)
         seen[size].append(turn)
     assert all(turns == list(range(len(turns))) for turns in seen.values())
-    assert len(seen[128]) == full_size_steps
+    mixed = 40 if details_from is None else details_from
+    assert len(seen[128]) == mixed // FULL_SIZE_EVERY + 40 - mixed
+
+
+def test_place_weights_count_subjects_more():
+    """An error outside of every subject costs less than the same error inside one."""
+    inside = torch.zeros(1, 4, 4)
+    inside[0, :2, :2] = 1
+    weight = subject_weight(inside)
+    assert weight.shape == (1, 1, 4, 4) and weight[0, 0, 0, 0] == 1 and 0 < weight[0, 0, 3, 3] < 1

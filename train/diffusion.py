@@ -9,6 +9,8 @@ from torch import Tensor
 from .networks import LATENT_FACTOR
 from .precision import autocast
 
+OUTSIDE_WEIGHT = 0.3
+
 
 def v_target(scheduler, clean: Tensor, noise: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """Noisy latents and the velocity to predict, both [B, C, h, w]."""
@@ -36,8 +38,20 @@ def size_condition(batch: int, latents: Tensor) -> Tensor:
     )
 
 
-def diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled) -> Tensor:
-    """Weighted velocity loss per sample, fp32 [B]."""
+def subject_weight(inside: Tensor) -> Tensor:
+    """Weight of each place in the loss, [B, 1, h, w], from a map of where subjects are (1) and are not (0), [B, h, w].
+
+    Shapes are what takes long to learn, and scenes cover more of a picture. The optimum is the same for any weights.
+    """
+    return (OUTSIDE_WEIGHT + (1 - OUTSIDE_WEIGHT) * inside.float())[:, None]
+
+
+def diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled, place_weight: Tensor | float = 1.0) -> Tensor:
+    """Weighted velocity loss per sample, fp32 [B].
+
+    Args:
+        place_weight: weight of each place, [B, 1, h, w], on top of that of each step.
+    """
     noisy, target = v_target(scheduler, clean, noise, steps)
     predicted = unet(
         noisy.contiguous(memory_format=torch.channels_last),
@@ -45,7 +59,7 @@ def diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled) -> Tens
         encoder_hidden_states=embeds,
         added_cond_kwargs={"text_embeds": pooled, "time_ids": size_condition(len(noisy), noisy)},
     ).sample.float()
-    return (predicted - target).pow(2).mean((1, 2, 3)) * min_snr_weight(scheduler, steps)
+    return (place_weight * (predicted - target).pow(2)).mean((1, 2, 3)) * min_snr_weight(scheduler, steps)
 
 
 @torch.no_grad()

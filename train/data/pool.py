@@ -39,10 +39,17 @@ class SamplePool:
         folder.mkdir(parents=True, exist_ok=True)
         self.render, self.encode = render, encode
         self.start, self.capacity, self.per_step = min(start, capacity), capacity, per_step
-        self.arrays = {
-            name: _mapped(folder / f"{name}.npy", (capacity, *shape), dtype) for name, (shape, dtype) in fields.items()
+        kept = {
+            name: _reopen(folder / f"{name}.npy", (capacity, *shape), dtype) for name, (shape, dtype) in fields.items()
         }
-        self.index = _mapped(folder / "index.npy", (capacity,), "int64")  # sample index + 1; 0 is empty
+        kept["index"] = _reopen(folder / "index.npy", (capacity,), "int64")
+        if any(array is None for array in kept.values()):  # files of another layout: begin anew
+            kept = {
+                name: _create(folder / f"{name}.npy", (capacity, *shape), dtype)
+                for name, (shape, dtype) in {**fields, "index": ((), "int64")}.items()
+            }
+        self.index = kept.pop("index")  # sample index + 1; 0 is empty
+        self.arrays = kept
 
     def _last(self, step: int) -> int:
         """One past the newest sample index at a step."""
@@ -92,9 +99,13 @@ class SamplePool:
         return {name: np.asarray(values[slots]) for name, values in self.arrays.items()}
 
 
-def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    if path.exists():
-        existing = np.lib.format.open_memmap(path, mode="r+")
-        if existing.shape == shape and existing.dtype == np.dtype(dtype):
-            return existing
+def _reopen(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
+    """The file as it is, or None if it is missing or of another layout."""
+    if not path.exists():
+        return None
+    existing = np.lib.format.open_memmap(path, mode="r+")
+    return existing if existing.shape == shape and existing.dtype == np.dtype(dtype) else None
+
+
+def _create(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)

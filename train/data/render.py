@@ -12,7 +12,8 @@ from PIL import Image
 
 from ..curriculum import multiview_probability, resize_ratio
 from .pool import Entry
-from .sprite_world import ReferencePair, SpriteWorld, make_reference, random_instance
+from .scenes import SCENE_SIZE
+from .sprite_world import SpriteWorld, make_reference, random_instance
 
 CAPTION_BYTES = 96
 R_MAX_WORLD = 1.6  # a sprite fills its reference, so the paper's sqrt(10) would leave a patch of plain colour
@@ -38,7 +39,8 @@ def unpack_captions(values: np.ndarray) -> list[str]:
 
 @dataclass(frozen=True)
 class RenderSamples:
-    """Pictures with captions: `pixels` uint8 [n, 3, S, S], `caption` uint8 [n, CAPTION_BYTES]."""
+    """Pictures with captions: `pixels` uint8 [n, 3, S, S], `caption` uint8 [n, CAPTION_BYTES], `inside` uint8
+    [n, S / 4, S / 4], 1 where the subjects are."""
 
     size: int = 128
     seed: int = 0
@@ -49,6 +51,7 @@ class RenderSamples:
         return {
             "pixels": np.stack([pixels_of(s.picture, self.size) for s in samples]),
             "caption": np.stack([pack_caption(s.caption) for s in samples]),
+            "inside": np.stack([_inside(s.boxes, self.size) for s in samples]),
         }
 
 
@@ -94,18 +97,21 @@ class RenderPairs:
             entry["pixels"].append(pixels_of(pair.sample.picture, self.size))
             entry["reference"].append(pixels_of(_resized_crop(reference, ratio, *rng.random(2))))
             entry["caption"].append(pack_caption(pair.sample.caption))
-            entry["inside"].append(_inside(pair, 128 // self.size))
+            subjects = zip(pair.sample.subjects, pair.sample.boxes)
+            shown = [box for subject, box in subjects if subject.category in pair.target_phrases]
+            entry["inside"].append(_inside(shown, self.size))
             if self.with_wrong:
                 strangers = tuple(random_instance(rng, name, self.split) for name in pair.target_phrases)
                 entry["wrong"].append(pixels_of(make_reference(rng, strangers)))
         return {name: np.stack(values) for name, values in entry.items()}
 
 
-def _inside(pair: ReferencePair, every: int) -> np.ndarray:
-    inside = np.zeros((32, 32), np.uint8)
-    for subject, (left, top, right, bottom) in zip(pair.sample.subjects, pair.sample.boxes):
-        if subject.category in pair.target_phrases:
-            inside[top // 4 : -(-bottom // 4), left // 4 : -(-right // 4)] = 1
+def _inside(boxes: Sequence[tuple[int, int, int, int]], size: int) -> np.ndarray:
+    """Marks the latent positions that the boxes cover, uint8 [size / 4, size / 4]; boxes in px of the whole scene."""
+    inside = np.zeros((SCENE_SIZE // 4, SCENE_SIZE // 4), np.uint8)
+    for left, top, right, bottom in boxes:
+        inside[top // 4 : -(-bottom // 4), left // 4 : -(-right // 4)] = 1
+    every = SCENE_SIZE // size
     return inside[::every, ::every]
 
 

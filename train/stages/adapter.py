@@ -24,7 +24,7 @@ from realcustom.vision import VisionFeatures
 from ..checkpoint import checkpoint_state, load_average
 from ..data.pool import Entry, SamplePool
 from ..data.render import CAPTION_BYTES, RenderPairs, unpack_captions
-from ..diffusion import min_snr_weight, sample_latents, size_condition, v_target
+from ..diffusion import diffusion_loss, sample_latents, subject_weight
 from ..latents import LatentCodec
 from ..loop import LoopConfig, run_loop
 from ..networks import LATENT_FACTOR, PICTURE_SIZE, VISION_WIDTH, build_scheduler
@@ -35,7 +35,6 @@ from .vision import load_vision
 
 BATCH_SIZE = 64
 CURRICULUM_SAMPLES = 20_000  # fresh pairs over which the curriculum of Eq. 10-13 runs
-OUTSIDE_WEIGHT = 0.3
 FEATURES = {"shallow": 3 * 64, "deep": 64, "local": 4 * 64}  # tokens
 
 
@@ -81,27 +80,18 @@ class AdapterTask:
         return {**features, "latents": latents, "caption": raw["caption"], "inside": raw["inside"]}
 
     def tensors(self, entry: Entry) -> tuple[Tensor, VisionFeatures, Tensor]:
-        """Clean latents, features, weight map [B, 1, h, w]."""
+        """Clean latents, features, weight of each place [B, 1, h, w]."""
         load = lambda values: torch.from_numpy(np.asarray(values, dtype=np.float32)).to(self.device)
         features = VisionFeatures(**{name: load(entry[name]) for name in FEATURES})
-        inside = load(entry["inside"])[:, None]
-        return load(entry["latents"]), features, OUTSIDE_WEIGHT + (1 - OUTSIDE_WEIGHT) * inside
+        return load(entry["latents"]), features, subject_weight(load(entry["inside"]))
 
     def loss(self, unet, vision, clean: Tensor, weight: Tensor, captions: list[str], noise: Tensor, steps: Tensor):
         """Weighted velocity loss per sample, [B]; `vision` None is the base model alone."""
-        noisy, target = v_target(self.scheduler, clean, noise, steps)
         with self.autocast(), sdpa_kernel(SDPBackend.MATH):  # the fused kernel is slow backwards on a CPU
             with torch.no_grad():
                 embeds, pooled = self.model.encode_text(self.model.tokens(captions).to(self.device))
             with self.attention.connected(vision):
-                predicted = unet(
-                    noisy.contiguous(memory_format=torch.channels_last),
-                    steps,
-                    encoder_hidden_states=embeds,
-                    added_cond_kwargs={"text_embeds": pooled, "time_ids": size_condition(len(clean), clean)},
-                ).sample
-        error = (predicted.float() - target).pow(2) * weight
-        return error.mean((1, 2, 3)) * min_snr_weight(self.scheduler, steps)
+                return diffusion_loss(unet, self.scheduler, clean, noise, steps, embeds, pooled, weight)
 
 
 def draw_noisy(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..data.pool import Entry, SamplePool
 from ..data.render import CAPTION_BYTES, RenderSamples, unpack_captions
-from ..diffusion import diffusion_loss, sample_latents
+from ..diffusion import diffusion_loss, sample_latents, subject_weight
 from ..latents import LatentCodec
 from ..loop import LoopConfig, run_loop
 from ..networks import LATENT_FACTOR, PICTURE_SIZE, build_scheduler, build_text_encoders, build_unet
@@ -125,15 +125,20 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
     pools: dict[int, SamplePool] = {}
 
     def encode(raw: Entry) -> Entry:
-        return {"latents": codec.encode(to_signed(raw["pixels"])).cpu().half().numpy(), "caption": raw["caption"]}
+        latents = codec.encode(to_signed(raw["pixels"])).cpu().half().numpy()
+        return {"latents": latents, "caption": raw["caption"], "inside": raw["inside"]}
 
     def pool_for(size: int, turn: int) -> SamplePool:
         if size not in pools:
             side = size // LATENT_FACTOR
-            fields = {"latents": ((4, side, side), "float16"), "caption": ((CAPTION_BYTES,), "uint8")}
+            fields = {
+                "latents": ((4, side, side), "float16"),
+                "caption": ((CAPTION_BYTES,), "uint8"),
+                "inside": ((side, side), "uint8"),
+            }
             folder = config.out / f"pool_{size}"
             render = RenderSamples(size=size)
-            pools[size] = SamplePool(folder, fields, render, encode, start=16_000, capacity=60_000, per_step=3)
+            pools[size] = SamplePool(folder, fields, render, encode, start=8000, capacity=60_000, per_step=6)
             pools[size].fill(turn)
         return pools[size]
 
@@ -143,12 +148,13 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
         pool.refresh(turn)
         entry = pool.batch(turn, torch.rand(config.batch_size, generator=generator).numpy())
         clean = torch.from_numpy(entry["latents"].astype(np.float32)).to(device)
+        weight = subject_weight(torch.from_numpy(entry["inside"]).to(device))
         dropped = torch.rand(len(clean), generator=generator) < CAPTION_DROPOUT
         captions = ["" if drop else text for text, drop in zip(unpack_captions(entry["caption"]), dropped)]
         noise, steps = draw_noise(clean, generator)
         with autocast(device):
             embeds, pooled = model.encode_text(model.tokens(captions).to(device))
-            return diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled).mean(), {}
+            return diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled, weight).mean(), {}
 
     def preview(step: int) -> None:
         side = PICTURE_SIZE // LATENT_FACTOR
