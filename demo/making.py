@@ -46,6 +46,11 @@ class Pictures:
     def done(self) -> bool:
         return all(p.seed is not None for p in self.pictures)
 
+    @property
+    def fraction(self) -> float:
+        """Of all steps, how many are done, in [0, 1]; 0 before the number of steps is known."""
+        return sum(p.step / p.num_steps for p in self.pictures if p.num_steps) / len(self.pictures)
+
     def status(self) -> str:
         if self.done:
             seeds = [str(p.seed) for p in self.pictures]

@@ -9,6 +9,7 @@ from PIL import Image
 
 from serving.client import Client, InvalidRequest, ModelInfo, Overloaded, Request, ServerError, Subject, words_of
 
+from .looks import progress, side_by_side
 from .making import make_pictures, no_word_chosen
 from .masks import lay_over
 
@@ -70,7 +71,7 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
                 stop = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{task.name}-stop")
             controls = _build_controls(task, info)
         with gr.Column(scale=6):
-            status = gr.Markdown("", elem_classes="stage-line", elem_id=f"{task.name}-status")
+            status = gr.HTML(progress("", 0), elem_id=f"{task.name}-status")
             with gr.Row():
                 live, overlay = (
                     gr.Image(
@@ -83,12 +84,11 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
                 label="Results", columns=4, height="auto", object_fit="contain", format="png",
                 buttons=["download", "fullscreen"], elem_classes="enlarged", elem_id=f"{task.name}-gallery",
             )  # fmt: skip
-            with gr.Row():
-                made_seed = gr.Number(label="Seed of the first picture", interactive=False, precision=0)
-                reuse = gr.Button("Use this seed again", size="sm")
+            made_seed = gr.State(None)
+            reuse = gr.Button("Use the seed of the first picture again", size="sm", interactive=False)
     _wire_words(prompt, slots, task)
     inputs = [prompt, *(part for s in slots for part in (s.image, s.words, s.phrase)), *controls.inputs]
-    outputs = [status, live, overlay, gallery, made_seed, generate, stop]
+    outputs = [status, live, overlay, gallery, made_seed, reuse, generate, stop]
 
     async def make(*values):
         try:
@@ -106,7 +106,7 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
     )  # fmt: skip
     event.then(ready, None, [generate, stop], queue=False, api_visibility="private")
     stop.click(
-        lambda: ("Stopped.", *ready()), None, [status, generate, stop], cancels=[event], queue=False,
+        lambda: (progress("Stopped.", 0), *ready()), None, [status, generate, stop], cancels=[event], queue=False,
         api_visibility="private",
     )  # fmt: skip
     reuse.click(lambda seed: seed, made_seed, controls.seed, queue=False, api_visibility="private")
@@ -254,19 +254,20 @@ def _phrases(chosen, phrase: str | None, *, several: bool) -> list[str]:
 
 
 async def _updates(client: Client, request: Request, number: int) -> AsyncIterator[list]:
-    """Values of status, live picture, overlay, gallery and seed as the pictures form."""
+    """Values of status, live picture, overlay, gallery, seed and its button as the pictures form."""
     async with aclosing(make_pictures(client, request, number)) as states:
         async for state in states:
             latest = next((p for p in state.pictures if p.image is not None), None)
             live: Image.Image | None = latest.image if latest else None
             overlay = lay_over(latest.image, latest.masks) if latest else None
+            shown_status = progress(state.status(), state.fraction)
             if state.done:
                 shown = []
                 for p in state.pictures:
                     shown += [(p.image, f"seed {p.seed}"), (lay_over(p.image, p.masks), "masks")]
-                yield [state.status(), live, overlay, shown, state.pictures[0].seed]
+                yield [shown_status, live, overlay, shown, state.pictures[0].seed, gr.Button(interactive=True)]
             else:
-                yield [state.status(), live, overlay, gr.skip(), gr.skip()]
+                yield [shown_status, live, overlay, gr.skip(), gr.skip(), gr.skip()]
 
 
 def _build_examples(task: Task, prompt: gr.Textbox, slots: list[Slot]) -> None:
@@ -289,8 +290,8 @@ def _build_examples(task: Task, prompt: gr.Textbox, slots: list[Slot]) -> None:
         for index, (pictures, text, _) in enumerate(task.examples):
             with gr.Column(min_width=120, scale=0):
                 gr.Image(
-                    pictures[0], show_label=False, height=110, width=110, interactive=False, container=False,
-                    buttons=[],
+                    side_by_side([Image.open(path) for path in pictures]), show_label=False, height=110,
+                    width=110 * len(pictures), interactive=False, container=False, buttons=[],
                 )  # fmt: skip
                 gr.Button(text, size="sm", elem_id=f"{task.name}-example-{index}").click(
                     lambda index=index: fill(index), None, outputs, queue=False, api_visibility="private"

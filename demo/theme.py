@@ -30,6 +30,8 @@ CSS = f"""
 .words label span {{ margin-left: 0 !important; }}
 .enlarged img {{ width: 100% !important; height: 100% !important; object-fit: contain !important; }}
 .stage-line {{ min-height: 1.6em; }}
+.stage-bar {{ height: 4px; margin-top: 4px; border-radius: 2px; background: var(--border-color-primary); }}
+.stage-bar div {{ height: 100%; border-radius: 2px; background: var(--color-accent); transition: width 0.2s; }}
 .known {{ color: var(--body-text-color-subdued); font-size: 0.9em; }}
 footer {{ opacity: 0.6; }}
 {_CHIP_COLOURS}

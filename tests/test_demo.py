@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from tiny import picture, tiny_pipeline
 
+from demo.looks import progress, side_by_side
 from demo.making import make_pictures
 from demo.masks import SUBJECT_COLOURS, lay_over
 from demo.tabs import Task, _read
@@ -68,11 +69,13 @@ def dog(seed=1) -> Request:
 def test_several_pictures_use_consecutive_seeds_and_end_together(engine):
     async def run():
         async with aclosing(make_pictures(engine, dog(seed=5), 3)) as states:
-            return [(s.status(), [p.seed for p in s.pictures]) async for s in states]
+            return [(s.status(), [p.seed for p in s.pictures], s.fraction) async for s in states]
 
     seen = asyncio.run(run())
-    assert seen[-1] == ("Done. Seeds 5, 6, 7.", [5, 6, 7])
-    assert any(status.startswith("Step") for status, _ in seen)
+    assert seen[-1] == ("Done. Seeds 5, 6, 7.", [5, 6, 7], 1)
+    assert any(status.startswith("Step") for status, *_ in seen)
+    fractions = [fraction for *_, fraction in seen]
+    assert fractions == sorted(fractions) and fractions[0] < 1
 
 
 def test_stopping_frees_the_engine(engine):
@@ -112,3 +115,17 @@ def test_masks_are_shown_in_their_subjects_colours_and_only_there():
     colour = np.array([int(SUBJECT_COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)])
     assert np.abs(shown[5, 15] - 255).max() <= 1
     assert np.abs(shown[5, 5] - colour).sum() < np.abs(shown[5, 5] - 255).sum()
+
+
+def test_progress_fills_its_bar_and_shows_text_as_text():
+    assert "width: 25.0%" in progress("Step 1 of 4", 0.25)
+    assert "<b>" not in progress("<b>", 0)
+
+
+def test_thumbnails_stand_side_by_side_in_order():
+    row = side_by_side([picture("red"), picture("blue")], side=32)
+    red, blue = picture("red").resize((32, 32)), picture("blue").resize((32, 32))
+    assert row.size == (64, 32)
+    for place, wanted in ((0, red), (32, blue)):
+        shown = np.asarray(row.crop((place, 0, place + 32, 32))).astype(int)
+        assert np.abs(shown - np.asarray(wanted.convert("RGB"))).mean() < 8
