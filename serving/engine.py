@@ -18,8 +18,9 @@ from .cost import Rate, picture_cost
 from .errors import InvalidRequest, Overloaded, ServerError, TimedOut, Unavailable
 from .events import Event, Progress, Queued, Result
 from .job import Job
-from .memory import Budget, is_out_of_memory, release
+from .memory import Budget
 from .observer import Observer
+from .stepping import Stepper
 
 logger = logging.getLogger("ray.serve.realcustom")  # under Ray Serve's logger: its handlers and JSON are ours, too
 
@@ -60,7 +61,6 @@ class Engine:
         self._pipeline = pipeline
         self._batch_sizes = tuple(batch_sizes)
         self._budget = budget
-        self._synchronize = synchronize or (lambda: None)
         self._observer = observer or Observer()
         self._condition = threading.Condition()
         self.reconfigure(
@@ -77,6 +77,13 @@ class Engine:
         self._previews: deque[Job] = deque()
         self._decoding: Job | None = None
         self._rate = Rate()
+        self._stepper = Stepper(
+            pipeline,
+            synchronize=synchronize or (lambda: None),
+            observer=self._observer,
+            out_of_memory=self._shrink_budget,
+            made=self._measure_rate,
+        )
         self._failed_steps = 0  # in a row
         self.num_steps = 0
         self._busy_since: dict[str, float | None] = {}
@@ -313,7 +320,7 @@ class Engine:
             group = self._stepping = self._next_group()
             for job in group:
                 job.last_turn = self.num_steps + 1
-        failed = self._advance(group)
+        failed = self._stepper.step(group)
         with self._condition:
             self.num_steps += 1
             self._failed_steps = self._failed_steps + 1 if len(failed) == len(group) else 0
@@ -325,47 +332,14 @@ class Engine:
             self._observe_queue()
             self._condition.notify_all()
 
-    def _advance(self, group: list[Job]) -> dict[Job, Exception]:
-        """One step of all, or of halves if the memory does not suffice. Returns whose step failed, and why."""
-        generations = [job.generation for job in group]
-        before = [(g.step_index, g.guidance_masks) for g in generations]
-        mask_rows = sum(g.needs_guidance_branch for g in generations)
-        rows = mask_rows + sum(1 + (g.negative_text is not None) for g in generations)
-        start = time.monotonic()
-        try:
-            self._pipeline.step(generations)
-            self._synchronize()
-        except Exception as error:
-            about = {"request_ids": [job.request_id for job in group]}
-            untouched = all(g.step_index == index for g, (index, _) in zip(generations, before))
-            if not (is_out_of_memory(error) and untouched):
-                logger.exception("a step of %d pictures failed", len(group), extra=about)
-                message = f"a step of the picture failed ({type(error).__name__}); try again."
-                return dict.fromkeys(group, Unavailable(message))
-            logger.warning("out of memory in a step of %d pictures", len(group), extra=about)
-            del error
-            return self._advance_in_halves(group, before)
-        seconds = time.monotonic() - start
-        logger.debug(
-            "step of %d pictures in %.3f s", len(group), seconds, extra={"request_ids": [j.request_id for j in group]}
-        )
+    def _shrink_budget(self) -> None:
+        with self._condition:
+            if self._budget:
+                self._budget.shrink([job.memory for job in self._active])
+
+    def _measure_rate(self, group: Sequence[Job], seconds: float) -> None:
         with self._condition:
             self._rate.add(sum(job.cost / job.generation.num_steps for job in group), seconds)
-        self._observer.step(pictures=len(group), rows=rows, mask_rows=mask_rows, seconds=seconds)
-        return {}
-
-    def _advance_in_halves(self, group: list[Job], before: list[tuple[int, Any]]) -> dict[Job, Exception]:
-        release()
-        if self._budget:
-            with self._condition:
-                self._budget.shrink([job.memory for job in self._active])
-        if len(group) == 1:
-            return {group[0]: Unavailable("the server's memory did not suffice for the picture; try again.")}
-        for job, (_, masks) in zip(group, before):
-            if masks is not None:  # as if the step had not been tried: its new masks are made again
-                job.generation.set_masks(masks)
-        middle = len(group) // 2
-        return self._advance(group[:middle]) | self._advance(group[middle:])
 
     def _after_step(self, job: Job) -> None:
         if job not in self._active:  # the engine has closed in the meantime
