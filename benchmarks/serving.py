@@ -28,6 +28,9 @@ import numpy as np
 import torch
 from PIL import Image
 from ray import serve
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.config import DeploymentConfig
+from ray.serve.context import _set_internal_replica_context
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -86,6 +89,7 @@ class WholeSide:
     def __init__(self, pipeline, max_batch_size: int) -> None:
         self.batches = BatchSizes()
         self._pipeline = pipeline
+        _answer_for_the_replica()
 
         @serve.batch(max_batch_size=max_batch_size, batch_wait_timeout_s=BATCH_WAIT_S if max_batch_size > 1 else 0)
         async def whole(requests: list[Request]) -> list[float]:
@@ -109,6 +113,17 @@ class WholeSide:
 
     def close(self) -> None:
         pass
+
+
+def _answer_for_the_replica() -> None:
+    """`@serve.batch` asks its replica how many requests may come at once, and here it runs without one."""
+    _set_internal_replica_context(
+        replica_id=ReplicaID("benchmark", DeploymentID("benchmark")),
+        servable_object=None,
+        _deployment_config=DeploymentConfig(max_ongoing_requests=100_000),
+        rank=None,
+        world_size=1,
+    )
 
 
 def build(side: str, pipeline, max_batch_size: int):

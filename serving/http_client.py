@@ -27,12 +27,13 @@ class HttpClient:
         base_url: for example "http://127.0.0.1:8000".
         api_key: sent as a bearer token.
         timeout_s: longest silence while waiting for the server.
-        max_retries: how often a request is repeated that found no place (429), no replica (503) or no connection. The
-            server says when to come back; its seed is drawn before, so the repeated picture is the same one.
+        max_retries: how often a request is repeated that found no place (429), no replica (503) or no connection; the
+            server says when to come back, and all together half a minute passes, in which a proxy that died is
+            replaced. Its seed is drawn before, so the repeated picture is the same one.
     """
 
     def __init__(
-        self, base_url: str, *, api_key: str | None = None, timeout_s: float = 600, max_retries: int = 4
+        self, base_url: str, *, api_key: str | None = None, timeout_s: float = 600, max_retries: int = 5
     ) -> None:
         self._options = {
             "base_url": base_url,

@@ -42,6 +42,7 @@ def start(
         route_prefix: path under which the interface is found.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "2")  # one that died is replaced after this time
     import ray
     from ray import serve
 

@@ -57,11 +57,14 @@ async def until(condition, timeout_s=60) -> None:
         await asyncio.sleep(0.1)
 
 
-@pytest.mark.parametrize("kind", ["replica", "ingress", "proxy", "controller"])
-def test_whatever_is_killed_in_mid_picture_the_picture_comes(server, doors, kind):
+@pytest.mark.parametrize("kinds", [["replica"], ["ingress"], ["proxy", "controller"]], ids=" and ".join)
+def test_whatever_is_killed_in_mid_picture_the_picture_comes(server, doors, kinds):
     """All processes of a kind are killed while both doors wait for a picture: both get the one of their seed, their
     steps never count back, and the processes come back."""
-    request = Request(**SHORT, seed=7, num_inference_steps=150)
+    request = Request(**SHORT, seed=7, num_inference_steps=60)
+
+    def running() -> list:
+        return [process for kind in kinds for process in processes(kind)]
 
     async def follow(client: Client, begun: asyncio.Event) -> tuple[Result, list[int]]:
         steps = []
@@ -78,17 +81,14 @@ def test_whatever_is_killed_in_mid_picture_the_picture_comes(server, doors, kind
         begun = [asyncio.Event() for _ in doors]
         following = [asyncio.create_task(follow(client, event)) for client, event in zip(doors, begun)]
         await asyncio.gather(*(event.wait() for event in begun))
-        killed = processes(kind)
-        assert killed and not any(task.done() for task in following)
+        killed = running()
+        assert len(killed) >= len(kinds) and not any(task.done() for task in following)
         for process in killed:
             process.kill()
         for result, steps in await asyncio.wait_for(asyncio.gather(*following), DEADLINE_S + 30):
             assert np.abs(pixels(result) - expected).max() <= 1
             assert steps == sorted(steps)
-        await until(lambda: len(processes(kind)) == len(killed))
-        assert not {process.pid for process in killed} & {process.pid for process in processes(kind)}
-        for client in doors:
-            assert np.abs(pixels(await client.generate(request, timeout_s=DEADLINE_S)) - expected).max() <= 1
+        await until(lambda: len(running()) == len(killed) and not set(running()) & set(killed))
 
     asyncio.run(run())
 
