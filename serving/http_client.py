@@ -218,7 +218,9 @@ def _raise_for(answer: httpx.Response, body: bytes) -> None:
     try:
         error = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError):
+        error = None
+    if not isinstance(error, dict):  # not from our interface, but from a proxy on the way
         if answer.status_code == 500:  # of Ray Serve's proxy: the process that answers for us has died
-            raise Unavailable("the server's HTTP process has gone; try again.", 1.0) from None
+            raise Unavailable("the server's HTTP process has gone; try again.", 1.0)
         error = {}
     raise _error(error, answer.status_code, answer.headers.get("retry-after", "5"))

@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 from packaging.requirements import Requirement
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 
 from serving.metrics import RayMetrics
 from serving.settings import PROJECT_ROOT, Settings
@@ -29,8 +29,8 @@ def test_shipped_configurations_are_valid(path):
     for application in config["applications"]:
         assert application["import_path"] == "serving:app"
         Settings.model_validate(application["args"])
-    if config.get("http_options", {}).get("host", "127.0.0.1") != "127.0.0.1":
-        assert "api_key" in path.read_text() and "RAY_AUTH_MODE" in path.read_text()
+    if HTTPOptionsSchema.model_validate(config.get("http_options", {})).host != "127.0.0.1":  # Ray's default is 0.0.0.0
+        assert "api_key" in path.read_text() and re.search("RAY_AUTH_MODE|authOptions", path.read_text())
 
 
 def test_the_rayservice_has_room_for_its_replicas():
