@@ -17,6 +17,7 @@ from realcustom.request import Request
 from .cost import Rate, picture_cost
 from .errors import InvalidRequest, Overloaded, ServerError, TimedOut, Unavailable
 from .events import Event, Progress, Queued, Result
+from .health import Health
 from .job import Job
 from .memory import Budget
 from .observer import Observer
@@ -24,7 +25,6 @@ from .stepping import Stepper
 
 logger = logging.getLogger("ray.serve.realcustom")  # under Ray Serve's logger: its handlers and JSON are ours, too
 
-MAX_FAILED_STEPS = 5  # in a row; then the device is taken for broken, and the replica for unhealthy
 RETRY_AFTER_S = (1.0, 120.0)  # least and most that a refused caller is asked to wait
 
 
@@ -84,9 +84,8 @@ class Engine:
             out_of_memory=self._shrink_budget,
             made=self._measure_rate,
         )
-        self._failed_steps = 0  # in a row
+        self._health = Health()
         self.num_steps = 0
-        self._busy_since: dict[str, float | None] = {}
         self._closed: str | None = None  # why nothing is accepted any more
         self._threads = [
             threading.Thread(target=self._guard, args=(work,), name=f"engine-{work.__name__.strip('_')}", daemon=True)
@@ -154,19 +153,11 @@ class Engine:
             }
 
     def check_health(self) -> None:
-        """Raise `RuntimeError` if a thread has died, a piece of work has not ended within `stall_timeout_s`, or the
-        last steps have all failed."""
+        """Raise `RuntimeError` if the engine has stopped or does not advance, see `Health.check`."""
         with self._condition:
             if self._closed:
                 raise RuntimeError(f"the engine has stopped: {self._closed}")
-            busy = {name: since for name, since in self._busy_since.items() if since is not None}
-            if self._failed_steps >= MAX_FAILED_STEPS:
-                raise RuntimeError(f"the last {self._failed_steps} steps have failed")
-        if dead := [thread.name for thread in self._threads if not thread.is_alive()]:
-            raise RuntimeError(f"threads have died: {', '.join(dead)}")
-        for name, since in busy.items():
-            if time.monotonic() - since > self._stall_timeout_s:
-                raise RuntimeError(f"{name} has not advanced for {time.monotonic() - since:.0f} s")
+            self._health.check(self._threads, self._stall_timeout_s)
 
     def close(self, reason: str = "the server is shutting down") -> None:
         """Stop; everyone still here is told. Waits shortly for work on the device to end."""
@@ -260,9 +251,9 @@ class Engine:
 
     def _wait(self, ready: Callable[[], Any]) -> bool:
         """Sleep until there is work; False if the engine closed instead. The lock must be held."""
-        self._busy_since[threading.current_thread().name] = None
+        self._health.idle()
         self._condition.wait_for(lambda: self._closed or ready())
-        self._busy_since[threading.current_thread().name] = time.monotonic()
+        self._health.busy()
         return not self._closed
 
     def _next_has_place(self) -> bool:
@@ -323,7 +314,7 @@ class Engine:
         failed = self._stepper.step(group)
         with self._condition:
             self.num_steps += 1
-            self._failed_steps = self._failed_steps + 1 if len(failed) == len(group) else 0
+            self._health.step(failed=len(failed) == len(group))
             self._stepping = []
             for job in group:
                 if job in failed:
@@ -352,15 +343,11 @@ class Engine:
         if generation.done:
             self._active.remove(job)
             self._finished.append(job)
-        elif self._preview_due(job) and not job.preview_pending:  # a slow decoder gets fewer, not a backlog
+        elif (
+            job.preview_due(self._preview_every) and not job.preview_pending
+        ):  # a slow decoder gets fewer, not a backlog
             job.preview_pending = True
             self._previews.append(job)
-
-    def _preview_due(self, job: Job) -> bool:
-        step, num_steps = job.generation.step_index, job.generation.num_steps
-        if job.previews is True:
-            return step % self._preview_every == 0
-        return step in {round(i * num_steps / (job.previews + 1)) for i in range(1, job.previews + 1)}
 
     def _decode_next(self) -> None:
         with self._condition:

@@ -1,6 +1,7 @@
 """The engine: pictures join and leave between steps, and nobody disturbs or waits for ever."""
 
 import asyncio
+import gc
 import threading
 import time
 from contextlib import aclosing
@@ -12,9 +13,12 @@ import torch
 from tiny import picture, tiny_pipeline
 
 from realcustom import Request, Subject
-from serving.engine import MAX_FAILED_STEPS, Engine
+from realcustom.generation import Generation
+from serving.engine import Engine
 from serving.errors import InvalidRequest, Overloaded, ServerError, TimedOut, Unavailable
 from serving.events import Progress, Queued, Result
+from serving.health import MAX_FAILED_STEPS
+from serving.job import Job
 from serving.memory import Budget, Footprint, Line
 from serving.observer import Observer
 
@@ -515,6 +519,32 @@ def test_closing_tells_everyone(watched):
     asyncio.run(run())
     with pytest.raises(RuntimeError):
         engine.check_health()
+
+
+def test_nothing_of_a_picture_stays_behind(engine, watched):
+    """Finished, cancelled, refused or late: when its caller is gone, so are the picture and its tensors."""
+
+    async def leave(wanted: Request) -> None:
+        async with aclosing(engine.stream(wanted)) as events:
+            async for event in events:
+                if isinstance(event, Progress):
+                    return
+
+    async def late(wanted: Request) -> None:
+        async for _ in engine.stream(wanted, timeout_s=0.01):
+            pass
+
+    async def run() -> None:
+        for first in range(0, 40, 8):
+            wanted = [request(seed) for seed in range(first, first + 8)]
+            asked = [last(engine, r, previews=True) for r in wanted[:4]] + [leave(r) for r in wanted[4:6]]
+            asked += [last(engine, request(1, height=63)), late(request(2, num_inference_steps=500))]
+            await asyncio.gather(*asked, return_exceptions=True)
+        await until(lambda: not sum(engine.stats()[s] for s in ("waiting", "preparing", "active", "decoding")))
+
+    asyncio.run(run())
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, Job | Generation)]
 
 
 def test_health_means_that_steps_advance(watched):

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from contextlib import aclosing
 
+import httpx
 import numpy as np
 import pytest
 from ray import serve
@@ -16,6 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 from tiny import picture, sharpen, tiny_pipeline
 
 from benchmarks.chaos import chaos, processes
+from serving.build import app
 from serving.client import Client, HttpClient, Progress, Request, Result, Subject
 from serving.local import NAME, start
 from serving.settings import Settings
@@ -161,3 +163,27 @@ def test_a_new_version_rolls_out_under_load_and_settings_change_without_a_restar
         assert all(np.abs(pixels(result) - expected).max() <= 1 for result in results)
 
     asyncio.run(run())
+
+
+def test_an_idle_server_sleeps_and_wakes_for_a_request(server, settings):
+    """With min_replicas=0 there is no replica until somebody asks, health checks do not wake it, and the last replica
+    goes when nothing is left to do."""
+    name = "sleeper"
+    sleeper = settings.model_copy(update={"min_replicas": 0, "max_replicas": 1, "downscale_delay_s": 1})
+    serve.run(app(sleeper), name=name, route_prefix=f"/{name}")
+    client = HttpClient(f"{server.url}/{name}")
+
+    def replicas() -> int:
+        return sum(serve.status().applications[name].deployments["Replica"].replica_states.values())
+
+    async def run():
+        async with httpx.AsyncClient(trust_env=False) as plain:
+            assert (await plain.get(f"{server.url}/{name}/healthz")).status_code == 200
+        assert replicas() == 0
+        request = Request(**SHORT, seed=6)
+        result = await client.generate(request, timeout_s=DEADLINE_S)
+        assert np.abs(pixels(result) - pixels(await server.generate(request))).max() <= 1
+        await until(lambda: replicas() == 0)
+
+    asyncio.run(run())
+    serve.delete(name)
