@@ -20,6 +20,8 @@ from serving.replica import Replica
 from serving.settings import Settings
 
 ENDPOINTS = [("POST", "/v1/images/edits"), ("GET", "/v1/models"), ("GET", "/healthz")]
+CASES = [(*endpoint, GenerationMode.POSITIVE) for endpoint in ENDPOINTS]
+CASES += [("POST", "/v1/images/edits", GenerationMode.NEGATIVE)]  # the others take nothing that could be wrong
 NUM_EXAMPLES = {"POST": 60, "GET": 5}
 CONFORMANCE = [
     status_code_conformance,
@@ -48,8 +50,7 @@ def test_every_endpoint_is_described(description):
     assert sorted((o.method.upper(), o.path) for o in operations) == sorted(ENDPOINTS)
 
 
-@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["right", "wrong"])
-@pytest.mark.parametrize("method,path", ENDPOINTS)
+@pytest.mark.parametrize("method,path,mode", CASES, ids=lambda value: str(getattr(value, "value", value)))
 def test_every_answer_is_as_described(description, method, path, mode):
     """What fits the description, and what does not, is answered as described; with and without the key."""
     operation, statuses = description[path][method], set()
@@ -69,6 +70,6 @@ def test_every_answer_is_as_described(description, method, path, mode):
         assert response.status_code < 500 or response.status_code == 504, response.text  # 504: it asked for no time
 
     check()
-    assert statuses & ({200} if mode == GenerationMode.POSITIVE else {422}) or method == "GET"
+    assert (200 if mode == GenerationMode.POSITIVE else 422) in statuses
     unlocked = operation.Case().call()
     assert unlocked.status_code == (200 if path == "/healthz" else 401)
