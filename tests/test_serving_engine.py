@@ -544,7 +544,7 @@ def test_nothing_of_a_picture_stays_behind(engine, watched):
 
     asyncio.run(run())
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if isinstance(thing, Job | Generation)]
+    assert not [thing for thing in gc.get_objects() if type(thing) in (Job, Generation)]
 
 
 def test_health_means_that_steps_advance(watched):
