@@ -6,6 +6,7 @@ One real Ray Serve with two replicas of the toy model; processes are killed with
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import aclosing
 
 import httpx
@@ -59,30 +60,38 @@ async def until(condition, timeout_s=180) -> None:
         await asyncio.sleep(0.1)
 
 
+async def follow(client: Client, request: Request, begun: asyncio.Event) -> tuple[Result, list[int]]:
+    """The picture, and the steps as they were told; `begun` is set at the second one."""
+    steps = []
+    async with aclosing(client.stream(request, timeout_s=DEADLINE_S)) as events:
+        async for event in events:
+            if isinstance(event, Progress):
+                steps.append(event.step)
+                if event.step >= 2:
+                    begun.set()
+    return event, steps
+
+
+async def begin(clients: Sequence[Client], request: Request) -> list[asyncio.Task]:
+    """Each client is in mid-picture."""
+    begun = [asyncio.Event() for _ in clients]
+    following = [asyncio.create_task(follow(client, request, event)) for client, event in zip(clients, begun)]
+    await asyncio.gather(*(event.wait() for event in begun))
+    return following
+
+
 @pytest.mark.parametrize("kinds", [["replica"], ["ingress"], ["proxy", "controller"]], ids=" and ".join)
 def test_whatever_is_killed_in_mid_picture_the_picture_comes(server, doors, kinds):
     """All processes of a kind are killed while both doors wait for a picture: both get the one of their seed, their
     steps never count back, and the processes come back."""
-    request = Request(**SHORT, seed=7, num_inference_steps=60)
+    request = Request(**SHORT, seed=7, num_inference_steps=120)
 
     def running() -> list:
         return [process for kind in kinds for process in processes(kind)]
 
-    async def follow(client: Client, begun: asyncio.Event) -> tuple[Result, list[int]]:
-        steps = []
-        async with aclosing(client.stream(request, timeout_s=DEADLINE_S)) as events:
-            async for event in events:
-                if isinstance(event, Progress):
-                    steps.append(event.step)
-                    if event.step >= 2:
-                        begun.set()
-        return event, steps
-
     async def run():
         expected = pixels(await server.generate(request))
-        begun = [asyncio.Event() for _ in doors]
-        following = [asyncio.create_task(follow(client, event)) for client, event in zip(doors, begun)]
-        await asyncio.gather(*(event.wait() for event in begun))
+        following = await begin(doors, request)
         killed = running()
         assert len(killed) >= len(kinds) and not any(task.done() for task in following)
         for process in killed:
@@ -186,3 +195,18 @@ def test_an_idle_server_sleeps_and_wakes_for_a_request(server, settings):
 
     asyncio.run(run())
     serve.delete(name)
+
+
+def test_an_application_that_is_deleted_finishes_its_pictures_first(server, doors):
+    """`serve.delete`, as a deployed file without the application: pictures under way come, through both doors."""
+    request = Request(**SHORT, seed=8, num_inference_steps=120)
+
+    async def run():
+        expected = pixels(await server.generate(request))
+        following = await begin(doors, request)
+        assert not any(task.done() for task in following)
+        await asyncio.to_thread(serve.delete, NAME)
+        for task in following:
+            assert task.done() and np.abs(pixels(task.result()[0]) - expected).max() <= 1
+
+    asyncio.run(run())
