@@ -4,7 +4,8 @@
     python benchmarks/serving.py --seconds 5 --loads 0.8 # a first look
 
 Open loop: pictures arrive by a Poisson process, or in bursts, whether or not earlier ones are done, so that waiting is
-counted in full. Capacity is what `Engine` makes with a full batch; loads are fractions of it, the same for all sides.
+counted in full. Capacity is what a side makes with full batches; loads are fractions of that of `Engine`, the same
+arrivals for all sides. Below capacity every side's throughput is the arrivals', less the wait for the last picture.
 Each load's arrivals are played to one side after the other in turns, within one process.
 
 - step: `serving.engine.Engine`, pictures join and leave between steps.
@@ -185,33 +186,34 @@ async def play(make: Callable[[Request, Timing], Awaitable[None]], wanted: Seque
     return await asyncio.gather(*map(one, wanted, times))
 
 
-def capacity(pipeline: RealCustomPipeline, max_batch_size: int, seconds: float) -> float:
-    """Pictures per second of `Engine` with a batch that is always full."""
-    side = StepSide(pipeline, max_batch_size)
-    wanted = requests(10_000, pipeline, seed=1)
+def capacity(side: str, pipeline: RealCustomPipeline, max_batch_size: int, seconds: float) -> float:
+    """Pictures per second of a side that always has enough of them waiting for a full batch."""
+    maker = build(side, pipeline, max_batch_size)
+    wanted = iter(requests(10_000, pipeline, seed=1))
 
     async def run() -> float:
-        start, finished, following = time.perf_counter(), 0, iter(wanted)
+        start, finished = time.perf_counter(), 0
 
         async def keep_busy() -> None:
             nonlocal finished
             while time.perf_counter() - start < seconds:
-                await side.make(next(following), Timing(0))
-                finished += 1
+                await maker.make(next(wanted), Timing(0))
+                finished += time.perf_counter() - start < seconds
 
-        await asyncio.gather(*(keep_busy() for _ in range(max_batch_size)))
-        return finished / (time.perf_counter() - start)
+        await asyncio.gather(*(keep_busy() for _ in range(2 * max_batch_size)))
+        return finished / seconds
 
     rate = asyncio.run(run())
-    side.close()
+    maker.close()
     return rate
 
 
-def summary(timings: Sequence[Timing], sizes: Sequence[int]) -> dict[str, float]:
+def summary(rounds: Sequence[Sequence[Timing]], sizes: Sequence[int]) -> dict[str, float]:
+    timings = [timing for one in rounds for timing in one]
     latencies = np.array([t.finished - t.arrived for t in timings])
     # Without previews on the way, the first look is the finished picture.
     previews = [(t.previewed or t.finished) - t.arrived for t in timings]
-    span = max(t.finished for t in timings) - min(t.arrived for t in timings)
+    span = sum(max(t.finished for t in one) - min(t.arrived for t in one) for one in rounds)
     return {
         "pictures": len(timings),
         "throughput_per_s": len(timings) / span,
@@ -227,13 +229,14 @@ def measure(flags: argparse.Namespace) -> dict:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(flags.device)
     pipeline.warm_up()
-    full = capacity(pipeline, flags.max_batch_size, flags.seconds)
+    capacities = {side: capacity(side, pipeline, flags.max_batch_size, flags.seconds) for side in SIDES}
+    full = capacities["step"]
     report = {
         "machine": {"platform": platform.platform(), "threads": flags.threads, "device": flags.device},
         "torch": torch.__version__,
         "model": flags.model,
         "max_batch_size": flags.max_batch_size,
-        "capacity_per_s": full,
+        "capacity_per_s": capacities,
         "rounds": flags.rounds,
         "loads": {},
     }
@@ -251,7 +254,7 @@ def measure(flags: argparse.Namespace) -> dict:
             for side in SIDES:
                 pipeline.clear_caches()
                 maker = build(side, pipeline, flags.max_batch_size)
-                timings[side] += asyncio.run(play(maker.make, wanted, times))
+                timings[side].append(asyncio.run(play(maker.make, wanted, times)))
                 sizes[side] += maker.batches.sizes
                 maker.close()
                 print(f"{name}, round {round_ + 1}, {side}: {len(times)} pictures", file=sys.stderr)
@@ -261,9 +264,11 @@ def measure(flags: argparse.Namespace) -> dict:
 
 def table(report: dict) -> str:
     """The report as Markdown."""
+    machine = report["machine"]
+    capacities = ", ".join(f"{side} {rate:.2f}" for side, rate in report["capacity_per_s"].items())
     lines = [
-        f"Capacity {report['capacity_per_s']:.2f} pictures/s, batch at most {report['max_batch_size']}, "
-        f"{report['machine']['threads']} threads, {report['machine']['device']}, {report['model']}.",
+        f"{report['model']}, {machine['device']}, {machine['threads']} threads, batch at most {report['max_batch_size']}. "
+        f"Capacity with full batches, pictures/s: {capacities}.",
         "",
         "| load | side | pictures/s | p50 s | p95 s | p99 s | first preview s | mean batch | p95 / request |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -202,6 +202,28 @@ def test_events_count_up_with_previews_and_masks(engine):
     assert seen and all(event.preview.size == (64, 64) and len(event.masks) == 1 for event in seen)
 
 
+@pytest.mark.parametrize("share,least,most", [(0.0, 1, 2), (1e6, 3, 60)])  # 2: at the end one of them may be alone
+def test_previews_take_their_share_of_the_time(watched, share, least, most):
+    """With others under way a picture gets its first preview, and further ones as far as their share goes; alone it
+    gets them in any case."""
+    engine = Engine(watched, max_batch_size=4, preview_every=1, preview_share=share)
+
+    async def previews(seed: int) -> int:
+        events = [e async for e in engine.stream(request(seed, num_inference_steps=60), previews=True)]
+        return sum(isinstance(event, Progress) and event.preview is not None for event in events)
+
+    async def run():
+        watched.gate.clear()
+        together = [asyncio.create_task(previews(seed)) for seed in (1, 2)]
+        await until(lambda: engine.stats()["active"] == 2)
+        watched.gate.set()
+        assert all(least <= number <= most for number in await asyncio.gather(*together))
+        assert await previews(3) >= 3
+
+    asyncio.run(run())
+    engine.close()
+
+
 def test_cancel_frees_the_place_within_a_step_and_leaves_neighbours_alone(engine, watched):
     """Closing the stream takes the picture out of the next batch; its neighbour's picture is unchanged."""
 
