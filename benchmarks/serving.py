@@ -68,7 +68,13 @@ class StepSide:
 
     def __init__(self, pipeline, max_batch_size: int) -> None:
         self.batches = BatchSizes()
-        self._engine = Engine(pipeline, max_batch_size=max_batch_size, max_queued=100_000, observer=self.batches)
+        self._engine = Engine(
+            pipeline,
+            max_batch_size=max_batch_size,
+            max_queued=100_000,
+            take_turns=pipeline.unet.device.type == "cpu",
+            observer=self.batches,
+        )
 
     async def make(self, request: Request, timing: Timing) -> None:
         async with aclosing(self._engine.stream(request, previews=True)) as events:
@@ -267,8 +273,8 @@ def table(report: dict) -> str:
     machine = report["machine"]
     capacities = ", ".join(f"{side} {rate:.2f}" for side, rate in report["capacity_per_s"].items())
     lines = [
-        f"{report['model']}, {machine['device']}, {machine['threads']} threads, batch at most {report['max_batch_size']}. "
-        f"Capacity with full batches, pictures/s: {capacities}.",
+        f"{report['model']}, {machine['device']}, {machine['threads']} threads, batch at most "
+        f"{report['max_batch_size']}. Capacity with full batches, pictures/s: {capacities}.",
         "",
         "| load | side | pictures/s | p50 s | p95 s | p99 s | first preview s | mean batch | p95 / request |",
         "|---|---|---|---|---|---|---|---|---|",
