@@ -202,14 +202,14 @@ def test_events_count_up_with_previews_and_masks(engine):
     assert seen and all(event.preview.size == (64, 64) and len(event.masks) == 1 for event in seen)
 
 
-@pytest.mark.parametrize("share,least,most", [(0.0, 1, 2), (1e6, 3, 60)])  # 2: at the end one of them may be alone
+@pytest.mark.parametrize("share,least,most", [(0.0, 1, 2), (1e6, 3, 30)])  # 2: at the end one of them may be alone
 def test_previews_take_their_share_of_the_time(watched, share, least, most):
     """With others under way a picture gets its first preview, and further ones as far as their share goes; alone it
     gets them in any case."""
     engine = Engine(watched, max_batch_size=4, preview_every=1, preview_share=share)
 
     async def previews(seed: int) -> int:
-        events = [e async for e in engine.stream(request(seed, num_inference_steps=60), previews=True)]
+        events = [e async for e in engine.stream(request(seed, num_inference_steps=30), previews=True)]
         return sum(isinstance(event, Progress) and event.preview is not None for event in events)
 
     async def run():
@@ -249,7 +249,7 @@ def test_taking_turns_nothing_runs_at_once_and_nobody_is_shut_out(watched):
     engine = Engine(Counted(), preview_every=1, take_turns=True)
 
     async def run():
-        first = asyncio.create_task(last(engine, request(1, num_inference_steps=200), previews=True))
+        first = asyncio.create_task(last(engine, request(1, num_inference_steps=60), previews=True))
         await until(lambda: len(watched.batches) > 2)
         second = await last(engine, request(2, num_inference_steps=2))
         assert not first.done()
