@@ -4,7 +4,8 @@
     python benchmarks/serving.py --seconds 5 --loads 0.8 # a first look
 
 Open loop: pictures arrive by a Poisson process, or in bursts, whether or not earlier ones are done, so that waiting is
-counted in full. Capacity is what `Engine` makes with a full batch; loads are fractions of it, the same for all sides.
+counted in full. Capacity is what a side makes with full batches; loads are fractions of that of `Engine`, the same
+arrivals for all sides. Below capacity every side's throughput is the arrivals', less the wait for the last picture.
 Each load's arrivals are played to one side after the other in turns, within one process.
 
 - step: `serving.engine.Engine`, pictures join and leave between steps.
@@ -28,6 +29,9 @@ import numpy as np
 import torch
 from PIL import Image
 from ray import serve
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.config import DeploymentConfig
+from ray.serve.context import _set_internal_replica_context
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -64,7 +68,13 @@ class StepSide:
 
     def __init__(self, pipeline, max_batch_size: int) -> None:
         self.batches = BatchSizes()
-        self._engine = Engine(pipeline, max_batch_size=max_batch_size, max_queued=100_000, observer=self.batches)
+        self._engine = Engine(
+            pipeline,
+            max_batch_size=max_batch_size,
+            max_queued=100_000,
+            take_turns=pipeline.unet.device.type == "cpu",
+            observer=self.batches,
+        )
 
     async def make(self, request: Request, timing: Timing) -> None:
         async with aclosing(self._engine.stream(request, previews=True)) as events:
@@ -86,6 +96,7 @@ class WholeSide:
     def __init__(self, pipeline, max_batch_size: int) -> None:
         self.batches = BatchSizes()
         self._pipeline = pipeline
+        _answer_for_the_replica()
 
         @serve.batch(max_batch_size=max_batch_size, batch_wait_timeout_s=BATCH_WAIT_S if max_batch_size > 1 else 0)
         async def whole(requests: list[Request]) -> list[float]:
@@ -109,6 +120,17 @@ class WholeSide:
 
     def close(self) -> None:
         pass
+
+
+def _answer_for_the_replica() -> None:
+    """`@serve.batch` asks its replica how many requests may come at once, and here it runs without one."""
+    _set_internal_replica_context(
+        replica_id=ReplicaID("benchmark", DeploymentID("benchmark")),
+        servable_object=None,
+        _deployment_config=DeploymentConfig(max_ongoing_requests=100_000),
+        rank=None,
+        world_size=1,
+    )
 
 
 def build(side: str, pipeline, max_batch_size: int):
@@ -170,33 +192,34 @@ async def play(make: Callable[[Request, Timing], Awaitable[None]], wanted: Seque
     return await asyncio.gather(*map(one, wanted, times))
 
 
-def capacity(pipeline: RealCustomPipeline, max_batch_size: int, seconds: float) -> float:
-    """Pictures per second of `Engine` with a batch that is always full."""
-    side = StepSide(pipeline, max_batch_size)
-    wanted = requests(10_000, pipeline, seed=1)
+def capacity(side: str, pipeline: RealCustomPipeline, max_batch_size: int, seconds: float) -> float:
+    """Pictures per second of a side that always has enough of them waiting for a full batch."""
+    maker = build(side, pipeline, max_batch_size)
+    wanted = iter(requests(10_000, pipeline, seed=1))
 
     async def run() -> float:
-        start, finished, following = time.perf_counter(), 0, iter(wanted)
+        start, finished = time.perf_counter(), 0
 
         async def keep_busy() -> None:
             nonlocal finished
             while time.perf_counter() - start < seconds:
-                await side.make(next(following), Timing(0))
-                finished += 1
+                await maker.make(next(wanted), Timing(0))
+                finished += time.perf_counter() - start < seconds
 
-        await asyncio.gather(*(keep_busy() for _ in range(max_batch_size)))
-        return finished / (time.perf_counter() - start)
+        await asyncio.gather(*(keep_busy() for _ in range(2 * max_batch_size)))
+        return finished / seconds
 
     rate = asyncio.run(run())
-    side.close()
+    maker.close()
     return rate
 
 
-def summary(timings: Sequence[Timing], sizes: Sequence[int]) -> dict[str, float]:
+def summary(rounds: Sequence[Sequence[Timing]], sizes: Sequence[int]) -> dict[str, float]:
+    timings = [timing for one in rounds for timing in one]
     latencies = np.array([t.finished - t.arrived for t in timings])
     # Without previews on the way, the first look is the finished picture.
     previews = [(t.previewed or t.finished) - t.arrived for t in timings]
-    span = max(t.finished for t in timings) - min(t.arrived for t in timings)
+    span = sum(max(t.finished for t in one) - min(t.arrived for t in one) for one in rounds)
     return {
         "pictures": len(timings),
         "throughput_per_s": len(timings) / span,
@@ -212,13 +235,14 @@ def measure(flags: argparse.Namespace) -> dict:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(flags.device)
     pipeline.warm_up()
-    full = capacity(pipeline, flags.max_batch_size, flags.seconds)
+    capacities = {side: capacity(side, pipeline, flags.max_batch_size, flags.seconds) for side in SIDES}
+    full = capacities["step"]
     report = {
         "machine": {"platform": platform.platform(), "threads": flags.threads, "device": flags.device},
         "torch": torch.__version__,
         "model": flags.model,
         "max_batch_size": flags.max_batch_size,
-        "capacity_per_s": full,
+        "capacity_per_s": capacities,
         "rounds": flags.rounds,
         "loads": {},
     }
@@ -236,7 +260,7 @@ def measure(flags: argparse.Namespace) -> dict:
             for side in SIDES:
                 pipeline.clear_caches()
                 maker = build(side, pipeline, flags.max_batch_size)
-                timings[side] += asyncio.run(play(maker.make, wanted, times))
+                timings[side].append(asyncio.run(play(maker.make, wanted, times)))
                 sizes[side] += maker.batches.sizes
                 maker.close()
                 print(f"{name}, round {round_ + 1}, {side}: {len(times)} pictures", file=sys.stderr)
@@ -246,9 +270,11 @@ def measure(flags: argparse.Namespace) -> dict:
 
 def table(report: dict) -> str:
     """The report as Markdown."""
+    machine = report["machine"]
+    capacities = ", ".join(f"{side} {rate:.2f}" for side, rate in report["capacity_per_s"].items())
     lines = [
-        f"Capacity {report['capacity_per_s']:.2f} pictures/s, batch at most {report['max_batch_size']}, "
-        f"{report['machine']['threads']} threads, {report['machine']['device']}, {report['model']}.",
+        f"{report['model']}, {machine['device']}, {machine['threads']} threads, batch at most "
+        f"{report['max_batch_size']}. Capacity with full batches, pictures/s: {capacities}.",
         "",
         "| load | side | pictures/s | p50 s | p95 s | p99 s | first preview s | mean batch | p95 / request |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -3,8 +3,6 @@
 import asyncio
 import hmac
 import json
-import logging
-import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, suppress
@@ -14,51 +12,24 @@ from fastapi import Depends, FastAPI, Form, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from realcustom.request import Request
 
+from .answers import Health, Model, Models, Pictures, error_answer, errors
 from .client import Client
-from .errors import InvalidRequest, Overloaded, ServerError, TimedOut, TooLarge, Unavailable
+from .errors import InvalidRequest, Overloaded, ServerError, Unavailable
 from .events import Event, Progress, Queued, Result
-from .form import EditForm, sentence
+from .form import EditForm
 from .images import to_base64
 from .middleware import BodyLimit
 from .model_info import ModelInfo
 from .settings import Settings
 
-logger = logging.getLogger(__name__)
-
 PEEK_S = 2.0  # how long a stream waits for its first step, so that a refused request gets a status and not an event
 MODEL_INFO_S, MODEL_INFO_WAIT_S = 5.0, 1.0  # age at which it is asked for anew, and how long a new answer may take
-ERRORS = {
-    status: {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
-    for status, text in {
-        401: "no or a wrong API key",
-        413: "too many bytes or pixels",
-        422: "a request that cannot be made; the message says why",
-        429: "no place; see Retry-After",
-        500: "a fault of the server",
-        503: "no replica can make the picture now; see Retry-After",
-        504: "the deadline has passed",
-    }.items()
-}
-ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
+EVENT_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}  # with `stream`; see edit_image
 
 
 def create_api(client: Client, settings: Settings) -> FastAPI:
@@ -79,14 +50,23 @@ def create_api(client: Client, settings: Settings) -> FastAPI:
         known[:] = [(time.monotonic(), info)]
         return info
 
-    async def check_key(http: HttpRequest) -> None:
-        expected = settings.api_key and f"Bearer {settings.api_key.get_secret_value()}"
-        given = http.headers.get("authorization", "")
-        if expected and not hmac.compare_digest(given.encode(), expected.encode()):
-            raise HTTPException(401, "the API key is missing or wrong; send 'Authorization: Bearer <key>'.")
+    bearer = HTTPBearer(auto_error=False, description="the server's API key")
 
-    @api.post("/v1/images/edits", dependencies=[Depends(check_key)], responses=ERRORS)
-    async def edit_image(form: Annotated[EditForm, Form(media_type="multipart/form-data")]) -> dict[str, Any]:
+    async def check_key(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        expected = settings.api_key.get_secret_value()
+        if given is None or not hmac.compare_digest(given.credentials.encode(), expected.encode()):
+            message = "the API key is missing or wrong; send 'Authorization: Bearer <key>'."
+            raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
+
+    locked = [Depends(check_key)] if settings.api_key else []
+
+    @api.post(
+        "/v1/images/edits",
+        dependencies=locked,
+        response_model=Pictures,
+        responses={200: {"content": EVENT_STREAM}, **errors()},
+    )
+    async def edit_image(form: Annotated[EditForm, Form(media_type="multipart/form-data")]) -> Any:
         """Make pictures in which subjects become words of the prompt.
 
         With `stream`, server-sent events: image_edit.partial_image, image_edit.completed, and with `progress` also
@@ -107,35 +87,33 @@ def create_api(client: Client, settings: Settings) -> FastAPI:
                 if isinstance(event, Result):
                     results[index] = event
         data = [await asyncio.to_thread(_item, results[i], form.output_format) for i in range(len(requests))]
-        return {"created": int(time.time()), "data": data, "output_format": form.output_format}
+        return JSONResponse({"created": int(time.time()), "data": data, "output_format": form.output_format})
 
-    @api.get("/v1/models", dependencies=[Depends(check_key)], responses={s: ERRORS[s] for s in (401, 500, 503)})
-    async def list_models() -> dict[str, Any]:
+    @api.get("/v1/models", dependencies=locked, responses=errors(401, 500, 503))
+    async def list_models() -> Models:
         """The loaded model: defaults, limits, vocabulary."""
-        info = await model_info()
-        return {"object": "list", "data": [{"object": "model", "owned_by": "realcustom", **info.to_dict()}]}
+        return Models(data=[Model(**(await model_info()).to_dict())])
 
-    @api.get("/healthz", responses={503: ERRORS[503]})
-    async def health() -> dict[str, str]:
-        """200 when a replica answers."""
+    @api.get("/healthz", responses=errors(503))
+    async def health() -> Health:
+        """200 when a replica answers; a server that may have none asleep is not woken by being asked."""
+        if settings.min_replicas == 0:
+            return Health()
         try:
             await asyncio.wait_for(client.model(), timeout=5)
         except (Overloaded, ServerError, asyncio.TimeoutError):
             raise Unavailable("no replica answers yet.", 5.0) from None
-        return {"status": "ok"}
+        return Health()
 
     api.add_middleware(BodyLimit, max_bytes=settings.max_subjects * settings.max_image_bytes + 2**20)
     for kind in (InvalidRequest, Overloaded, ServerError, RequestValidationError, StarletteHTTPException, Exception):
         api.add_exception_handler(kind, _answer_error)
-    standard_schema = api.openapi
-
-    def openapi() -> dict[str, Any]:
-        if api.openapi_schema is None:
-            standard_schema()["components"]["schemas"]["Error"] = ERROR_SCHEMA
-        return api.openapi_schema
-
-    api.openapi = openapi
     return api
+
+
+async def _answer_error(http: HttpRequest, error: Exception) -> JSONResponse:
+    status, body, headers = error_answer(error)
+    return JSONResponse(body, status, headers)
 
 
 # ---- pictures of one request, together ---------------------------------------------------------------------------
@@ -260,7 +238,7 @@ async def _start_stream(lines: AsyncIterator[str | Exception]) -> StreamingRespo
                 yield line
             line = await following if following is not None else await anext(lines, None)
             while line is not None:
-                yield line if isinstance(line, str) else _event_text("error", _error_body(line)[1])
+                yield line if isinstance(line, str) else _event_text("error", error_answer(line)[1])
                 line = await anext(lines, None)
         finally:
             if following is not None and not following.done():
@@ -270,40 +248,3 @@ async def _start_stream(lines: AsyncIterator[str | Exception]) -> StreamingRespo
             await lines.aclose()
 
     return StreamingResponse(body(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-
-
-# ---- errors ------------------------------------------------------------------------------------------------------
-
-
-def _error_body(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    if isinstance(error, RequestValidationError):
-        errors = error.errors()
-        where = [str(part) for part in errors[0]["loc"] if part != "body"]
-        return _body(422, sentence(errors), "invalid_request", param=where[0] if where else None)
-    if isinstance(error, TooLarge):
-        return _body(413, str(error), "too_large")
-    if isinstance(error, InvalidRequest):
-        return _body(422, str(error), "invalid_request")
-    if isinstance(error, Overloaded):
-        return _body(429, str(error), "overloaded", headers={"Retry-After": str(math.ceil(error.retry_after_s))})
-    if isinstance(error, Unavailable):
-        return _body(503, str(error), "unavailable", headers={"Retry-After": str(math.ceil(error.retry_after_s))})
-    if isinstance(error, TimedOut):
-        return _body(504, str(error), "timeout")
-    if isinstance(error, StarletteHTTPException):
-        # Starlette's parser of multipart bodies answers 400: bad input is 422 everywhere here
-        status = 422 if error.status_code == 400 else error.status_code
-        return _body(status, str(error.detail), "invalid_request", headers=dict(error.headers or {}))
-    if not isinstance(error, ServerError):
-        logger.error("an unexpected error", exc_info=error)
-    return _body(500, str(error) if isinstance(error, ServerError) else "the server failed; try again.", "server_error")
-
-
-def _body(status: int, message: str, code: str, *, param: str | None = None, headers: dict[str, str] | None = None):
-    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
-    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}, headers or {}
-
-
-async def _answer_error(http: HttpRequest, error: Exception) -> JSONResponse:
-    status, body, headers = _error_body(error)
-    return JSONResponse(body, status, headers)

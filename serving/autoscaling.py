@@ -18,9 +18,9 @@ class BacklogPolicy:
         self._target_s = target_backlog_s
 
     def __call__(self, context) -> tuple[int, dict[str, Any]]:
-        backlogs = context.aggregated_metrics.get("backlog_s", {})
-        pictures = sum(context.aggregated_metrics.get("pictures", {}).values())
-        backlog_s = sum(backlogs.values())
+        reported = context.aggregated_metrics or {}
+        backlog_s = sum(reported.get("backlog_s", {}).values())
+        pictures = sum(reported.get("pictures", {}).values())
         unplaced = max(0.0, context.total_num_requests - pictures)
         if pictures >= 1:
             backlog_s += unplaced * backlog_s / pictures

@@ -11,6 +11,7 @@ from .replica import Replica
 from .settings import PROJECT_ROOT, Settings
 
 REPLICA = "Replica"
+HEALTH_CHECK_PERIOD_S = 2  # a process that died is replaced after at most this time and its start
 MAX_CONNECTIONS = 1000  # requests that the ingress follows at once; the replicas' queues are much shorter
 
 
@@ -44,19 +45,22 @@ def app(settings: Settings) -> Application:
         max_ongoing_requests=settings.max_batch_size + settings.max_queued,
         max_queued_requests=settings.max_queued,
         backpressure_config=full,
-        health_check_period_s=10,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         logging_config=logs,
     ).bind(settings, metrics=True)
 
     def http_api():
         handle = serve.get_deployment_handle(REPLICA, app_name=serve.get_replica_context().app_name)
-        return create_api(HandleClient(handle, max_retries=settings.max_retries), settings)
+        client = HandleClient(handle, max_retries=settings.max_retries, timeout_s=settings.max_timeout_s)
+        return create_api(client, settings)
 
     ingress = serve.deployment(
         serve.ingress(http_api)(),
         name="Ingress",
+        num_replicas=settings.num_ingresses,
         ray_actor_options={"num_cpus": 0, "runtime_env": runtime_env},
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         max_ongoing_requests=MAX_CONNECTIONS,
         max_queued_requests=MAX_CONNECTIONS,
         backpressure_config=full,

@@ -10,20 +10,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from realcustom.request import Request
 
-from .cost import Rate, picture_cost
+from .cost import Allowance, Rate, picture_cost
 from .errors import InvalidRequest, Overloaded, ServerError, TimedOut, Unavailable
 from .events import Event, Progress, Queued, Result
+from .health import Health
 from .job import Job
-from .memory import Budget, is_out_of_memory, release
+from .memory import Budget
 from .observer import Observer
+from .stepping import Stepper
+from .turns import Turns
 
 logger = logging.getLogger("ray.serve.realcustom")  # under Ray Serve's logger: its handlers and JSON are ours, too
 
-MAX_FAILED_STEPS = 5  # in a row; then the device is taken for broken, and the replica for unhealthy
 RETRY_AFTER_S = (1.0, 120.0)  # least and most that a refused caller is asked to wait
 
 
@@ -35,9 +38,13 @@ class Engine:
         max_batch_size: pictures prepared or under way together.
         max_queued: pictures waiting beyond these; more are refused with `Overloaded`.
         preview_every: steps between previews.
+        preview_share: seconds of previews per second of steps while several pictures are under way; beyond it each
+            gets its first one only, because the device decodes previews in the time of everybody's steps.
         stall_timeout_s: see `check_health`.
         batch_sizes: numbers of pictures that may step together, so that programs compiled for a batch size are used
             again; a larger group takes turns. Empty allows any number.
+        take_turns: prepare, step and decode one after the other instead of at once. For CPUs, where each of them uses
+            all cores, and several at once slow each other down by more than they gain.
         budget: memory that the pictures under way may take together; None does not ask.
         synchronize: waits for the device after a step; without it a GPU would be steps behind every cancel.
         observer: is told what happens, for metrics.
@@ -50,8 +57,10 @@ class Engine:
         max_batch_size: int = 8,
         max_queued: int = 32,
         preview_every: int = 3,
+        preview_share: float = 0.1,
         stall_timeout_s: float = 300,
         batch_sizes: Sequence[int] = (),
+        take_turns: bool = False,
         budget: Budget | None = None,
         synchronize: Callable[[], None] | None = None,
         observer: Observer | None = None,
@@ -59,14 +68,15 @@ class Engine:
         assert not batch_sizes or min(batch_sizes) == 1, "a picture alone must be able to step"
         self._pipeline = pipeline
         self._batch_sizes = tuple(batch_sizes)
+        self._turn = Turns() if take_turns else nullcontext()
         self._budget = budget
-        self._synchronize = synchronize or (lambda: None)
         self._observer = observer or Observer()
         self._condition = threading.Condition()
         self.reconfigure(
             max_batch_size=max_batch_size,
             max_queued=max_queued,
             preview_every=preview_every,
+            preview_share=preview_share,
             stall_timeout_s=stall_timeout_s,
         )
         self._waiting: deque[Job] = deque()
@@ -76,10 +86,16 @@ class Engine:
         self._finished: deque[Job] = deque()
         self._previews: deque[Job] = deque()
         self._decoding: Job | None = None
-        self._rate = Rate()
-        self._failed_steps = 0  # in a row
+        self._rate, self._for_previews = Rate(), Allowance()
+        self._stepper = Stepper(
+            pipeline,
+            synchronize=synchronize or (lambda: None),
+            observer=self._observer,
+            out_of_memory=self._shrink_budget,
+            made=self._measure_rate,
+        )
+        self._health = Health()
         self.num_steps = 0
-        self._busy_since: dict[str, float | None] = {}
         self._closed: str | None = None  # why nothing is accepted any more
         self._threads = [
             threading.Thread(target=self._guard, args=(work,), name=f"engine-{work.__name__.strip('_')}", daemon=True)
@@ -88,11 +104,20 @@ class Engine:
         for thread in self._threads:
             thread.start()
 
-    def reconfigure(self, *, max_batch_size: int, max_queued: int, preview_every: int, stall_timeout_s: float) -> None:
+    def reconfigure(
+        self,
+        *,
+        max_batch_size: int,
+        max_queued: int,
+        preview_every: int,
+        preview_share: float,
+        stall_timeout_s: float,
+    ) -> None:
         """Change these while pictures are under way; the ones that are here already stay."""
         with self._condition:
             self._max_batch_size, self._max_queued = max_batch_size, max_queued
-            self._preview_every, self._stall_timeout_s = preview_every, stall_timeout_s
+            self._preview_every, self._preview_share = preview_every, preview_share
+            self._stall_timeout_s = stall_timeout_s
             self._condition.notify_all()
 
     async def stream(
@@ -147,19 +172,11 @@ class Engine:
             }
 
     def check_health(self) -> None:
-        """Raise `RuntimeError` if a thread has died, a piece of work has not ended within `stall_timeout_s`, or the
-        last steps have all failed."""
+        """Raise `RuntimeError` if the engine has stopped or does not advance, see `Health.check`."""
         with self._condition:
             if self._closed:
                 raise RuntimeError(f"the engine has stopped: {self._closed}")
-            busy = {name: since for name, since in self._busy_since.items() if since is not None}
-            if self._failed_steps >= MAX_FAILED_STEPS:
-                raise RuntimeError(f"the last {self._failed_steps} steps have failed")
-        if dead := [thread.name for thread in self._threads if not thread.is_alive()]:
-            raise RuntimeError(f"threads have died: {', '.join(dead)}")
-        for name, since in busy.items():
-            if time.monotonic() - since > self._stall_timeout_s:
-                raise RuntimeError(f"{name} has not advanced for {time.monotonic() - since:.0f} s")
+            self._health.check(self._threads, self._stall_timeout_s)
 
     def close(self, reason: str = "the server is shutting down") -> None:
         """Stop; everyone still here is told. Waits shortly for work on the device to end."""
@@ -253,9 +270,9 @@ class Engine:
 
     def _wait(self, ready: Callable[[], Any]) -> bool:
         """Sleep until there is work; False if the engine closed instead. The lock must be held."""
-        self._busy_since[threading.current_thread().name] = None
+        self._health.idle()
         self._condition.wait_for(lambda: self._closed or ready())
-        self._busy_since[threading.current_thread().name] = time.monotonic()
+        self._health.busy()
         return not self._closed
 
     def _next_has_place(self) -> bool:
@@ -276,7 +293,8 @@ class Engine:
         outcome: Exception | None = None
         hits, misses = self._reference_counts()
         try:
-            job.generation = self._pipeline.prepare(job.request)
+            with self._turn:
+                job.generation = self._pipeline.prepare(job.request)
         except ValueError as error:
             outcome = InvalidRequest(str(error))
         except Exception as error:
@@ -313,10 +331,11 @@ class Engine:
             group = self._stepping = self._next_group()
             for job in group:
                 job.last_turn = self.num_steps + 1
-        failed = self._advance(group)
+        with self._turn:
+            failed = self._stepper.step(group)
         with self._condition:
             self.num_steps += 1
-            self._failed_steps = self._failed_steps + 1 if len(failed) == len(group) else 0
+            self._health.step(failed=len(failed) == len(group))
             self._stepping = []
             for job in group:
                 if job in failed:
@@ -325,47 +344,15 @@ class Engine:
             self._observe_queue()
             self._condition.notify_all()
 
-    def _advance(self, group: list[Job]) -> dict[Job, Exception]:
-        """One step of all, or of halves if the memory does not suffice. Returns whose step failed, and why."""
-        generations = [job.generation for job in group]
-        before = [(g.step_index, g.guidance_masks) for g in generations]
-        mask_rows = sum(g.needs_guidance_branch for g in generations)
-        rows = mask_rows + sum(1 + (g.negative_text is not None) for g in generations)
-        start = time.monotonic()
-        try:
-            self._pipeline.step(generations)
-            self._synchronize()
-        except Exception as error:
-            about = {"request_ids": [job.request_id for job in group]}
-            untouched = all(g.step_index == index for g, (index, _) in zip(generations, before))
-            if not (is_out_of_memory(error) and untouched):
-                logger.exception("a step of %d pictures failed", len(group), extra=about)
-                message = f"a step of the picture failed ({type(error).__name__}); try again."
-                return dict.fromkeys(group, Unavailable(message))
-            logger.warning("out of memory in a step of %d pictures", len(group), extra=about)
-            del error
-            return self._advance_in_halves(group, before)
-        seconds = time.monotonic() - start
-        logger.debug(
-            "step of %d pictures in %.3f s", len(group), seconds, extra={"request_ids": [j.request_id for j in group]}
-        )
+    def _shrink_budget(self) -> None:
         with self._condition:
-            self._rate.add(sum(job.cost / job.generation.num_steps for job in group), seconds)
-        self._observer.step(pictures=len(group), rows=rows, mask_rows=mask_rows, seconds=seconds)
-        return {}
-
-    def _advance_in_halves(self, group: list[Job], before: list[tuple[int, Any]]) -> dict[Job, Exception]:
-        release()
-        if self._budget:
-            with self._condition:
+            if self._budget:
                 self._budget.shrink([job.memory for job in self._active])
-        if len(group) == 1:
-            return {group[0]: Unavailable("the server's memory did not suffice for the picture; try again.")}
-        for job, (_, masks) in zip(group, before):
-            if masks is not None:  # as if the step had not been tried: its new masks are made again
-                job.generation.set_masks(masks)
-        middle = len(group) // 2
-        return self._advance(group[:middle]) | self._advance(group[middle:])
+
+    def _measure_rate(self, group: Sequence[Job], seconds: float) -> None:
+        with self._condition:
+            self._for_previews.earn(seconds, self._preview_share)
+            self._rate.add(sum(job.cost / job.generation.num_steps for job in group), seconds)
 
     def _after_step(self, job: Job) -> None:
         if job not in self._active:  # the engine has closed in the meantime
@@ -378,15 +365,15 @@ class Engine:
         if generation.done:
             self._active.remove(job)
             self._finished.append(job)
-        elif self._preview_due(job) and not job.preview_pending:  # a slow decoder gets fewer, not a backlog
+        elif job.preview_due(self._preview_every) and self._preview_affordable(job):
             job.preview_pending = True
             self._previews.append(job)
 
-    def _preview_due(self, job: Job) -> bool:
-        step, num_steps = job.generation.step_index, job.generation.num_steps
-        if job.previews is True:
-            return step % self._preview_every == 0
-        return step in {round(i * num_steps / (job.previews + 1)) for i in range(1, job.previews + 1)}
+    def _preview_affordable(self, job: Job) -> bool:
+        if job.preview_pending:  # a slow decoder gets fewer, not a backlog
+            return False
+        alone = self._under_way() + len(self._waiting) == 1
+        return alone or not job.preview_told or not self._for_previews.overdrawn
 
     def _decode_next(self) -> None:
         with self._condition:
@@ -396,9 +383,13 @@ class Engine:
             job = self._decoding = (self._finished if final else self._previews).popleft()
             skip = job.told or (not final and job.generation.done)
         event: Event | Exception | None = None
+        seconds = 0.0
         if not skip:
             try:
-                event = self._finish(job) if final else self._look(job)
+                with self._turn:
+                    start = time.monotonic()
+                    event = self._finish(job) if final else self._look(job)
+                    seconds = time.monotonic() - start
             except Exception as error:
                 logger.exception("decode failed", extra={"request_id": job.request_id})
                 event = Unavailable(f"the picture could not be decoded ({type(error).__name__}); try again.")
@@ -406,6 +397,8 @@ class Engine:
         with self._condition:
             self._decoding = None
             job.preview_pending = False
+            if not final:
+                self._for_previews.spend(seconds)
             # A preview that comes after the last step would be older news than what the caller knows.
             if event is not None and (final or not job.generation.done):
                 if not final and not job.preview_told and not job.told:

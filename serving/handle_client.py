@@ -16,6 +16,7 @@ from .model_info import ModelInfo
 
 logger = logging.getLogger("ray.serve.realcustom")
 
+TIMEOUT_S = 600.0  # deadline of a request that names none: nobody waits for ever for a replica that never comes
 AT_DOOR_S = 0.5  # silence after which a request is taken to wait for a replica, and how often its place is looked up
 
 
@@ -26,17 +27,22 @@ class HandleClient:
         handle: `serve.get_deployment_handle("Replica", ...)`.
         max_retries: how often a picture is begun again after its replica failed. Its seed is drawn before, so the
             repeated picture is the same one.
+        timeout_s: deadline of requests that name none, in seconds.
     """
 
-    def __init__(self, handle, *, max_retries: int = 2) -> None:
+    def __init__(self, handle, *, max_retries: int = 2, timeout_s: float = TIMEOUT_S) -> None:
         self._handle = handle
-        self._max_retries = max_retries
+        self._max_retries, self._timeout_s = max_retries, timeout_s
         self._at_door: dict[object, None] = {}  # requests that no replica has answered yet, in order
         self._line_length = 0  # how many waited in a replica when the last request entered it
 
     async def model(self) -> ModelInfo:
-        with _ray_errors():
-            return await self._handle.model.remote()
+        response = self._handle.model.remote()
+        try:
+            with _ray_errors():
+                return await asyncio.wait_for(response, self._timeout_s)
+        except asyncio.TimeoutError:
+            raise Unavailable(f"no replica has answered within {self._timeout_s:.3g} s.", 30.0) from None
 
     async def generate(self, request: Request, *, timeout_s: float | None = None) -> Result:
         async with aclosing(self.stream(request, previews=False, timeout_s=timeout_s)) as events:
@@ -50,7 +56,8 @@ class HandleClient:
     ) -> AsyncIterator[Event]:
         if request.seed is None:
             request = replace(request, seed=secrets.randbelow(2**32))
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + timeout_s
         step = 0
         for attempt in range(self._max_retries + 1):
             try:
@@ -69,9 +76,9 @@ class HandleClient:
                 await asyncio.sleep(0.1 * 4**attempt)  # the router learns of a dead replica in the meantime
 
     async def _attempt(
-        self, request: Request, previews: bool | int, deadline: float | None, timeout_s: float | None
+        self, request: Request, previews: bool | int, deadline: float, timeout_s: float
     ) -> AsyncIterator[Event]:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        left = max(0.0, deadline - time.monotonic())
         response = self._handle.options(stream=True).stream.remote(request, previews, left)
         place, told = object(), None
         self._at_door[place] = None
@@ -79,12 +86,12 @@ class HandleClient:
         try:
             while True:
                 following = following or asyncio.ensure_future(_next(response))
-                wait_s = AT_DOOR_S if place in self._at_door else None
-                if deadline is not None:
-                    left = max(0.0, deadline - time.monotonic())
-                    wait_s = left if wait_s is None else min(wait_s, left)
+                left = max(0.0, deadline - time.monotonic())
+                wait_s = min(AT_DOOR_S, left) if place in self._at_door else left
                 done, _ = await asyncio.wait([following], timeout=wait_s)
                 if done:
+                    if following.cancelled():  # not by us, who are still here
+                        raise Unavailable("the replica has given the picture up; try again.", 1.0)
                     event, following = following.result(), None
                     if place in self._at_door:
                         del self._at_door[place]
@@ -92,7 +99,7 @@ class HandleClient:
                     if event is None:
                         return
                     yield event
-                elif deadline is not None and time.monotonic() >= deadline:
+                elif time.monotonic() >= deadline:
                     raise TimedOut(f"the picture was not finished within {timeout_s:.3g} s.")
                 elif place in self._at_door:
                     position = self._line_length + list(self._at_door).index(place)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,12 +27,13 @@ class HttpClient:
         base_url: for example "http://127.0.0.1:8000".
         api_key: sent as a bearer token.
         timeout_s: longest silence while waiting for the server.
-        max_retries: how often a request is repeated that found no place (429), no replica (503) or no connection. The
-            server says when to come back; its seed is drawn before, so the repeated picture is the same one.
+        max_retries: how often a request is repeated that found no place (429), no replica (503) or no connection; the
+            server says when to come back, and all together half a minute passes, in which a proxy that died is
+            replaced. Its seed is drawn before, so the repeated picture is the same one.
     """
 
     def __init__(
-        self, base_url: str, *, api_key: str | None = None, timeout_s: float = 600, max_retries: int = 2
+        self, base_url: str, *, api_key: str | None = None, timeout_s: float = 600, max_retries: int = 5
     ) -> None:
         self._options = {
             "base_url": base_url,
@@ -115,11 +117,13 @@ class HttpClient:
             loop.close()
 
     async def _before_retry(self, attempt: int, error: Overloaded | Unavailable, deadline: float | None) -> None:
-        """Wait as long as the server asks for; raises the error if there is no further attempt, or no time for it."""
-        late = deadline is not None and time.monotonic() + error.retry_after_s >= deadline
+        """Wait as long as the server asks for, longer each time, and not all callers equally long; raises the error if
+        there is no further attempt, or no time for it."""
+        wait_s = max(error.retry_after_s, 2.0**attempt) * random.uniform(1, 1.2)
+        late = deadline is not None and time.monotonic() + wait_s >= deadline
         if attempt == self._max_retries or late:
             raise error
-        await asyncio.sleep(error.retry_after_s)
+        await asyncio.sleep(wait_s)
 
     @asynccontextmanager
     async def _http(self):
@@ -214,5 +218,9 @@ def _raise_for(answer: httpx.Response, body: bytes) -> None:
     try:
         error = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError):
+        error = None
+    if not isinstance(error, dict):  # not from our interface, but from a proxy on the way
+        if answer.status_code == 500:  # of Ray Serve's proxy: the process that answers for us has died
+            raise Unavailable("the server's HTTP process has gone; try again.", 1.0)
         error = {}
     raise _error(error, answer.status_code, answer.headers.get("retry-after", "5"))

@@ -55,6 +55,13 @@ class Job:
         except RuntimeError:  # the caller's loop has closed; nobody is left to tell
             self.told = True
 
+    def preview_due(self, every: int) -> bool:
+        """Whether to show the picture after its present step; `every` counts the steps between previews."""
+        step, num_steps = self.generation.step_index, self.generation.num_steps
+        if self.previews is True:
+            return step % every == 0
+        return step in {round(i * num_steps / (self.previews + 1)) for i in range(1, self.previews + 1)}
+
     @property
     def remaining_cost(self) -> float:
         if self.generation is None:

@@ -14,8 +14,8 @@ NAME = "realcustom"  # of the Serve application
 class LocalServer(HandleClient):
     """A client of the server that `start` started. `url` is its HTTP address."""
 
-    def __init__(self, handle, url: str, *, owns_ray: bool, max_retries: int) -> None:
-        super().__init__(handle, max_retries=max_retries)
+    def __init__(self, handle, url: str, *, owns_ray: bool, settings: Settings) -> None:
+        super().__init__(handle, max_retries=settings.max_retries, timeout_s=settings.max_timeout_s)
         self.url = url
         self._owns_ray = owns_ray
 
@@ -42,6 +42,7 @@ def start(
         route_prefix: path under which the interface is found.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "2")  # one that died is replaced after this time
     import ray
     from ray import serve
 
@@ -64,7 +65,7 @@ def start(
     serve.run(app(settings), name=NAME, route_prefix=route_prefix)
     handle = serve.get_deployment_handle(REPLICA, app_name=NAME)
     url = f"http://{host}:{port}{route_prefix.rstrip('/')}"
-    return LocalServer(handle, url, owns_ray=owns_ray, max_retries=settings.max_retries)
+    return LocalServer(handle, url, owns_ray=owns_ray, settings=settings)
 
 
 def join(address: str = "auto") -> HandleClient:

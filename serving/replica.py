@@ -63,6 +63,7 @@ class Replica:
     def __init__(self, settings: Settings, metrics: bool = False) -> None:
         if settings.cpu_threads:
             torch.set_num_threads(settings.cpu_threads)
+        self._tuning = settings.tuning
         self._pipeline = load_pipeline(settings)
         self._info = model_info(self._pipeline, settings)
         footprint = measure(self._pipeline)  # also warms up, and a broken model fails here
@@ -74,6 +75,7 @@ class Replica:
             self._pipeline,
             **settings.engine_options,
             batch_sizes=settings.batch_sizes,
+            take_turns=settings.device == "cpu",
             budget=Budget(footprint, budget),
             synchronize=torch.cuda.synchronize if settings.device == "cuda" else None,
             observer=RayMetrics() if metrics else None,
@@ -82,10 +84,12 @@ class Replica:
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Ray Serve calls this with the deployment's `user_config`, at the start and whenever it changes.
 
+        Args:
+            user_config: fields of `Tuning`; those left out are as the replica was started with.
         Raises:
             ValidationError: not what `Tuning` takes; the deployment keeps its configuration then.
         """
-        tuning = Tuning.model_validate(user_config)
+        tuning = Tuning.model_validate({**self._tuning.model_dump(), **user_config})
         self._info = self._info.with_limits(tuning.limits)
         self._engine.reconfigure(**tuning.engine_options)
 

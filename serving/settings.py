@@ -83,12 +83,15 @@ class Tuning(Limits):
         max_batch_size: pictures under way together in a replica, if their memory allows it.
         max_queued: pictures waiting in a replica, and again in front of the replicas; more are refused.
         preview_every: steps between previews.
+        preview_share: seconds of previews per second of steps while a replica has several pictures; beyond it each
+            picture gets its first preview only.
         stall_timeout_s: seconds after which a piece of work that does not end makes the replica unhealthy.
     """
 
     max_batch_size: int = Field(8, ge=1)
     max_queued: int = Field(32, ge=1)
     preview_every: int = Field(3, ge=1)
+    preview_share: float = Field(0.1, ge=0)
     stall_timeout_s: float = Field(300, gt=0)
 
     @property
@@ -121,6 +124,7 @@ class Settings(Tuning):
         memory: which weights stay on the device, see `realcustom.memory.place`.
         num_replicas: fixed number of replicas; it sets min_replicas and max_replicas.
         min_replicas, max_replicas: bounds of autoscaling; 0 lets the last replica go when nothing is asked for.
+        num_ingresses: processes that answer HTTP; with 2, one that dies is not missed while it is started again.
         target_backlog_s: autoscaling wants each replica to have this many seconds of work ahead.
         upscale_delay_s, downscale_delay_s: how long more or fewer replicas must be wanted before it happens.
         drain_timeout_s: how long a replica that leaves may finish its pictures.
@@ -142,6 +146,7 @@ class Settings(Tuning):
     num_replicas: int | None = Field(None, ge=1)
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
+    num_ingresses: int = Field(1, ge=1)
     target_backlog_s: float = Field(10, gt=0)
     upscale_delay_s: float = Field(3, ge=0)
     downscale_delay_s: float = Field(120, ge=0)

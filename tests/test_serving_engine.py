@@ -1,6 +1,7 @@
 """The engine: pictures join and leave between steps, and nobody disturbs or waits for ever."""
 
 import asyncio
+import gc
 import threading
 import time
 from contextlib import aclosing
@@ -12,9 +13,12 @@ import torch
 from tiny import picture, tiny_pipeline
 
 from realcustom import Request, Subject
-from serving.engine import MAX_FAILED_STEPS, Engine
+from realcustom.generation import Generation
+from serving.engine import Engine
 from serving.errors import InvalidRequest, Overloaded, ServerError, TimedOut, Unavailable
 from serving.events import Progress, Queued, Result
+from serving.health import MAX_FAILED_STEPS
+from serving.job import Job
 from serving.memory import Budget, Footprint, Line
 from serving.observer import Observer
 
@@ -196,6 +200,67 @@ def test_events_count_up_with_previews_and_masks(engine):
     assert [event.step for event in progress] == sorted(event.step for event in progress)
     seen = [event for event in progress if event.preview is not None]
     assert seen and all(event.preview.size == (64, 64) and len(event.masks) == 1 for event in seen)
+
+
+@pytest.mark.parametrize("share,least,most", [(0.0, 1, 2), (1e6, 3, 30)])  # 2: at the end one of them may be alone
+def test_previews_take_their_share_of_the_time(watched, share, least, most):
+    """With others under way a picture gets its first preview, and further ones as far as their share goes; alone it
+    gets them in any case."""
+    engine = Engine(watched, max_batch_size=4, preview_every=1, preview_share=share)
+
+    async def previews(seed: int) -> int:
+        events = [e async for e in engine.stream(request(seed, num_inference_steps=30), previews=True)]
+        return sum(isinstance(event, Progress) and event.preview is not None for event in events)
+
+    async def run():
+        watched.gate.clear()
+        together = [asyncio.create_task(previews(seed)) for seed in (1, 2)]
+        await until(lambda: engine.stats()["active"] == 2)
+        watched.gate.set()
+        assert all(least <= number <= most for number in await asyncio.gather(*together))
+        assert await previews(3) >= 3
+
+    asyncio.run(run())
+    engine.close()
+
+
+def test_taking_turns_nothing_runs_at_once_and_nobody_is_shut_out(watched):
+    """With `take_turns` preparing, stepping and decoding exclude each other; a picture that comes while another steps
+    is prepared and finished before it."""
+    running, most = 0, 0
+
+    class Counted:
+        def __getattr__(self, name):
+            work = getattr(watched, name)
+            if name not in ("prepare", "step", "decode", "preview"):
+                return work
+
+            def counted(*arguments):
+                nonlocal running, most
+                running += 1
+                most = max(most, running)
+                try:
+                    return work(*arguments)
+                finally:
+                    running -= 1
+
+            return counted
+
+    engine = Engine(Counted(), preview_every=1, take_turns=True)
+
+    async def run():
+        first = asyncio.create_task(last(engine, request(1, num_inference_steps=60), previews=True))
+        await until(lambda: len(watched.batches) > 2)
+        second = await last(engine, request(2, num_inference_steps=2))
+        assert not first.done()
+        await first
+        return second
+
+    second = asyncio.run(run())
+    assert most == 1
+    expected = alone(watched, request(2, num_inference_steps=2))
+    assert np.abs(np.asarray(second.image).astype(int) - expected).max() <= 1
+    engine.close()
 
 
 def test_cancel_frees_the_place_within_a_step_and_leaves_neighbours_alone(engine, watched):
@@ -515,6 +580,32 @@ def test_closing_tells_everyone(watched):
     asyncio.run(run())
     with pytest.raises(RuntimeError):
         engine.check_health()
+
+
+def test_nothing_of_a_picture_stays_behind(engine, watched):
+    """Finished, cancelled, refused or late: when its caller is gone, so are the picture and its tensors."""
+
+    async def leave(wanted: Request) -> None:
+        async with aclosing(engine.stream(wanted)) as events:
+            async for event in events:
+                if isinstance(event, Progress):
+                    return
+
+    async def late(wanted: Request) -> None:
+        async for _ in engine.stream(wanted, timeout_s=0.01):
+            pass
+
+    async def run() -> None:
+        for first in range(0, 40, 8):
+            wanted = [request(seed) for seed in range(first, first + 8)]
+            asked = [last(engine, r, previews=True) for r in wanted[:4]] + [leave(r) for r in wanted[4:6]]
+            asked += [last(engine, request(1, height=63)), late(request(2, num_inference_steps=500))]
+            await asyncio.gather(*asked, return_exceptions=True)
+        await until(lambda: not sum(engine.stats()[s] for s in ("waiting", "preparing", "active", "decoding")))
+
+    asyncio.run(run())
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) in (Job, Generation)]
 
 
 def test_health_means_that_steps_advance(watched):

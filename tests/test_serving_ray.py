@@ -2,13 +2,16 @@
 
 import asyncio
 import json
+import re
 import socket
 import time
 from contextlib import aclosing
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
 from tiny import picture, sharpen, tiny_pipeline
@@ -17,7 +20,7 @@ from realcustom import RealCustomPipeline
 from serving.client import HttpClient, InvalidRequest, Overloaded, Progress, Queued, Request, Result, Subject, TimedOut
 from serving.images import encode_image
 from serving.local import LocalServer, join, start
-from serving.settings import Settings
+from serving.settings import PROJECT_ROOT, Settings
 
 PROMPT = "a dog and a cat"
 MODEL_OPTIONS = dict(max_batch_size=4, max_queued=16, max_steps=2000, cpu_threads=1, num_cpus=0.5)
@@ -309,3 +312,36 @@ def test_the_openai_client_works(server):
 def test_a_running_server_can_be_joined(server):
     """`join` finds the application on the cluster this process is connected to."""
     assert asyncio.run(join().model()) == asyncio.run(server.model())
+
+
+def test_the_request_id_goes_from_http_to_the_picture(server):
+    """One id names a request in the caller's header, the answer's header and the replica's structured log."""
+    wanted = "from-the-caller-7"
+    form = {"prompt": PROMPT, "seed": "1", "num_inference_steps": "3"}
+    with httpx.Client(trust_env=False, timeout=30, headers={"X-Request-ID": wanted}) as plain:
+        answer = plain.post(server.url + "/v1/images/edits", files={k: (None, v) for k, v in form.items()})
+    assert answer.headers["x-request-id"] == wanted
+    logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path()) / "serve"
+    lines = [
+        json.loads(line) for path in logs.glob("replica_*_Replica_*.log") for line in path.read_text().splitlines()
+    ]
+    (line,) = [line for line in lines if line.get("request_id") == wanted and line["message"].startswith("picture")]
+    assert line["outcome"] == "finished" and "3 steps" in line["message"]
+
+
+def test_prometheus_finds_the_names_of_the_dashboard(server):
+    """Ray's metrics port exports the engine's numbers under the names that configs/grafana.json asks for."""
+    with pytest.raises(InvalidRequest):
+        asyncio.run(server.generate(Request(prompt=PROMPT, height=65)))
+    asyncio.run(server.generate(Request(prompt=PROMPT, subjects=(dog(),), num_inference_steps=12)))
+    (node,) = ray.nodes()
+    asked = set(re.findall(r"ray_realcustom_\w+", (PROJECT_ROOT / "serving/configs/grafana.json").read_text()))
+    seldom = {"ray_realcustom_rejected_total", "ray_realcustom_reference_hits_total"}  # the others always have a value
+    seldom |= {name for name in asked if "first_preview" in name}
+    end, missing = time.monotonic() + 40, asked
+    while missing:
+        assert time.monotonic() < end, f"not exported: {sorted(missing)}"
+        with httpx.Client(trust_env=False, timeout=10) as plain:
+            text = plain.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics").text
+        missing = asked - seldom - set(re.findall(r"^(ray_realcustom_\w+)", text, flags=re.MULTILINE))
+        time.sleep(0.5)

@@ -4,12 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-import yaml
 from pydantic import ValidationError
 
 from serving.settings import PROJECT_ROOT, Settings, locate
-
-CONFIGS = sorted((PROJECT_ROOT / "serving" / "configs").glob("*.yaml"))
 
 
 def test_text_of_the_command_line_is_understood():
@@ -48,14 +45,3 @@ def test_models_are_found_from_any_folder(tmp_path, monkeypatch):
     assert Settings(model="serving", device="cpu").placed().model == "serving"
     assert Path(locate("serving")) == PROJECT_ROOT / "serving" and os.getcwd() == str(tmp_path)
     assert locate("owner/name") == "owner/name"
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configurations_are_valid(path):
-    """Every file in serving/configs is what Ray Serve and our settings take."""
-    schema = pytest.importorskip("ray.serve.schema")
-    config = yaml.safe_load(path.read_text())
-    schema.ServeDeploySchema.model_validate(config)
-    for application in config["applications"]:
-        assert application["import_path"] == "serving:app"
-        Settings.model_validate(application["args"])

@@ -1,0 +1,232 @@
+"""Pictures keep coming while processes of the server are killed: every answer is checked against its seed's picture.
+
+    python benchmarks/chaos.py      # 5 minutes; writes benchmarks/results/chaos.{json,md}
+    python benchmarks/chaos.py --kinds replica ingress proxy controller --every 10
+
+Open loop: pictures are asked for by a Poisson process through both doors (HTTP and Ray handle), whole or streamed, and
+some callers leave in mid-picture. Meanwhile a process is killed (SIGKILL) every few seconds. Each answer must be the
+picture that its request gave before the killing began, or a clear error; never a wrong picture, never silence.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from serving.client import (
+    Client,
+    HttpClient,
+    InvalidRequest,
+    Overloaded,
+    Progress,
+    Request,
+    Result,
+    ServerError,
+    Subject,
+)
+from serving.local import NAME, start
+from serving.settings import Settings
+
+TITLES = {  # how the command lines of Ray Serve's processes begin
+    "replica": f"ray::ServeReplica:{NAME}:Replica",
+    "ingress": f"ray::ServeReplica:{NAME}:Ingress",
+    "proxy": "ray::ProxyActor",
+    "controller": "ray::ServeController",
+}
+MAX_DIFFERENCE = 1  # of 8-bit pixels: other neighbours, other order of a float sum
+SILENCE_S = 30  # this long after its deadline, a request without an answer counts as forgotten
+STYLES = ("whole", "stream", "leave")
+
+
+def processes(kind: str) -> list[psutil.Process]:
+    """Processes of this kind of the Ray that this process has started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline() and process.cmdline()[0].startswith(TITLES[kind]):
+                found.append(process)
+        except psutil.Error:  # it has just ended
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`outcome`: "right", "wrong", "left" (the caller did), "silent", or the name of an error; with its message."""
+
+    outcome: str
+    seconds: float
+    message: str = ""
+
+
+def requests() -> list[Request]:
+    """A few different ones: subjects, sizes, settings. Their seeds make each picture a known one."""
+    prompt = "a dog and a cat on the beach"
+    dog, cat = (
+        Subject(image=Image.new("RGB", (64, 64), colour), target_phrase=phrase)
+        for colour, phrase in (("red", "dog"), ("blue", "cat"))
+    )
+    return [
+        Request(prompt=prompt, subjects=(dog,), seed=1),
+        Request(prompt=prompt, subjects=(dog, cat), seed=2),
+        Request(prompt=prompt, seed=3, num_inference_steps=12),
+        Request(prompt=prompt, subjects=(cat,), seed=4, guidance_scale=1.0, num_inference_steps=16),
+        Request(prompt=prompt, subjects=(dog,), seed=5, height=96, width=128, negative_prompt="a house"),
+        Request(prompt=prompt, subjects=(dog,), seed=6, mask_source="generation_branch", early_stop_step=0.5),
+    ]
+
+
+async def ask(client: Client, request: Request, style: str, deadline_s: float) -> Image.Image | None:
+    """The picture; None if the caller has left, which style "leave" does at the second step."""
+    if style == "whole":
+        return (await client.generate(request, timeout_s=deadline_s)).image
+    async with aclosing(client.stream(request, timeout_s=deadline_s)) as events:
+        async for event in events:
+            if isinstance(event, Result):
+                return event.image
+            if style == "leave" and isinstance(event, Progress) and event.step >= 2:
+                return None
+    raise AssertionError("the stream has ended without a result")
+
+
+async def judge(client: Client, request: Request, expected: np.ndarray, style: str, deadline_s: float) -> Answer:
+    """Ask, and compare."""
+    start, message = time.monotonic(), ""
+    try:
+        image = await asyncio.wait_for(ask(client, request, style, deadline_s), deadline_s + SILENCE_S)
+        if image is None:
+            outcome = "left"
+        else:
+            difference = np.abs(np.asarray(image).astype(int) - expected).max()
+            outcome = "right" if difference <= MAX_DIFFERENCE else "wrong"
+            message = "" if outcome == "right" else f"seed {request.seed}: pixels differ by up to {difference}"
+    except asyncio.TimeoutError:
+        outcome = "silent"
+    except (InvalidRequest, Overloaded, ServerError) as error:
+        outcome, message = type(error).__name__, str(error)
+    return Answer(outcome, time.monotonic() - start, message)
+
+
+async def chaos(
+    clients: Sequence[Client],
+    wanted: Sequence[Request],
+    *,
+    rate: float,
+    seconds: float,
+    kinds: Sequence[str],
+    every_s: float,
+    deadline_s: float,
+    seed: int = 0,
+) -> tuple[list[Answer], Counter[str]]:
+    """Let pictures come, `rate` per second for `seconds`, and kill one process of one of `kinds` every `every_s`.
+
+    Returns:
+        An answer to every request, and how many processes of each kind were killed.
+    """
+    pictures = [np.asarray((await clients[0].generate(request)).image).astype(int) for request in wanted]
+    draw = np.random.default_rng(seed)
+    killed: Counter[str] = Counter()
+
+    async def keep_killing() -> None:
+        while True:
+            await asyncio.sleep(every_s)
+            kind = kinds[sum(killed.values()) % len(kinds)]
+            if found := processes(kind):
+                found[draw.integers(len(found))].kill()
+                killed[kind] += 1
+
+    killing = asyncio.create_task(keep_killing())
+    answers, end = [], time.monotonic() + seconds
+    while time.monotonic() < end:
+        index = draw.integers(len(wanted))
+        client, style = clients[draw.integers(len(clients))], STYLES[draw.choice(3, p=[0.45, 0.45, 0.1])]
+        coming = judge(client, wanted[index], pictures[index], style, deadline_s)
+        answers.append(asyncio.create_task(coming))
+        await asyncio.sleep(draw.exponential(1 / rate))
+    killing.cancel()
+    return await asyncio.gather(*answers), killed
+
+
+def summary(answers: Sequence[Answer], killed: Counter[str]) -> dict:
+    right = [answer.seconds for answer in answers if answer.outcome == "right"]
+    return {
+        "requests": len(answers),
+        "outcomes": dict(Counter(answer.outcome for answer in answers)),
+        "messages": dict(Counter(answer.message for answer in answers if answer.message)),
+        "killed": dict(killed),
+        "seconds": {f"p{q}": round(float(np.percentile(right, q)), 2) for q in (50, 95, 100)} if right else {},
+    }
+
+
+def table(report: dict) -> str:
+    """The report as Markdown."""
+    kills = ", ".join(f"{number} x {kind}" for kind, number in report["killed"].items())
+    lines = [
+        f"{report['requests']} requests in {report['arrivals_s']:.0f} s, {report['replicas']} replicas of "
+        f"{report['model']}; killed: {kills}.",
+        "",
+        "| outcome | requests |",
+        "|---|---|",
+        *(f"| {outcome} | {number} |" for outcome, number in sorted(report["outcomes"].items())),
+        "",
+        f"Right pictures took {report['seconds']['p50']} s (p50), {report['seconds']['p95']} s (p95), at most "
+        f"{report['seconds']['p100']} s.",
+        *(f"\n{number} x: {message}" for message, number in report["messages"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="assets/mini")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=0.5, help="pictures asked for per second")
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--every", type=float, default=5, help="seconds between two kills")
+    parser.add_argument("--kinds", nargs="+", choices=TITLES, default=["replica"])
+    parser.add_argument("--deadline", type=float, default=120, help="of each request, seconds")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "chaos")
+    flags = parser.parse_args()
+    server = start(
+        Settings(
+            model=flags.model, device=flags.device, num_replicas=flags.replicas, num_cpus=0.5, cpu_threads=1,
+            max_retries=5,
+        )
+    )  # fmt: skip
+    try:
+        answers, killed = asyncio.run(
+            chaos(
+                [server, HttpClient(server.url)],
+                requests(),
+                rate=flags.rate,
+                seconds=flags.seconds,
+                kinds=flags.kinds,
+                every_s=flags.every,
+                deadline_s=flags.deadline,
+            )
+        )
+    finally:
+        server.shutdown()
+    report = {"model": flags.model, "replicas": flags.replicas, "arrivals_s": flags.seconds, "every_s": flags.every}
+    report |= summary(answers, killed)
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    flags.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    flags.out.with_suffix(".md").write_text(table(report))
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()

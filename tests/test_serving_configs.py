@@ -1,0 +1,73 @@
+"""What is shipped for operators is what Ray Serve, KubeRay and our code understand."""
+
+import json
+import re
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
+
+from serving.metrics import RayMetrics
+from serving.settings import PROJECT_ROOT, Settings
+
+CONFIGS = PROJECT_ROOT / "serving" / "configs"
+SUFFIXES = {"Gauge": {""}, "Counter": {"_total"}, "Histogram": {"_bucket", "_sum", "_count"}}  # as Ray exports them
+
+
+def serve_config(path) -> dict:
+    """What Ray Serve is given by a file, plain or inside a RayService."""
+    config = yaml.safe_load(path.read_text())
+    return yaml.safe_load(config["spec"]["serveConfigV2"]) if "spec" in config else config
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path):
+    """Every file is what Ray Serve and our settings take; what listens beyond this machine says how to lock it."""
+    config = serve_config(path)
+    ServeDeploySchema.model_validate(config)
+    for application in config["applications"]:
+        assert application["import_path"] == "serving:app"
+        Settings.model_validate(application["args"])
+    if HTTPOptionsSchema.model_validate(config.get("http_options", {})).host != "127.0.0.1":  # Ray's default is 0.0.0.0
+        assert "api_key" in path.read_text() and re.search("RAY_AUTH_MODE|authOptions", path.read_text())
+
+
+def test_the_rayservice_has_room_for_its_replicas():
+    """The cluster may grow to as many GPUs as autoscaling may want, each node holds a replica, Ray's version is one
+    that we ask for, and its own interfaces ask for a token."""
+    service = yaml.safe_load((CONFIGS / "kuberay_sdxl.yaml").read_text())
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    cluster, (workers,) = (service["spec"]["rayClusterConfig"], service["spec"]["rayClusterConfig"]["workerGroupSpecs"])
+    settings = Settings.model_validate(serve_config(CONFIGS / "kuberay_sdxl.yaml")["applications"][0]["args"])
+    assert cluster["authOptions"] == {"mode": "token"}
+    (ray,) = (r for r in map(Requirement, (PROJECT_ROOT / "requirements.txt").read_text().split()) if r.name == "ray")
+    assert cluster["rayVersion"] in ray.specifier
+    assert workers["minReplicas"] >= settings.min_replicas and workers["maxReplicas"] >= settings.max_replicas
+    (head,), (worker,) = (
+        group["template"]["spec"]["containers"] for group in (cluster["headGroupSpec"], workers)
+    )  # fmt: skip
+    assert head["image"] == worker["image"] and head["env"] == worker["env"]
+    for resources in (head["resources"], worker["resources"]):
+        assert resources["requests"] == resources["limits"]
+    placed = settings.placed()
+    limits = worker["resources"]["limits"]
+    assert int(limits["nvidia.com/gpu"]) >= placed.num_gpus and int(limits["cpu"]) >= placed.num_cpus
+    assert workers["template"]["spec"]["terminationGracePeriodSeconds"] > settings.drain_timeout_s
+
+
+def test_the_dashboard_asks_for_metrics_that_exist():
+    """Every name in the Grafana dashboard is one that the code exports, with the suffix of its kind, and every metric
+    is shown."""
+    exported = {}
+    for metric in vars(RayMetrics()).values():
+        exported |= {f"ray_{metric.info['name']}{suffix}": metric for suffix in SUFFIXES[type(metric).__name__]}
+    dashboard = json.loads((CONFIGS / "grafana.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    used = {name for expression in expressions for name in re.findall(r"ray_\w+", expression)}
+    assert used <= set(exported), sorted(used - set(exported))
+    assert {exported[name].info["name"] for name in used} == {m.info["name"] for m in exported.values()}
+    for expression in expressions:
+        for label in re.findall(r"(\w+)=~?\"", expression):
+            names = re.findall(r"ray_\w+", expression)
+            assert label == "application" or all(label in exported[name].info["tag_keys"] for name in names)

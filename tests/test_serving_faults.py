@@ -1,0 +1,212 @@
+"""Processes die, the server changes under load: every accepted request ends in its own picture, and nobody is dropped.
+
+One real Ray Serve with two replicas of the toy model; processes are killed with SIGKILL.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import aclosing
+
+import httpx
+import numpy as np
+import pytest
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+from tiny import picture, sharpen, tiny_pipeline
+
+from benchmarks.chaos import chaos, processes
+from serving.build import app
+from serving.client import Client, HttpClient, Progress, Request, Result, Subject
+from serving.local import NAME, start
+from serving.settings import Settings
+
+PROMPT = "a dog and a cat"
+SHORT = dict(prompt=PROMPT, subjects=(Subject(image=picture(), target_phrase="dog"),))
+DEADLINE_S = 90
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Settings:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    sharpen(tiny_pipeline()).save_pretrained(folder)
+    return Settings(
+        model=str(folder), device="cpu", num_replicas=2, num_cpus=0.1, cpu_threads=1, max_steps=2000, max_retries=5
+    )
+
+
+@pytest.fixture(scope="module")
+def server(settings):
+    server = start(settings)
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def doors(server) -> tuple[Client, Client]:
+    return server, HttpClient(server.url)
+
+
+def pixels(result: Result) -> np.ndarray:
+    return np.asarray(result.image).astype(int)
+
+
+async def until(condition, timeout_s=180) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        await asyncio.sleep(0.1)
+
+
+async def follow(client: Client, request: Request, begun: asyncio.Event) -> tuple[Result, list[int]]:
+    """The picture, and the steps as they were told; `begun` is set at the second one."""
+    steps = []
+    async with aclosing(client.stream(request, timeout_s=DEADLINE_S)) as events:
+        async for event in events:
+            if isinstance(event, Progress):
+                steps.append(event.step)
+                if event.step >= 2:
+                    begun.set()
+    return event, steps
+
+
+async def begin(clients: Sequence[Client], request: Request) -> list[asyncio.Task]:
+    """Each client is in mid-picture."""
+    begun = [asyncio.Event() for _ in clients]
+    following = [asyncio.create_task(follow(client, request, event)) for client, event in zip(clients, begun)]
+    await asyncio.gather(*(event.wait() for event in begun))
+    return following
+
+
+@pytest.mark.parametrize("kinds", [["replica"], ["ingress"], ["proxy", "controller"]], ids=" and ".join)
+def test_whatever_is_killed_in_mid_picture_the_picture_comes(server, doors, kinds):
+    """All processes of a kind are killed while both doors wait for a picture: both get the one of their seed, their
+    steps never count back, and the processes come back."""
+    request = Request(**SHORT, seed=7, num_inference_steps=120)
+
+    def running() -> list:
+        return [process for kind in kinds for process in processes(kind)]
+
+    async def run():
+        expected = pixels(await server.generate(request))
+        following = await begin(doors, request)
+        killed = running()
+        assert len(killed) >= len(kinds) and not any(task.done() for task in following)
+        for process in killed:
+            process.kill()
+        for result, steps in await asyncio.wait_for(asyncio.gather(*following), DEADLINE_S + 30):
+            assert np.abs(pixels(result) - expected).max() <= 1
+            assert steps == sorted(steps)
+        await until(lambda: all(set(processes(kind)) - set(killed) for kind in kinds))
+
+    asyncio.run(run())
+
+
+def test_chaos(server, doors):
+    """Open-loop load while a replica is killed every few seconds: right pictures, or no place; nothing else."""
+    wanted = [
+        Request(**SHORT, seed=1, num_inference_steps=20),
+        Request(prompt=PROMPT, seed=2, num_inference_steps=40),
+        Request(**SHORT, seed=3, height=96, guidance_scale=1.0),
+    ]
+    answers, killed = asyncio.run(
+        chaos(doors, wanted, rate=3, seconds=15, kinds=["replica"], every_s=4, deadline_s=DEADLINE_S)
+    )
+    outcomes = Counter(answer.outcome for answer in answers)
+    assert killed["replica"] >= 2
+    assert set(outcomes) <= {"right", "left", "Overloaded"}, [a for a in answers if a.outcome != "right"]
+    assert outcomes["right"] >= 0.5 * len(answers)
+
+
+def deploy(settings: Settings, **user_config) -> None:
+    """What `serve deploy` sends to the cluster."""
+    given = {name: value for name, value in settings.model_dump().items() if name in settings.model_fields_set}
+    application = {"name": NAME, "route_prefix": "/", "import_path": "serving:app", "args": given}
+    if user_config:
+        application["deployments"] = [{"name": "Replica", "user_config": user_config}]
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+
+
+def status() -> str:
+    return serve.status().applications[NAME].status
+
+
+def test_a_new_version_rolls_out_under_load_and_settings_change_without_a_restart(server, doors, settings):
+    """`serve deploy` of other settings replaces every replica, and of another `user_config` none; all the while
+    pictures are asked for through both doors, and every one comes."""
+    request = Request(**SHORT, seed=5, num_inference_steps=30)
+
+    async def keep_asking(client: Client, stop: asyncio.Event) -> list[Result]:
+        results = []
+        while not stop.is_set():
+            results.append(await client.generate(request, timeout_s=DEADLINE_S))
+        return results
+
+    async def limit(client: Client) -> int:
+        return (await client.model()).limits.max_steps
+
+    async def run():
+        expected = pixels(await server.generate(request))
+        before, stop = {process.pid for process in processes("replica")}, asyncio.Event()
+        asking = [asyncio.create_task(keep_asking(client, stop)) for client in doors]
+        version = settings.model_copy(update={"preview_every": 2, "max_steps": 1000})
+        version.model_fields_set.update({"preview_every", "max_steps"})
+        deploy(version)
+        await until(lambda: not before & {process.pid for process in processes("replica")} and status() == "RUNNING")
+        assert await limit(server) == 1000
+        replaced = {process.pid for process in processes("replica")}
+        deploy(version, max_steps=500)
+        for _ in range(100):
+            if [await limit(client) for client in doors * 2] == [500] * 4:
+                break
+            await asyncio.sleep(0.2)
+        else:
+            raise AssertionError("the new limit did not arrive")
+        assert {process.pid for process in processes("replica")} == replaced
+        stop.set()
+        results = [result for results in await asyncio.gather(*asking) for result in results]
+        assert len(results) >= 8
+        assert all(np.abs(pixels(result) - expected).max() <= 1 for result in results)
+
+    asyncio.run(run())
+
+
+def test_an_idle_server_sleeps_and_wakes_for_a_request(server, settings):
+    """With min_replicas=0 there is no replica until somebody asks, health checks do not wake it, and the last replica
+    goes when nothing is left to do."""
+    name = "sleeper"
+    sleeper = settings.model_copy(update={"min_replicas": 0, "max_replicas": 1, "downscale_delay_s": 1})
+    serve.run(app(sleeper), name=name, route_prefix=f"/{name}")
+    client = HttpClient(f"{server.url}/{name}")
+
+    def replicas() -> int:
+        return sum(serve.status().applications[name].deployments["Replica"].replica_states.values())
+
+    async def run():
+        async with httpx.AsyncClient(trust_env=False) as plain:
+            assert (await plain.get(f"{server.url}/{name}/healthz")).status_code == 200
+        assert replicas() == 0
+        request = Request(**SHORT, seed=6)
+        result = await client.generate(request, timeout_s=DEADLINE_S)
+        assert np.abs(pixels(result) - pixels(await server.generate(request))).max() <= 1
+        await until(lambda: replicas() == 0)
+
+    asyncio.run(run())
+    serve.delete(name)
+
+
+def test_an_application_that_is_deleted_finishes_its_pictures_first(server, doors):
+    """`serve.delete`, as a deployed file without the application: pictures under way come, through both doors."""
+    request = Request(**SHORT, seed=8, num_inference_steps=120)
+
+    async def run():
+        expected = pixels(await server.generate(request))
+        following = await begin(doors, request)
+        assert not any(task.done() for task in following)
+        await asyncio.to_thread(serve.delete, NAME)
+        for task in following:
+            assert task.done() and np.abs(pixels(task.result()[0]) - expected).max() <= 1
+
+    asyncio.run(run())
