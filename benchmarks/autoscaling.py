@@ -100,7 +100,7 @@ def plot(report: dict, path: Path) -> None:
     at = [sample["at_s"] for sample in report["samples"]]
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
     top.plot(at, [sample["outstanding"] for sample in report["samples"]], color="tab:orange")
-    top.set_ylabel("pictures asked for and not there yet")
+    top.set_ylabel("pictures outstanding")
     bottom.step(at, [sample["replicas"] for sample in report["samples"]], where="post", color="tab:blue")
     bottom.set(ylabel="replicas", xlabel="seconds", yticks=range(NUM_NODES + 1))
     edge = 0.0

@@ -204,10 +204,10 @@ def capacity(side: str, pipeline: RealCustomPipeline, max_batch_size: int, secon
             nonlocal finished
             while time.perf_counter() - start < seconds:
                 await maker.make(next(wanted), Timing(0))
-                finished += time.perf_counter() - start < seconds
+                finished += 1
 
         await asyncio.gather(*(keep_busy() for _ in range(2 * max_batch_size)))
-        return finished / seconds
+        return finished / (time.perf_counter() - start)
 
     rate = asyncio.run(run())
     maker.close()
