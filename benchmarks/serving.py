@@ -68,13 +68,7 @@ class StepSide:
 
     def __init__(self, pipeline, max_batch_size: int) -> None:
         self.batches = BatchSizes()
-        self._engine = Engine(
-            pipeline,
-            max_batch_size=max_batch_size,
-            max_queued=100_000,
-            take_turns=pipeline.unet.device.type == "cpu",
-            observer=self.batches,
-        )
+        self._engine = Engine(pipeline, max_batch_size=max_batch_size, max_queued=100_000, observer=self.batches)
 
     async def make(self, request: Request, timing: Timing) -> None:
         async with aclosing(self._engine.stream(request, previews=True)) as events:

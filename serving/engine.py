@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from realcustom.request import Request
@@ -23,7 +22,6 @@ from .job import Job
 from .memory import Budget
 from .observer import Observer
 from .stepping import Stepper
-from .turns import Turns
 
 logger = logging.getLogger("ray.serve.realcustom")  # under Ray Serve's logger: its handlers and JSON are ours, too
 
@@ -43,8 +41,6 @@ class Engine:
         stall_timeout_s: see `check_health`.
         batch_sizes: numbers of pictures that may step together, so that programs compiled for a batch size are used
             again; a larger group takes turns. Empty allows any number.
-        take_turns: prepare, step and decode one after the other instead of at once. For CPUs, where each of them uses
-            all cores, and several at once slow each other down by more than they gain.
         budget: memory that the pictures under way may take together; None does not ask.
         synchronize: waits for the device after a step; without it a GPU would be steps behind every cancel.
         observer: is told what happens, for metrics.
@@ -60,7 +56,6 @@ class Engine:
         preview_share: float = 0.1,
         stall_timeout_s: float = 300,
         batch_sizes: Sequence[int] = (),
-        take_turns: bool = False,
         budget: Budget | None = None,
         synchronize: Callable[[], None] | None = None,
         observer: Observer | None = None,
@@ -68,7 +63,6 @@ class Engine:
         assert not batch_sizes or min(batch_sizes) == 1, "a picture alone must be able to step"
         self._pipeline = pipeline
         self._batch_sizes = tuple(batch_sizes)
-        self._turn = Turns() if take_turns else nullcontext()
         self._budget = budget
         self._observer = observer or Observer()
         self._condition = threading.Condition()
@@ -293,8 +287,7 @@ class Engine:
         outcome: Exception | None = None
         hits, misses = self._reference_counts()
         try:
-            with self._turn:
-                job.generation = self._pipeline.prepare(job.request)
+            job.generation = self._pipeline.prepare(job.request)
         except ValueError as error:
             outcome = InvalidRequest(str(error))
         except Exception as error:
@@ -331,8 +324,7 @@ class Engine:
             group = self._stepping = self._next_group()
             for job in group:
                 job.last_turn = self.num_steps + 1
-        with self._turn:
-            failed = self._stepper.step(group)
+        failed = self._stepper.step(group)
         with self._condition:
             self.num_steps += 1
             self._health.step(failed=len(failed) == len(group))
@@ -383,13 +375,10 @@ class Engine:
             job = self._decoding = (self._finished if final else self._previews).popleft()
             skip = job.told or (not final and job.generation.done)
         event: Event | Exception | None = None
-        seconds = 0.0
+        start = time.monotonic()
         if not skip:
             try:
-                with self._turn:
-                    start = time.monotonic()
-                    event = self._finish(job) if final else self._look(job)
-                    seconds = time.monotonic() - start
+                event = self._finish(job) if final else self._look(job)
             except Exception as error:
                 logger.exception("decode failed", extra={"request_id": job.request_id})
                 event = Unavailable(f"the picture could not be decoded ({type(error).__name__}); try again.")
@@ -398,7 +387,7 @@ class Engine:
             self._decoding = None
             job.preview_pending = False
             if not final:
-                self._for_previews.spend(seconds)
+                self._for_previews.spend(time.monotonic() - start)
             # A preview that comes after the last step would be older news than what the caller knows.
             if event is not None and (final or not job.generation.done):
                 if not final and not job.preview_told and not job.told:

@@ -75,7 +75,6 @@ class Replica:
             self._pipeline,
             **settings.engine_options,
             batch_sizes=settings.batch_sizes,
-            take_turns=settings.device == "cpu",
             budget=Budget(footprint, budget),
             synchronize=torch.cuda.synchronize if settings.device == "cuda" else None,
             observer=RayMetrics() if metrics else None,

@@ -224,45 +224,6 @@ def test_previews_take_their_share_of_the_time(watched, share, least, most):
     engine.close()
 
 
-def test_taking_turns_nothing_runs_at_once_and_nobody_is_shut_out(watched):
-    """With `take_turns` preparing, stepping and decoding exclude each other; a picture that comes while another steps
-    is prepared and finished before it."""
-    running, most = 0, 0
-
-    class Counted:
-        def __getattr__(self, name):
-            work = getattr(watched, name)
-            if name not in ("prepare", "step", "decode", "preview"):
-                return work
-
-            def counted(*arguments):
-                nonlocal running, most
-                running += 1
-                most = max(most, running)
-                try:
-                    return work(*arguments)
-                finally:
-                    running -= 1
-
-            return counted
-
-    engine = Engine(Counted(), preview_every=1, take_turns=True)
-
-    async def run():
-        first = asyncio.create_task(last(engine, request(1, num_inference_steps=60), previews=True))
-        await until(lambda: len(watched.batches) > 2)
-        second = await last(engine, request(2, num_inference_steps=2))
-        assert not first.done()
-        await first
-        return second
-
-    second = asyncio.run(run())
-    assert most == 1
-    expected = alone(watched, request(2, num_inference_steps=2))
-    assert np.abs(np.asarray(second.image).astype(int) - expected).max() <= 1
-    engine.close()
-
-
 def test_cancel_frees_the_place_within_a_step_and_leaves_neighbours_alone(engine, watched):
     """Closing the stream takes the picture out of the next batch; its neighbour's picture is unchanged."""
 
