@@ -1,4 +1,8 @@
-"""SDXL and SD1.5 with all their published shapes and random weights: speed, memory and shapes need no download."""
+"""SDXL and SD1.5 with all their published shapes and random weights: speed, memory and shapes need no download.
+
+All layers of the text and vision encoders share the weights of one layer. They run once per prompt and reference, so
+nothing measured depends on their values, and in float32 the whole of SDXL fits a machine with 16 GB that way.
+"""
 
 from pathlib import Path
 
@@ -17,9 +21,11 @@ from transformers import (
 )
 
 from realcustom import RealCustomAdapter, RealCustomConfig, RealCustomPipeline
+from train.precision import multiplies_bfloat16
 
 TOKENIZER = Path(__file__).parents[1] / "assets/mini/tokenizer"  # any CLIP tokenizer will do for random weights
 TEXT_LENGTH = 77
+FAMILIES = ("sdxl", "sd15")
 
 # Each UNet where it departs from the defaults of diffusers' class, which are SD1.5's.
 SDXL_UNET = dict(
@@ -78,21 +84,28 @@ def _vision_encoders() -> dict[str, nn.Module]:
     return {"image_encoder": SiglipVisionModel(siglip), "image_encoder_2": Dinov2WithRegistersModel(dino)}
 
 
-def random_pipeline(family: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> RealCustomPipeline:
+def default_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the processor multiplies it; a CPU without such instructions emulates it, 70 times slower here."""
+    return torch.bfloat16 if multiplies_bfloat16(torch.device(device).type) else torch.float32
+
+
+def random_pipeline(family: str, device: str = "cpu", dtype: torch.dtype | None = None) -> RealCustomPipeline:
     """A whole pipeline of `family` ("sdxl" or "sd15") with random weights; on device "meta" without any memory."""
+    dtype = dtype or default_dtype(device)
     with torch.device("meta"):
         unet = UNet2DConditionModel(**(SDXL_UNET if family == "sdxl" else SD15_UNET))
-        parts = {
+        models = {
             "unet": unet,
             "adapter": RealCustomAdapter.for_unet(unet, vision_dim=1152 + 1024),
             "vae": _vae(family),
-            **_text_encoders(family),
-            **_vision_encoders(),
         }
-    parts = {name: _materialize(module.to(dtype), device) for name, module in parts.items()}
+        encoders = {**_text_encoders(family), **_vision_encoders()}
+    for name, module in {**models, **encoders}.items():
+        _materialize(module.to(dtype), device, repeated=name in encoders)
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=TEXT_LENGTH)
     pipeline = RealCustomPipeline(
-        **parts,
+        **models,
+        **encoders,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer if family == "sdxl" else None,
         scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
@@ -102,17 +115,28 @@ def random_pipeline(family: str, device: str = "cpu", dtype: torch.dtype = torch
     return pipeline
 
 
-def _materialize(module: nn.Module, device: str) -> nn.Module:
+def _materialize(module: nn.Module, device: str, repeated: bool) -> None:
+    """Random weights in place of those on "meta"; `repeated`: the same tensor for all of a name and shape."""
     module.requires_grad_(False).eval()
     if device == "meta":
-        return module
-    module.to_empty(device=device)
+        return
     generator = torch.Generator(device).manual_seed(0)
-    for name, value in (*module.named_parameters(), *module.named_buffers()):
-        if name.endswith("position_ids"):
-            value.copy_(torch.arange(value.shape[-1]).expand_as(value))
-        elif value.ndim > 1:
-            value.normal_(std=value[0].numel() ** -0.5, generator=generator)
-        else:
-            value.fill_(1.0 if name.endswith("weight") else 0.0)
-    return module
+    made: dict[tuple, torch.Tensor] = {}
+    for owner in module.modules():
+        for name, value in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
+            kind = (name, value.shape)
+            if not repeated or kind not in made:
+                made[kind] = _random(name, torch.empty_like(value, device=device), generator)
+            is_weight = isinstance(value, nn.Parameter)
+            setattr(owner, name, nn.Parameter(made[kind], requires_grad=False) if is_weight else made[kind])
+
+
+def _random(name: str, value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if name == "position_ids":
+        return value.copy_(torch.arange(value.shape[-1]).expand_as(value))
+    if value.ndim > 1:
+        # Drawing billions of numbers takes minutes on a CPU, so that they begin anew after a million.
+        numbers = torch.randn(min(value.numel(), 2**20), generator=generator, device=value.device)
+        numbers = numbers.repeat(-(-value.numel() // len(numbers)))[: value.numel()].view_as(value)
+        return value.copy_(numbers * value[0].numel() ** -0.5)
+    return value.fill_(1.0 if name == "weight" else 0.0)

@@ -1,298 +1,241 @@
 """Subject-driven generation against plain diffusers text-to-image on the same UNet: time, memory and operations.
 
     python benchmarks/speed.py                                     # the shipped model on this machine
-    python benchmarks/speed.py --model sdxl --size 512 --steps 2   # SDXL's shapes with random weights
-    python benchmarks/speed.py --model sdxl --device cuda --compile --batch 1 2 4 8
+    python benchmarks/speed.py --model sdxl --size 512 --steps 2 --rounds 2 --no-compile --only memory pictures
+    python benchmarks/speed.py --model sdxl --device cuda --batch 1 2 4 8
 
-Both sides are timed in turns (A B A B ...) in one run; what counts is the ratio of the medians. Nothing is downloaded.
+Both sides are timed in turns (A B A B ...) in one run; what counts is the ratio of the medians. Both run eagerly and
+compiled, on the same tensors. Nothing is downloaded: SDXL and SD1.5 have random weights.
 """
 
 import argparse
-import copy
 import json
 import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.full_size import random_pipeline
-from realcustom import RealCustomPipeline, Request, Subject
+from benchmarks.full_size import FAMILIES, default_dtype, random_pipeline
+from benchmarks.workbench import Workbench, peak_bytes, request, side_by_side
+from realcustom import RealCustomPipeline, Request
 
-# The counter knows the fused attention of GPUs only.
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
-PROMPT, PHRASE = "a dog on the beach", "dog"
 APPROXIMATIONS = {
     "exact": {},
     "mask of the generation branch": {"mask_source": "generation_branch"},
+    "mask at every 2nd step": {"mask_interval": 2},
     "mask at every 3rd step": {"mask_interval": 3},
+    "mask at every 6th step": {"mask_interval": 6},
 }
 
 
-class Workbench:
-    """A pipeline, and plain diffusers on the same weights with diffusers' own attention."""
-
-    def __init__(self, pipeline: RealCustomPipeline, size: int, steps: int, stop: int, subjects: int, compiled: bool):
-        self.pipeline, self.steps = pipeline, steps
-        self.device = pipeline.unet.device
-        phrases = [PHRASE, "beach"][:subjects]
-        self.request = Request(
-            prompt=PROMPT,
-            subjects=tuple(Subject(image=Image.new("RGB", (64, 64), "red"), target_phrase=p) for p in phrases),
-            height=size,
-            width=size,
-            num_inference_steps=steps,
-            early_stop_step=stop,
-            seed=0,
-        ).with_defaults(pipeline.sampling)
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(pipeline.unet.config)
-        unet.load_state_dict(pipeline.unet.state_dict(), assign=True)  # the same tensors, not a copy
-        self.plain_unet = unet.eval().requires_grad_(False)
-        if compiled:
-            pipeline.compile()
-            self.plain_unet.compile_repeated_blocks(fullgraph=True)
-        shared = dict(vae=None, text_encoder=None, tokenizer=None, unet=self.plain_unet)
-        scheduler = copy.deepcopy(pipeline.scheduler)
-        if pipeline.text_encoder_2 is None:
-            extras = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-            self.plain = StableDiffusionPipeline(**shared, **extras, scheduler=scheduler)
-        else:
-            self.plain = StableDiffusionXLPipeline(**shared, text_encoder_2=None, tokenizer_2=None, scheduler=scheduler)
-        self.plain.set_progress_bar_config(disable=True)
-
-    def generations(self, number: int = 1, **changes):
-        request = replace(self.request, **changes)
-        return [self.pipeline.prepare(r) for r in request.variations(number)]
-
-    def ours(self, number: int = 1, **changes) -> list[torch.Tensor]:
-        """Every step of `number` pictures, text and references being known already."""
-        generations = self.generations(number, **changes)
-        while not generations[0].done:
-            self.pipeline.step(generations)
-        return generations
-
-    def text_to_image(self, number: int = 1) -> None:
-        """The same steps by diffusers' own pipeline, without subjects."""
-        (generation,) = self.generations(subjects=())
-        text, negative = generation.text, generation.negative_text
-        side = generation.latents.shape[-1] * 8  # the stock class believes in 8 px per latent
-        options = dict(
-            prompt_embeds=text.embeds[None].repeat(number, 1, 1),
-            latents=generation.latents[None].repeat(number, 1, 1, 1).to(self.plain_unet.dtype),
-        )
-        if negative is not None:
-            options["negative_prompt_embeds"] = negative.embeds[None].repeat(number, 1, 1)
-        if text.pooled is not None:
-            options["pooled_prompt_embeds"] = text.pooled[None].repeat(number, 1)
-            if negative is not None:
-                options["negative_pooled_prompt_embeds"] = negative.pooled[None].repeat(number, 1)
-        self.plain(
-            **options,
-            height=side,
-            width=side,
-            num_inference_steps=self.steps,
-            guidance_scale=generation.request.guidance_scale,
-            output_type="latent",
-        )
+def pictures(benches: dict[str, Workbench], number: int, rounds: int) -> dict[str, float]:
+    """Whole pictures, every step of them, `number` together; text and references are known."""
+    ways = {
+        f"{side} {how}": partial(work, number)
+        for how, bench in benches.items()
+        for side, work in (("plain", bench.text_to_image), ("ours", bench.ours))
+    }
+    bench = benches["eager"]
+    for each in benches.values():
+        each.generations(number)  # texts and references are known from here on
+    taken = side_by_side(ways, bench.device, rounds)
+    fastest = min(value for name, value in taken.items() if name.startswith("ours"))
+    report = {f"{name} s": value for name, value in taken.items()}
+    report["ours / plain, eager"] = taken["ours eager"] / taken["plain eager"]
+    if "compiled" in benches:
+        report["ours / plain, compiled"] = taken["ours compiled"] / taken["plain compiled"]
+        report["ours compiled / plain eager"] = taken["ours compiled"] / taken["plain eager"]
+    asked = bench.request
+    rows = asked.num_inference_steps * (1 + (asked.guidance_scale > 1))
+    report["rows, ours / plain"] = (rows + asked.early_stop_step) / rows
+    report["rows per second"] = number * (rows + asked.early_stop_step) / fastest
+    return report
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - start
+def memory(bench: Workbench, number: int) -> dict[str, float]:
+    """Most memory of a step with mask beyond weights and cached references, on both sides."""
+    short = dict(num_inference_steps=1, early_stop_step=1)
+    bench.generations(number)  # the references are cached from here on
+    plain = peak_bytes(lambda: bench.text_to_image(number, **short), bench.device)
+    ours = peak_bytes(lambda: bench.ours(number, **short), bench.device)
+    cached = [kv for reference in bench.pipeline._references.values() for kv in reference.values()]
+    return {
+        "plain MB": plain / 1e6,
+        "ours MB": ours / 1e6,
+        "ours / plain": ours / plain,
+        "keys and values of the references MB": sum(k.nbytes + v.nbytes for k, v in cached) / 1e6,
+    }
 
 
-def side_by_side(ways: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of each way, timed in turns after one round that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, work in ways.items():
-            taken = seconds(work, device)
-            if turn:
-                times[name].append(taken)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
-    """Most memory held at once during `work`, beyond what was held before; None where it cannot be told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        before = _status_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-        work()
-        return _status_bytes("VmHWM") - before
-    except OSError:
-        return None
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-def time_parts(bench: Workbench, rounds: int) -> dict[str, float]:
+@torch.no_grad()
+def parts(bench: Workbench, rounds: int) -> dict[str, float]:
     """Seconds of each part of the work on one picture, and of a step of each kind."""
     pipeline = bench.pipeline
-    (generation,) = bench.ours()
+    (generation,) = bench.generations()
 
     def prepare_new() -> None:
         pipeline.clear_caches()
         bench.generations()
 
-    recorder = pipeline._recorder([generation])
-
-    def mask() -> None:
-        pipeline._set_masks([generation], recorder)
-
-    generation.step_index = 0
-    with torch.no_grad(), pipeline._attention.connected(recordings=recorder.layers):
-        rows = torch.stack([generation.model_input()]).to(pipeline.unet.dtype)
-        text, added = generation.text, None
-        if text.pooled is not None:
-            added = {
-                "text_embeds": text.pooled[None].to(rows.dtype),
-                "time_ids": generation.time_ids[None].to(rows.dtype),
-            }
-        pipeline.unet(rows, generation.timestep, text.embeds[None].to(rows.dtype), added_cond_kwargs=added)
-    parts = {
-        "prepare (new prompt and reference)": prepare_new,
-        "prepare (known prompt and reference)": bench.generations,
+    recorders = []
+    set_masks = pipeline._set_masks
+    pipeline._set_masks = lambda generations, recorder: (recorders.append(recorder), set_masks(generations, recorder))
+    try:
+        pipeline.guidance_branch([generation])
+    finally:
+        del pipeline._set_masks
+    works = {
+        "prepare, new prompt and reference": prepare_new,
+        "prepare, known prompt and reference": bench.generations,
         "guidance branch with mask": lambda: pipeline.guidance_branch([generation]),
-        "of which mask": mask,
+        "of which mask": lambda: pipeline._set_masks([generation], recorders[0]),
         "generation branch": lambda: pipeline.generation_branch([generation]),
         "decode": lambda: pipeline.decode([generation]),
     }
-    with torch.no_grad():
-        return side_by_side(parts, bench.device, rounds)
+    return {f"{name} s": value for name, value in side_by_side(works, bench.device, rounds).items()}
 
 
-def count_flops(pipeline: RealCustomPipeline, request: Request) -> dict[str, float]:
+def approximations(bench: Workbench, rounds: int, num_pictures: int) -> dict[str, dict[str, float]]:
+    """Time against plain text-to-image, and how far the final masks are those of the exact mode with the same seeds."""
+    ways = {name: partial(bench.ours, **changes) for name, changes in APPROXIMATIONS.items()}
+    bench.generations()
+    taken = side_by_side({"plain": bench.text_to_image, **ways}, bench.device, rounds)
+    masks = {
+        name: [mask > 0 for g in bench.ours(num_pictures, **changes) for mask in g.guidance_masks]
+        for name, changes in APPROXIMATIONS.items()
+    }
+    overlap = lambda one, two: float((one & two).sum() / (one | two).sum())
+    return {
+        name: {
+            "ours / plain": taken[name] / taken["plain"],
+            "mask IoU": statistics.mean(map(overlap, masks["exact"], masks[name])),
+        }
+        for name in APPROXIMATIONS
+    }
+
+
+def _cpu_attention(query, key, value, *_, out_shape=None, **__) -> int:
+    """The counter knows the fused attention of GPUs only."""
+    return sdpa_flop_count(query, key, value)
+
+
+@torch.no_grad()
+def operations(pipeline: RealCustomPipeline, asked: Request) -> dict[str, float]:
     """Operations of one picture against plain text-to-image with as many steps; exact counts, no timing."""
-    generation = pipeline.prepare(request)
-    plain = pipeline.prepare(Request(prompt=request.prompt, height=request.height, width=request.width, seed=0))
+    generation = pipeline.prepare(asked)
+    plain = pipeline.prepare(Request(prompt=asked.prompt, height=asked.height, width=asked.width, seed=0))
     counts = {}
     works = {
         "guidance": lambda: pipeline.guidance_branch([generation]),
         "generation": lambda: pipeline.generation_branch([generation]),
         "plain": lambda: pipeline.generation_branch([plain]),
     }
-    with torch.no_grad():
-        for name, work in works.items():
-            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-                work()
-            counts[name] = counter.get_total_flops()
+    known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
+    for name, work in works.items():
+        with FlopCounterMode(display=False, custom_mapping=known) as counter:
+            work()
+        counts[name] = counter.get_total_flops()
     steps, stop = generation.num_steps, generation.request.early_stop_step
     ours = stop * counts["guidance"] + steps * counts["generation"]
     return {
-        "TFLOP of a plain step": counts["plain"] / 1e12,
+        "plain step TFLOP": counts["plain"] / 1e12,
         "guidance branch / plain step": counts["guidance"] / counts["plain"],
         "generation branch / plain step": counts["generation"] / counts["plain"],
         "picture / plain picture": ours / (steps * counts["plain"]),
+        "floor in rows": (2 * steps + stop) / (2 * steps),
     }
 
 
-def mask_overlap(bench: Workbench, changes: dict, pictures: int) -> float:
-    """Mean intersection over union of the final masks with those of the exact mode, same seeds."""
-    overlaps = []
-    for exact, other in zip(bench.ours(pictures), bench.ours(pictures, **changes), strict=True):
-        for one, two in zip(exact.guidance_masks > 0, other.guidance_masks > 0, strict=True):
-            overlaps.append(float((one & two).sum() / (one | two).sum()))
-    return statistics.mean(overlaps)
+def load(model: str, device: str, dtype: torch.dtype) -> RealCustomPipeline:
+    if model in FAMILIES:
+        return random_pipeline(model, device, dtype)
+    return RealCustomPipeline.from_pretrained(model, dtype=dtype).to(device)
 
 
-def load(flags: argparse.Namespace) -> RealCustomPipeline:
-    dtype = getattr(torch, flags.dtype or ("bfloat16" if flags.model in ("sdxl", "sd15") else "float32"))
-    if flags.model in ("sdxl", "sd15"):
-        return random_pipeline(flags.model, flags.device, dtype)
-    pipeline = RealCustomPipeline.from_pretrained(flags.model, dtype=dtype).to(flags.device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    names = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} thread(s), no GPU"
 
 
 def measure(flags: argparse.Namespace) -> dict:
-    pipeline = load(flags)
+    """The report, printed section by section as it grows."""
+    dtype = getattr(torch, flags.dtype) if flags.dtype else default_dtype(flags.device)
+    shapes_suffice = flags.model in FAMILIES and set(flags.only) == {"operations"}
+    pipeline = load(flags.model, "meta" if shapes_suffice else flags.device, dtype)
     sampling = pipeline.sampling
     steps = flags.steps or sampling.num_inference_steps
     stop = flags.early_stop_step or max(1, round(steps * sampling.early_stop_step / sampling.num_inference_steps))
-    size = flags.size or sampling.height
-    bench = Workbench(pipeline, size, steps, stop, flags.subjects, flags.compile)
-    report: dict = {
-        "machine": torch.cuda.get_device_name()
-        if flags.device == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "model": flags.model,
-        "setting": f"{size} px, {steps} steps, T_stop {stop}, {flags.subjects} subject(s), {pipeline.unet.dtype}, "
-        f"{'compiled' if flags.compile else 'eager'}",
-        "pictures together": {},
-    }
-    for number in flags.batch:
-        ways = {"plain": lambda n=number: bench.text_to_image(n), "ours": lambda n=number: bench.ours(n)}
-        taken = side_by_side(ways, bench.device, flags.rounds)
-        memory = {name: peak_bytes(work, bench.device) for name, work in ways.items()}
-        rows = number * (stop + 2 * steps)
-        report["pictures together"][number] = {
-            "plain_s": round(taken["plain"], 4),
-            "ours_s": round(taken["ours"], 4),
-            "ratio": round(taken["ours"] / taken["plain"], 3),
-            "rows_per_s": round(rows / taken["ours"], 2),
-            "plain_peak_MB": memory["plain"] and round(memory["plain"] / 1e6, 1),
-            "ours_peak_MB": memory["ours"] and round(memory["ours"] / 1e6, 1),
-        }
-    references = sum(k.nbytes + v.nbytes for kv in pipeline._references.values() for k, v in kv.values())
-    report["cached reference MB"] = round(references / 1e6, 1)
-    report["parts_s"] = {name: round(value, 5) for name, value in time_parts(bench, flags.rounds).items()}
-    ways = {name: (lambda c=changes: bench.ours(**c)) for name, changes in APPROXIMATIONS.items()}
-    taken = side_by_side({"plain": bench.text_to_image, **ways}, bench.device, flags.rounds)
-    report["approximations"] = {
-        name: {
-            "ratio": round(taken[name] / taken["plain"], 3),
-            "mask_iou": round(mask_overlap(bench, changes, flags.overlap_pictures), 3),
-        }
-        for name, changes in APPROXIMATIONS.items()
-    }
-    counted = random_pipeline(flags.model, "meta") if flags.model in ("sdxl", "sd15") else pipeline
-    report["operations"] = {name: round(value, 4) for name, value in count_flops(counted, bench.request).items()}
+    asked = request(flags.size or sampling.height, steps, stop, flags.subjects)
+    benches = {"eager": Workbench(pipeline, asked)}
+    if flags.compile:
+        benches["compiled"] = Workbench(pipeline, asked, compiled=True)
+    report: dict = {}
+
+    def add(section: str, values: object) -> None:
+        report[section] = _rounded(values)
+        print(json.dumps({section: report[section]}, indent=2), flush=True)
+
+    add("machine", f"{machine(flags.device)}; torch {torch.__version__}")
+    add(
+        "setting",
+        f"{flags.model}, {asked.height} px, {steps} steps, T_stop {stop}, {flags.subjects} subject(s), {dtype}",
+    )
+    if "operations" in flags.only:
+        # Shapes alone cost no time; they cannot tell how several subjects share a picture, so there is one.
+        counted = random_pipeline(flags.model, "meta") if flags.model in FAMILIES else pipeline
+        add("operations, one subject", operations(counted, replace(asked, subjects=asked.subjects[:1])))
+    if "memory" in flags.only:
+        add("memory beyond weights", memory(benches["eager"], flags.batch[0]))
+    if "pictures" in flags.only:
+        for number in flags.batch:
+            add(f"{number} together", pictures(benches, number, flags.rounds))
+    if "parts" in flags.only:
+        for how, bench in benches.items():
+            add(f"parts, {how}", parts(bench, flags.rounds))
+    if "approximations" in flags.only:
+        add("approximations", approximations(list(benches.values())[-1], flags.rounds, flags.overlap_pictures))
     return report
+
+
+def _rounded(values):
+    if isinstance(values, dict):
+        return {name: _rounded(value) for name, value in values.items()}
+    return float(f"{values:.4g}") if isinstance(values, float) else values
+
+
+SECTIONS = ("operations", "memory", "pictures", "parts", "approximations")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="assets/mini", help="folder of a model, or sdxl / sd15 with random weights")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: the fast one)")
     parser.add_argument("--size", type=int, help="px (default: the model's)")
     parser.add_argument("--steps", type=int, help="(default: the model's)")
     parser.add_argument("--early-stop-step", type=int, help="T_stop (default: the model's share of the steps)")
     parser.add_argument("--subjects", type=int, choices=(1, 2), default=1)
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="pictures that advance together")
-    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each side")
-    parser.add_argument("--overlap-pictures", type=int, default=4, help="pictures for the masks' overlap")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of the repeated blocks on both sides")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="timed turns of each side; of more than two the first is not counted"
+    )
+    parser.add_argument("--overlap-pictures", type=int, default=8, help="pictures for the masks' overlap")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections of the report")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="time both compiled, too"
+    )
     parser.add_argument("--out", type=Path, help="also write the report as JSON")
     flags = parser.parse_args()
     report = measure(flags)
-    print(json.dumps(report, indent=2))
     if flags.out:
         flags.out.parent.mkdir(parents=True, exist_ok=True)
         flags.out.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,4 +1,7 @@
-"""SDXL in all its size with random weights: `python -m pytest -m slow -s` (13 GB of memory, some minutes on a CPU)."""
+"""SDXL and SD1.5 in all their size with random weights: `python -m pytest -m slow -s tests/test_full_size.py`.
+
+Weights are bfloat16 where the CPU multiplies it and float32 elsewhere (14 GB of memory for SDXL); some minutes.
+"""
 
 import resource
 import time
@@ -45,4 +48,8 @@ def test_two_subjects_two_steps(family, size):
     moments = (start, loaded, prepared, stepped, decoded)
     seconds = zip(("load", "prepare", "2 steps", "decode"), (b - a for a, b in pairwise(moments)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\n{family}: " + ", ".join(f"{name} {t:.1f} s" for name, t in seconds) + f"; peak memory {peak:.1f} GiB")
+    print(
+        f"\n{family}, {pipeline.unet.dtype}: "
+        + ", ".join(f"{name} {t:.1f} s" for name, t in seconds)
+        + f"; peak memory {peak:.1f} GiB"
+    )
