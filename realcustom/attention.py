@@ -162,8 +162,11 @@ class AttentionLayers:
             try:
                 for name, processor in self._processors.items():
                     processor.recording = (recordings or {}).get(name)
-                for transformer in self._text_layers if vision is not None else ():
-                    hooks += self._show_inside(transformer, vision)
+                for transformer, layers in self._text_layers.items() if vision is not None else ():
+                    if len(vision.keys_values) == 1:  # nothing to copy, and no hooks in a UNet compiled whole
+                        self._show(layers, vision)
+                    else:
+                        hooks += self._show_inside(transformer, vision)
                 if leave_early:
                     hooks.append(self._leave_behind(max(recordings, key=list(self.levels).index)))
                 yield
@@ -172,6 +175,10 @@ class AttentionLayers:
                     processor.vision = processor.recording = None
                 for hook in hooks:
                     hook.remove()
+
+    def _show(self, layers: list[str], vision: VisualAttention) -> None:
+        for name in layers:
+            self._processors[name].vision = vision.at(name, self.levels[name])
 
     def _show_inside(self, transformer: str, vision: VisualAttention) -> list:
         """Connects a transformer's layers to what they see for as long as it runs.
@@ -182,8 +189,7 @@ class AttentionLayers:
         module, layers = self._unet.get_submodule(transformer), self._text_layers[transformer]
 
         def connect(*_) -> None:
-            for name in layers:
-                self._processors[name].vision = vision.at(name, self.levels[name])
+            self._show(layers, vision)
 
         def disconnect(*_) -> None:
             for name in layers:
