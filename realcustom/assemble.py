@@ -55,6 +55,11 @@ def from_parts(
         ValueError: a base of another family, a file that is not safetensors, an adapter that does not fit.
     """
     parts, family = _load_base(base, base_config, variant, dtype)
+    if parts.unet.config.in_channels != parts.vae.config.latent_channels:
+        raise ValueError(
+            f"{base} takes {parts.unet.config.in_channels} channels where its pictures have "
+            f"{parts.vae.config.latent_channels}: it is made for inpainting or editing, not for text-to-image."
+        )
     config = RealCustomConfig.preset(preset, family)
     sampler = AlternatingDPMSolverScheduler if preset == "release" else DDIMScheduler
     encoders = {
@@ -65,7 +70,7 @@ def from_parts(
     pipeline = RealCustomPipeline(
         **{name: parts.components.get(name) for name in names},
         **encoders,
-        scheduler=sampler.from_config(_without_extras(sampler, parts.scheduler.config)),
+        scheduler=sampler.from_config(_known_settings(sampler, parts.scheduler.config)),
         realcustom_config=config,
         force_zeros_for_empty_prompt=preset == "paper" and parts.config.get("force_zeros_for_empty_prompt", False),
     )
@@ -79,6 +84,8 @@ def _load_base(base, base_config, variant: str | None, dtype: torch.dtype) -> tu
         family = single_file_family(base)
         options = {} if base_config is None else {"config": str(base_config)}
         load = _CLASSES[family].from_single_file
+    elif Path(base).suffix in (".safetensors", ".ckpt", ".pth", ".bin"):
+        raise ValueError(f"{base} is not a file; give a .safetensors file, a folder in diffusers' layout or a hub id.")
     else:
         name = DiffusionPipeline.load_config(str(base)).get("_class_name")
         if name not in _FAMILIES:
@@ -119,10 +126,13 @@ def _load_dinov2(name, dtype: torch.dtype) -> Dinov2WithRegistersModel:
     return Dinov2WithRegistersModel.from_pretrained(str(name), dtype=dtype, use_safetensors=True).eval()
 
 
-def _without_extras(sampler, config: dict) -> dict:
-    """The settings of another sampler that this one knows: the model's noise schedule and prediction type."""
+def _known_settings(sampler, config: dict) -> dict:
+    """The settings of another sampler that this one knows: the model's noise schedule and prediction type.
+
+    Latents have no fixed range, so they are never clipped, whatever the other sampler's files leave unsaid.
+    """
     known = sampler._get_init_keys(sampler)
-    return {name: value for name, value in config.items() if name in known}
+    return {name: value for name, value in {**config, "clip_sample": False}.items() if name in known}
 
 
 def main() -> None:

@@ -1,5 +1,8 @@
 """A pipeline from public parts: SDXL or SD1.5 in diffusers' layout, vision encoders and an adapter beside it."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from diffusers import (
     LCMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from safetensors.torch import save_file
 from single_file import write_single_file
@@ -186,6 +190,55 @@ def test_lora_weights_change_the_picture_and_can_be_unloaded(assembled, tmp_path
     assert torch.allclose(before, after, atol=1e-5)
 
 
+def kohya_lora(pipeline, path) -> None:
+    """A LoRA of the first text encoder and of one UNet layer, under the names that training scripts give them."""
+    encoder = "lora_te1" if pipeline.text_encoder_2 is not None else "lora_te"
+    layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    attention = f"{encoder}_text_model_encoder_layers_0_self_attn"
+    modules = {  # diffusers tells the kind of file by the output projection, which every such file has
+        **{f"{attention}_{part}_proj": pipeline.text_encoder.config.hidden_size for part in ("q", "out")},
+        f"lora_unet_{layer.replace('.', '_')}": pipeline.unet.get_submodule(layer).in_features,
+    }
+    torch.manual_seed(0)
+    state = {}
+    for name, width in modules.items():
+        state[f"{name}.lora_down.weight"] = torch.randn(4, width) * 3
+        state[f"{name}.lora_up.weight"] = torch.randn(width, 4) * 3
+        state[f"{name}.alpha"] = torch.tensor(4.0)
+    save_file(state, path)
+
+
+def test_a_lora_of_the_text_encoder_changes_texts_that_are_remembered(assembled, tmp_path):
+    """Loading, scaling, switching off and unloading each take effect on a prompt that was encoded before."""
+    _, pipeline = assembled
+    kohya_lora(pipeline, tmp_path / "lora.safetensors")
+    embeds = lambda: pipeline.prepare(Request(prompt=PROMPT, height=64, width=64)).text.embeds
+    before = embeds()
+    pipeline.load_lora_weights(tmp_path / "lora.safetensors", adapter_name="style")
+    try:
+        loaded = embeds()
+        pipeline.set_adapters("style", 0.5)
+        half = embeds()
+        pipeline.disable_lora()
+        off = embeds()
+    finally:
+        pipeline.unload_lora_weights()
+    assert (loaded - before).abs().max() > 1e-3 and (half - loaded).abs().max() > 1e-3
+    assert torch.allclose(off, before, atol=1e-5) and torch.allclose(embeds(), before, atol=1e-5)
+
+
+def test_latents_are_never_clipped(parts, tmp_path):
+    """DDIM clips to [-1, 1] unless told otherwise, and other samplers' files have no word about it."""
+    _, folder = parts
+    shutil.copytree(folder / "base", tmp_path / "base")
+    EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1).save_pretrained(tmp_path / "base/scheduler")
+    index = json.loads((tmp_path / "base/model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    (tmp_path / "base/model_index.json").write_text(json.dumps(index))
+    pipeline = RealCustomPipeline.from_parts(tmp_path / "base", siglip=None, dinov2=None)
+    assert isinstance(pipeline.scheduler, DDIMScheduler) and not pipeline.scheduler.config.clip_sample
+
+
 def test_other_models_and_other_files_are_refused_by_name(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model_index.json").write_text('{"_class_name": "FluxPipeline"}')
@@ -194,9 +247,19 @@ def test_other_models_and_other_files_are_refused_by_name(tmp_path):
     save_file({"some.weight": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="neither an SDXL nor"):
         RealCustomPipeline.from_parts(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"nothing\.safetensors is not a file"):
+        RealCustomPipeline.from_parts(tmp_path / "nothing.safetensors")
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x02.")
     with pytest.raises(ValueError, match="pickled checkpoints are not read"):
         RealCustomPipeline.from_parts(tmp_path / "model.ckpt")
+
+
+def test_a_model_made_for_inpainting_is_refused(tmp_path):
+    base = base_model("sd15")
+    base.register_modules(unet=UNet2DConditionModel.from_config(base.unet.config, in_channels=9))
+    base.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="takes 9 channels where its pictures have 4"):
+        RealCustomPipeline.from_parts(tmp_path / "model", siglip=None, dinov2=None)
 
 
 def test_single_files_are_told_apart_by_their_weights(tmp_path):
