@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
 
+OFFICIAL_HEAD_DIM = 64
 _OFFICIAL_PROJECTOR = "encoder_hidden_states_vision_projection."
 # Module of the authors' projector -> ours. Their `min_attention` is the cross-scale one (Eq. 7).
 _PROJECTOR_MODULES = {
@@ -56,25 +57,44 @@ def load_adapter(
     plain: StateDict = {}
     if config is None and any(name.startswith(_OFFICIAL_PROJECTOR) for name in state):
         state, plain = convert_official(state)
+        check_state(plain, unet.state_dict(), path, partial=True)
         if plain and not replace_unet:
             raise ValueError(
                 f"{path} also holds {len(plain)} plain UNet weights (such as {sorted(plain)[0]}); pass "
                 "replace_unet=True to let them replace those of the base model, as the authors' demo does."
             )
-        check_state(plain, unet.state_dict(), path, partial=True)
+    head_dim = _head_dim(config, path, vision_dim=vision_dim, condition_dim=unet.config.cross_attention_dim)
     options = {
         "vision_dim": vision_dim,
+        "head_dim": head_dim,
         "condition_dim": unet.config.cross_attention_dim,
         "cross_layer": any(name.startswith("projector.shallow_mlp.") for name in state),
         "cross_scale": any(name.startswith("projector.high_mlp.") for name in state),
     }
-    if config is not None:
-        options["head_dim"] = config["head_dim"]
     with torch.device("meta"):
         adapter = RealCustomAdapter(layers=cross_attention_layers(unet), **options)
     check_state(state, adapter.state_dict(), path)
     adapter.load_state_dict(state, assign=True)
     return adapter.requires_grad_(False).eval(), plain
+
+
+def _head_dim(config: dict | None, path: str | PathLike, **widths: int) -> int:
+    """Width of the projector's heads, if the file is for a model of these widths; ValueError otherwise."""
+    if config is None:
+        config = {"head_dim": OFFICIAL_HEAD_DIM, **widths}
+    for name, width in widths.items():
+        if config.get(name) != width:
+            raise ValueError(
+                f"{path} is an adapter for {name} {config.get(name)}, this model has {width}; "
+                "it is a file for another model."
+            )
+    head_dim = config.get("head_dim")
+    if not isinstance(head_dim, int) or head_dim < 1 or widths["vision_dim"] % head_dim:
+        raise ValueError(
+            f"{path}: heads of width {head_dim!r} do not divide the {widths['vision_dim']} channels of the "
+            "vision features; it is a file for other vision encoders."
+        )
+    return head_dim
 
 
 def read_state(path: str | PathLike) -> tuple[StateDict, dict | None]:
@@ -89,8 +109,7 @@ def read_state(path: str | PathLike) -> tuple[StateDict, dict | None]:
                 state = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); download or save it again.") from error
-        config = metadata.get("realcustom_adapter")
-        return state, None if config is None else json.loads(config)
+        return state, _header(metadata, path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here: pickle, zip, EOF and runtime errors
@@ -101,28 +120,44 @@ def read_state(path: str | PathLike) -> tuple[StateDict, dict | None]:
     return state, None
 
 
+def _header(metadata: dict[str, str], path: Path) -> dict | None:
+    if "realcustom_adapter" not in metadata:
+        return None
+    try:
+        config = json.loads(metadata["realcustom_adapter"])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: its header's realcustom_adapter is not JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: its header's realcustom_adapter is {config!r}; it must be a JSON object.")
+    return config
+
+
 def check_state(state: StateDict, expected: StateDict, path: str | PathLike, partial: bool = False) -> None:
-    """ValueError naming the first missing (unless `partial`), unknown or misshapen key of `state`."""
+    """ValueError naming missing (unless `partial`), unknown, misshapen or non-floating keys of `state`."""
     missing = set() if partial else expected.keys() - state.keys()
-    for kind, names in (("lacks", missing), ("has unknown", state.keys() - expected.keys())):
-        if names:
-            raise ValueError(
-                f"{path} {kind} {len(names)} of the {len(expected)} weights expected for this model, "
-                f"for example {sorted(names)[0]}; it is a file for another model."
-            )
+    unknown = state.keys() - expected.keys()
+    wrong = []
+    if missing:
+        wrong.append(f"lacks {len(missing)} of the {len(expected)} weights this model needs, such as {min(missing)}")
+    if unknown:
+        wrong.append(f"has {len(unknown)} unknown to this model, such as {min(unknown)}")
+    if wrong:
+        raise ValueError(f"{path} {' and '.join(wrong)}; it is a file for another model.")
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
                 f"{path}: {name} has shape {list(tensor.shape)}, this model needs {list(expected[name].shape)}; "
                 "it is a file for another model."
             )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} holds {tensor.dtype}; weights are floating-point numbers.")
 
 
 def convert_official(state: StateDict) -> tuple[StateDict, StateDict]:
     """The authors' names -> ours; returns the adapter's weights and the plain UNet weights found beside them.
 
     The authors' shallow projector computes the cross-scale term and then overwrites it, so those weights have no
-    effect in their code; they are left out here, with a log line.
+    effect in their code; they are left out here, with a log line. Names of no known projector stay as they are.
     """
     shallow = any(name.startswith(_OFFICIAL_PROJECTOR + "projector2.") for name in state)
     adapter: StateDict = {}
@@ -130,11 +165,10 @@ def convert_official(state: StateDict) -> tuple[StateDict, StateDict]:
     without_effect: list[str] = []
     for name, tensor in state.items():
         if name.startswith(_OFFICIAL_PROJECTOR):
-            module, rest = name.removeprefix(_OFFICIAL_PROJECTOR).split(".", 1)
+            module, _, rest = name.removeprefix(_OFFICIAL_PROJECTOR).partition(".")
             if module not in _PROJECTOR_MODULES:
-                raise ValueError(
-                    f"{name} is not a weight of the authors' projectors ({', '.join(_PROJECTOR_MODULES)})."
-                )
+                adapter[name] = tensor  # of another projector: left as it is, for `check_state` to refuse
+                continue
             if shallow and module in ("min_attention", "projector"):
                 without_effect.append(name)
                 continue

@@ -24,6 +24,17 @@ def test_a_lower_tier_makes_the_same_picture(tier, preset):
     assert set(lower.offload_hooks) == set(ENCODERS)
 
 
+@pytest.mark.parametrize("tier", ["high", "medium", "low"])
+def test_an_adapter_loaded_after_placing_goes_where_the_work_is(tier, monkeypatch, tmp_path):
+    """Where the UNet's weights wait in main memory, its own device is not the one that computes."""
+    pipeline = tiny_pipeline()
+    pipeline.save_realcustom(tmp_path / "adapter.safetensors")
+    place(pipeline, "cpu", tier)
+    monkeypatch.setattr(type(pipeline), "_execution_device", torch.device("meta"))
+    pipeline.load_realcustom(tmp_path / "adapter.safetensors")
+    assert pipeline.adapter.device.type == "meta"
+
+
 def test_encoders_leave_the_device_after_use(monkeypatch):
     """Each new prompt and reference sends its encoders away again."""
     pipeline = tiny_pipeline()

@@ -1,6 +1,7 @@
 """Adapter files: round trip, strictness, and errors before anything is changed."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,9 @@ def broken(path: Path, change) -> None:
     "change,says",
     [
         (lambda s: s.pop("projector.deep_mlp.bias"), "lacks 1 .*projector.deep_mlp.bias"),
-        (lambda s: s.update(extra=torch.ones(1)), "unknown 1 .*extra"),
+        (lambda s: s.update(extra=torch.ones(1)), "1 unknown .*extra"),
         (lambda s: s.update({"projector.deep_mlp.bias": torch.ones(3)}), r"projector.deep_mlp.bias has shape \[3\]"),
+        (lambda s: s.update({"projector.deep_mlp.bias": torch.ones(32).int()}), "deep_mlp.bias holds torch.int32"),
     ],
 )
 def test_wrong_keys_and_shapes_are_named_and_nothing_changes(saved, change, says):
@@ -71,11 +73,36 @@ def test_wrong_keys_and_shapes_are_named_and_nothing_changes(saved, change, says
     assert pipeline.adapter is before
 
 
+@pytest.mark.parametrize(
+    "header,says",
+    [
+        ("{", "not JSON"),
+        ("[1]", "must be a JSON object"),
+        (json.dumps({"condition_dim": 768, "vision_dim": 64, "head_dim": 32}), "condition_dim 768, this model has 32"),
+        (json.dumps({"condition_dim": 32, "vision_dim": 2176, "head_dim": 32}), "vision_dim 2176, this model has 64"),
+        (json.dumps({"condition_dim": 32, "vision_dim": 64, "head_dim": 0}), "heads of width 0"),
+        (json.dumps({"condition_dim": 32, "vision_dim": 64}), "heads of width None"),
+    ],
+)
+def test_a_wrong_header_is_refused_by_name(saved, header, says):
+    """Another family's widths, and headers that nobody can read; the file is named, the adapter stays."""
+    pipeline, path = saved
+    before = pipeline.adapter
+    save_file(load_file(path), path, metadata={"realcustom_adapter": header})
+    with pytest.raises(ValueError, match=f"{path.name}.*{says}"):
+        pipeline.load_realcustom(path)
+    assert pipeline.adapter is before
+
+
 def test_a_truncated_file_and_a_missing_one_are_refused(saved):
     pipeline, path = saved
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         pipeline.load_realcustom(path)
+    official_checkpoint(pipeline, path.with_suffix(".pth"), {})
+    path.with_suffix(".pth").write_bytes(path.with_suffix(".pth").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"adapter\.pth could not be read as plain weights"):
+        pipeline.load_realcustom(path.with_suffix(".pth"))
     with pytest.raises(ValueError, match="not a file"):
         pipeline.load_realcustom(path.with_name("nothing.safetensors"))
 
@@ -120,8 +147,12 @@ def test_plain_unet_weights_in_the_authors_file_are_refused_or_applied_on_reques
     assert not (pipeline.unet.conv_in.weight == 0.5).all()
     pipeline.load_realcustom(path, replace_unet=True)
     assert (pipeline.unet.conv_in.weight == 0.5).all() and not pipeline.adapter.config.cross_scale
+    for name in ("conv_on.weight", f"{PROJECTOR}.projector3.0.weight", f"{PROJECTOR}.whole"):
+        official_checkpoint(tiny_pipeline(), path, {name: torch.ones(1)})
+        with pytest.raises(ValueError, match=rf"RealCustom\.pth has 1 unknown .*{re.escape(name)}"):
+            pipeline.load_realcustom(path)
     official_checkpoint(tiny_pipeline(), path, {"conv_on.weight": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"unknown 1 .*conv_on\.weight"):
+    with pytest.raises(ValueError, match=r"1 unknown .*conv_on\.weight"):
         pipeline.load_realcustom(path, replace_unet=True)
 
 
