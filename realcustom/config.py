@@ -28,6 +28,8 @@ class MethodConfig:
             every layer before averaging and once more after; "none" keeps the raw mean.
         mask_selection: "top_k" keeps floor(scope * positions) positions; "threshold" keeps values >= 1 - scope.
         mask_binary: kept positions become 1 instead of keeping their relevance.
+        mask_resize: how masks reach smaller attention resolutions, "per_axis" or by the "height_factor" on both axes,
+            which differs where the width is no multiple of 32 px.
         disjoint_masks: several subjects share out the positions (Alg. 1); otherwise each selects on its own.
         local_views: the four local views of Eq. 7 are the "quadrants" of the enlarged picture, or "interleaved"
             subsamplings of it.
@@ -45,6 +47,7 @@ class MethodConfig:
     mask_normalization: Literal["max", "min_max", "min_max_per_layer", "none"] = "max"
     mask_selection: Literal["top_k", "threshold"] = "top_k"
     mask_binary: bool = False
+    mask_resize: Literal["per_axis", "height_factor"] = "per_axis"
     disjoint_masks: bool = True
     local_views: Literal["quadrants", "interleaved"] = "quadrants"
     reference_resize: Literal["antialias", "bilinear_uint8"] = "antialias"
@@ -59,6 +62,7 @@ class MethodConfig:
             mask_maps=("self_times_cross", "all_cross"),
             mask_normalization=("max", "min_max", "min_max_per_layer", "none"),
             mask_selection=("top_k", "threshold"),
+            mask_resize=("per_axis", "height_factor"),
             local_views=("quadrants", "interleaved"),
             reference_resize=("antialias", "bilinear_uint8"),
             time_ids=("height_first", "width_first"),
@@ -74,6 +78,7 @@ class MethodConfig:
         if name == "release":
             return cls(
                 mask_maps="all_cross",
+                mask_resize="height_factor",
                 disjoint_masks=False,
                 local_views="interleaved",
                 reference_resize="bilinear_uint8",

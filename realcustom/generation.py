@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from .adapter import VisionKeysValues
-from .mask import resize_map
+from .mask import resize_by_height, resize_map
 from .request import Request
 from .text import TextCondition
 
@@ -91,10 +91,16 @@ class Generation:
         self.guidance_masks = masks
         self._level_masks.clear()
 
-    def masks_at(self, size: tuple[int, int]) -> Tensor:
-        """The masks resized to one attention resolution, [S, Q, 1]; resized once per mask, not once per layer."""
+    def masks_at(self, size: tuple[int, int], way: str = "per_axis") -> Tensor:
+        """The masks resized to one attention resolution, [S, Q, 1]; resized once per mask, not once per layer.
+
+        Args:
+            size: (h, w) of the resolution.
+            way: see `MethodConfig.mask_resize`.
+        """
         if size not in self._level_masks:
-            self._level_masks[size] = resize_map(self.guidance_masks, size).flatten(1)[..., None]
+            resize = resize_by_height if way == "height_factor" else resize_map
+            self._level_masks[size] = resize(self.guidance_masks, size).flatten(1)[..., None]
         return self._level_masks[size]
 
     def model_input(self) -> Tensor:

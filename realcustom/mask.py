@@ -21,6 +21,20 @@ def resize_map(values: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(values[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
+def resize_by_height(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """As `resize_map`, by one factor for both axes: that of the heights, as the release resizes its masks.
+
+    At most sizes both agree. Where the release's arithmetic gives another width than `size` has, it fails; there the
+    axes are resized each by its own factor.
+    """
+    if tuple(values.shape[-2:]) == tuple(size):
+        return values
+    factor = size[0] / values.shape[-2]
+    if int(values.shape[-2] * factor) != size[0] or int(values.shape[-1] * factor) != size[1]:
+        return resize_map(values, size)
+    return F.interpolate(values[:, None], scale_factor=factor, mode="bilinear", align_corners=False)[:, 0]
+
+
 def average_maps(maps: Sequence[Tensor], size: tuple[int, int], normalization: str) -> Tensor:
     """Cross-attention of the target words, resized to the largest map and averaged over layers.
 

@@ -339,7 +339,7 @@ def predict_generation_row(golden, generations, masks, *, negative: bool = False
         rows=torch.tensor([i for i, g in enumerate(generations) for _ in g.references]),
         keys_values=[kv for r in references for kv in r],
         masks=None if masks is None else {
-            level: torch.cat([g.masks_at(sizes[level]) for g in generations])
+            level: torch.cat([g.masks_at(sizes[level], "height_factor") for g in generations])
             for level in set(pipeline._attention.levels.values())
         },
     )  # fmt: skip
