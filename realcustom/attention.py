@@ -133,6 +133,10 @@ class AttentionLayers:
         self.levels = {name: attention_level(name, num_levels) for name in names}
         self._processors = {name: RealCustomAttnProcessor() for name in names}
         unet.set_attn_processor({f"{name}.processor": p for name, p in self._processors.items()})
+        self._text_layers: dict[str, list[str]] = {}  # transformer -> names of its text cross-attention layers
+        for name in names:
+            if name.endswith("attn2"):
+                self._text_layers.setdefault(_transformer(name), []).append(name)
         self._lock = threading.RLock()  # a connection is to one call at a time
 
     def remove(self) -> None:
@@ -154,26 +158,49 @@ class AttentionLayers:
             leave_early: end the call behind the last recording layer's transformer by raising `LeftEarly`.
         """
         with self._lock:
-            hook = self._leave_behind(max(recordings, key=list(self.levels).index)) if leave_early else None
+            hooks = []
             try:
                 for name, processor in self._processors.items():
-                    if vision is not None and name.endswith("attn2"):
-                        processor.vision = vision.at(name, self.levels[name])
                     processor.recording = (recordings or {}).get(name)
+                for transformer in self._text_layers if vision is not None else ():
+                    hooks += self._show_inside(transformer, vision)
+                if leave_early:
+                    hooks.append(self._leave_behind(max(recordings, key=list(self.levels).index)))
                 yield
             finally:
                 for processor in self._processors.values():
                     processor.vision = processor.recording = None
-                if hook is not None:
+                for hook in hooks:
                     hook.remove()
 
+    def _show_inside(self, transformer: str, vision: VisualAttention) -> list:
+        """Connects a transformer's layers to what they see for as long as it runs.
+
+        Several references are copied into one tensor per layer. Copies for all layers at once would take as much memory
+        as the references themselves.
+        """
+        module, layers = self._unet.get_submodule(transformer), self._text_layers[transformer]
+
+        def connect(*_) -> None:
+            for name in layers:
+                self._processors[name].vision = vision.at(name, self.levels[name])
+
+        def disconnect(*_) -> None:
+            for name in layers:
+                self._processors[name].vision = None
+
+        return [module.register_forward_pre_hook(connect), module.register_forward_hook(disconnect)]
+
     def _leave_behind(self, layer: str):
-        # The transformer around the layer's block: the blocks themselves may be compiled, and a compiled program cannot
-        # raise.
         def leave(*_) -> None:
             raise LeftEarly
 
-        return self._unet.get_submodule(layer.split(".transformer_blocks.")[0]).register_forward_hook(leave)
+        return self._unet.get_submodule(_transformer(layer)).register_forward_hook(leave)
+
+
+def _transformer(layer: str) -> str:
+    """The transformer around a layer's block. What hooks do happens there, as the blocks themselves may be compiled."""
+    return layer.split(".transformer_blocks.")[0]
 
 
 def _forward_order(layer: str) -> int:

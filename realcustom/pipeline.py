@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
@@ -28,6 +27,7 @@ from .adapter import RealCustomAdapter, VisionKeysValues
 from .attention import AttentionLayers, LeftEarly, VisualAttention, level_sizes
 from .config import MaskSource, RealCustomConfig, SamplingDefaults
 from .generation import Generation
+from .lora import LoraLoader
 from .mask import average_maps, guidance_masks
 from .recorder import AttentionRecorder
 from .request import Request, Subject, to_rgb
@@ -56,7 +56,7 @@ class RealCustomOutput(BaseOutput):
     seeds: list[int | None]
 
 
-class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
+class RealCustomPipeline(DiffusionPipeline, LoraLoader):
     """Text-to-image in which real words of the prompt become given subjects (RealCustom++).
 
     Args:
@@ -157,7 +157,7 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         vision_dim = self._vision_encoders().num_channels
         adapter, plain = load_adapter(path, self.unet, vision_dim=vision_dim, replace_unet=replace_unet)
         self.unet.load_state_dict(plain, strict=False)
-        self.register_modules(adapter=adapter.to(self.unet.device, self.unet.dtype))
+        self.register_modules(adapter=adapter.to(self._execution_device, self.unet.dtype))
         self.clear_caches()
 
     def save_realcustom(self, path: str | PathLike) -> None:
@@ -363,13 +363,9 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
         method = self.realcustom_config.method
         sizes = self._level_sizes(generations[0])
         largest = sizes[min(self._attention.levels.values())]
-        maps = [m.unflatten(-1, sizes[level]) for level, m in recorder.cross_maps.values()]  # [R, S, h, w] each
-        relevance = torch.stack(
-            [
-                average_maps([m[row] for m in maps], largest, method.mask_normalization)
-                for row in range(len(generations))
-            ]
-        )
+        maps = [m.flatten(0, 1).unflatten(-1, sizes[level]) for level, m in recorder.cross_maps.values()]
+        relevance = average_maps(maps, largest, method.mask_normalization)  # [R * S, h, w]
+        relevance = relevance.unflatten(0, (len(generations), -1))
         relevance = recorder.refine(relevance.flatten(2)).view_as(relevance)
         for generation, m in zip(generations, relevance, strict=True):
             scopes = [s.scope_ratio for s in generation.request.subjects]
@@ -399,8 +395,9 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
     def _visual_attention(
         self, generations: Sequence[Generation], free: Sequence[Generation]
     ) -> VisualAttention | None:
+        method = self.realcustom_config.method
         seen = [(row, g, g.references) for row, g in enumerate(generations) if g.references]
-        if self.realcustom_config.method.unconditional_vision == "black_picture":
+        if method.unconditional_vision == "black_picture":
             first = len(generations)
             seen += [
                 (first + row, g, (self._black_reference(),) * len(g.references))
@@ -415,7 +412,7 @@ class RealCustomPipeline(DiffusionPipeline, StableDiffusionXLLoraLoaderMixin):
             rows=torch.tensor(rows, device=generations[0].latents.device),
             keys_values=[kv for _, _, references in seen for kv in references],
             masks={
-                level: torch.cat([g.masks_at(sizes[level]) for _, g, _ in seen])
+                level: torch.cat([g.masks_at(sizes[level], method.mask_resize) for _, g, _ in seen])
                 for level in set(self._attention.levels.values())
             },
         )

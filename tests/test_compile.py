@@ -40,3 +40,22 @@ def test_a_warm_pipeline_never_recompiles(compiled):
         for count in range(1, 6):
             run(compiled, [compiled.prepare(request) for request in requests()[:count]])
             run(compiled, [compiled.prepare(request) for request in requests()[-count:]])
+
+
+def test_a_cold_start_finds_its_programs_in_the_cache(tmp_path, monkeypatch):
+    """A new process's compilation, with TORCHINDUCTOR_CACHE_DIR of an earlier one, generates no code."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counters = torch._dynamo.utils.counters["inductor"]
+    pictures, found = [], []
+    for _ in range(2):
+        torch._dynamo.reset()
+        counters.clear()
+        pipeline = tiny_pipeline()
+        pipeline.compile()
+        request = Request(prompt=PROMPT, seed=1, guidance_scale=1.0, num_inference_steps=1)
+        pictures.append(latents(pipeline, request))
+        found.append((counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"]))
+    (hits, misses), (hits_again, misses_again) = found
+    assert hits == 0 and misses > 0
+    assert hits_again == misses and misses_again == 0
+    assert torch.equal(*pictures)

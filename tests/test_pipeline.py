@@ -216,8 +216,11 @@ def test_no_step_makes_an_attention_map(pipeline):
     assert sizes["two subjects"] == sizes["plain"] < positions**2 / 4
 
 
-@pytest.mark.parametrize("height,width", [(64, 96), (40, 72), (104, 56)])
-def test_any_multiple_of_eight_works(pipeline, height, width):
+@pytest.mark.parametrize("preset", ["paper", "release"])
+@pytest.mark.parametrize("height,width", [(64, 96), (40, 72), (104, 56), (36, 44), (8, 120)])
+def test_any_multiple_of_the_grid_works(preset, height, width):
+    """Also where a level's size is odd and halving it rounds up; this model's grid is 4 px."""
+    pipeline = tiny_pipeline(preset=preset)
     picture_made = pipeline(PROMPT, subjects=[dog(), cat()], height=height, width=width, num_inference_steps=2)
     assert picture_made.images[0].size == (width, height)
     assert picture_made.masks[0].shape[0] == 2
@@ -297,3 +300,24 @@ def test_guidance_leaves_the_unet_early_and_nothing_stays_connected(pipeline):
     finally:
         hook.remove()
     assert all(p.vision is None and p.recording is None for p in pipeline.unet.attn_processors.values())
+
+
+def test_references_are_copied_for_one_transformer_at_a_time(pipeline):
+    """Inside each transformer its own text layers see the references and no others do; so copies stay few."""
+    processors = {name.removesuffix(".processor"): p for name, p in pipeline.unet.attn_processors.items()}
+    transformers = {name.split(".transformer_blocks.")[0] for name in processors}
+    seeing = {}
+    look = lambda name: lambda *_: seeing.update({name: {n for n, p in processors.items() if p.vision is not None}})
+    hooks = [
+        pipeline.unet.get_submodule(f"{name}.transformer_blocks.0").register_forward_hook(look(name))
+        for name in transformers
+    ]
+    hooks.append(pipeline.unet.conv_out.register_forward_hook(look("conv_out")))
+    try:
+        latents(pipeline, Request(prompt=PROMPT, subjects=(dog(), cat()), seed=0, num_inference_steps=1))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name in transformers:
+        assert seeing[name] == {n for n in processors if n.startswith(name + ".") and n.endswith("attn2")} != set()
+    assert seeing["conv_out"] == set()
