@@ -273,14 +273,14 @@ def table(report: dict) -> str:
         f"{report['model']}, {machine['device']}, {machine['threads']} threads, batch at most "
         f"{report['max_batch_size']}. Capacity with full batches, pictures/s: {capacities}.",
         "",
-        "| load | side | pictures | pictures/s | p50 s | p95 s | p99 s | first preview s | mean batch | p95 / request |",
+        "| load | side | number | pictures/s | p50 s | p95 s | p99 s | first preview s | mean batch | p95 / request |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for load, sides in report["loads"].items():
         for side, numbers in sides.items():
             lines.append(
-                f"| {load} | {side} | {numbers['pictures']} | {numbers['throughput_per_s']:.2f} | {numbers['p50_s']:.2f} "
-                f"| {numbers['p95_s']:.2f} | {numbers['p99_s']:.2f} | {numbers['first_preview_s']:.2f} "
+                f"| {load} | {side} | {numbers['pictures']} | {numbers['throughput_per_s']:.2f} "
+                f"| {numbers['p50_s']:.2f} | {numbers['p95_s']:.2f} | {numbers['p99_s']:.2f} | {numbers['first_preview_s']:.2f} "
                 f"| {numbers['mean_batch']:.1f} | {numbers['p95_s'] / sides['request']['p95_s']:.2f} |"
             )
     return "\n".join(lines) + "\n"
