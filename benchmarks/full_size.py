@@ -1,7 +1,7 @@
 """SDXL and SD1.5 with all their published shapes and random weights: speed, memory and shapes need no download.
 
 All layers of the text and vision encoders share the weights of one layer. They run once per prompt and reference, so
-nothing measured depends on their values, and in float32 the whole of SDXL fits a machine with 16 GB that way.
+nothing measured depends on their values, and in float32 the whole of SDXL fits a machine with 24 GB that way.
 """
 
 from pathlib import Path

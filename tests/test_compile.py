@@ -45,7 +45,7 @@ def test_a_warm_pipeline_never_recompiles(compiled):
 def test_a_cold_start_finds_its_programs_in_the_cache(tmp_path, monkeypatch):
     """A new process's compilation, with TORCHINDUCTOR_CACHE_DIR of an earlier one, generates no code."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    counters = torch._dynamo.utils.counters["inductor"]
+    counters = torch._dynamo.utils.counters
     pictures, found = [], []
     for _ in range(2):
         torch._dynamo.reset()
@@ -54,8 +54,8 @@ def test_a_cold_start_finds_its_programs_in_the_cache(tmp_path, monkeypatch):
         pipeline.compile()
         request = Request(prompt=PROMPT, seed=1, guidance_scale=1.0, num_inference_steps=1)
         pictures.append(latents(pipeline, request))
-        found.append((counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"]))
+        found.append([counters["inductor"][f"fxgraph_cache_{kind}"] for kind in ("hit", "miss")])
     (hits, misses), (hits_again, misses_again) = found
-    assert hits == 0 and misses > 0
-    assert hits_again == misses and misses_again == 0
+    assert misses > 0 and misses_again == 0
+    assert hits_again == hits + misses
     assert torch.equal(*pictures)

@@ -1,6 +1,6 @@
 """SDXL and SD1.5 in all their size with random weights: `python -m pytest -m slow -s tests/test_full_size.py`.
 
-Weights are bfloat16 where the CPU multiplies it and float32 elsewhere (14 GB of memory for SDXL); some minutes.
+Weights are bfloat16 where the CPU multiplies it and float32 elsewhere (17 GB of memory for SDXL); some minutes.
 """
 
 import resource
