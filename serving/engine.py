@@ -21,7 +21,8 @@ from .health import Health
 from .job import Job
 from .memory import Budget
 from .observer import Observer
-from .stepping import Stepper
+from .pace import Pace
+from .stepping import Stepper, work
 
 logger = logging.getLogger("ray.serve.realcustom")  # under Ray Serve's logger: its handlers and JSON are ours, too
 
@@ -80,13 +81,13 @@ class Engine:
         self._finished: deque[Job] = deque()
         self._previews: deque[Job] = deque()
         self._decoding: Job | None = None
-        self._rate, self._for_previews = Rate(), Allowance()
+        self._rate, self._pace, self._for_previews = Rate(), Pace(), Allowance()
         self._stepper = Stepper(
             pipeline,
             synchronize=synchronize or (lambda: None),
             observer=self._observer,
             out_of_memory=self._shrink_budget,
-            made=self._measure_rate,
+            made=self._measure,
         )
         self._health = Health()
         self.num_steps = 0
@@ -309,13 +310,19 @@ class Engine:
         return self._pipeline.reference_hits, self._pipeline.reference_misses
 
     def _next_group(self) -> list[Job]:
-        """Of the size whose turn is longest ago, as many pictures as may step together; being passed goes round."""
-        by_turn = sorted(self._active, key=lambda job: (job.last_turn, -job.last_passed))
-        candidates = [job for job in by_turn if job.generation.size == by_turn[0].generation.size]
-        number = max((n for n in self._batch_sizes if n <= len(candidates)), default=len(candidates))
-        for job in candidates[number:]:
-            job.last_passed = self.num_steps + 1
-        return candidates[:number]
+        """Of the size whose turn is longest ago, the first that came. Sizes take turns, so a huge picture does not hold
+        up small ones; pictures of one size are much alike and are made in order, as many at once as batching pays for.
+        While others wait for a place, whatever makes the most of the device is best for all."""
+        turns: dict[tuple[int, int], int] = {}
+        for job in self._active:
+            turns[job.generation.size] = max(job.last_turn, turns.get(job.generation.size, 0))
+        size = min(turns, key=turns.__getitem__)
+        candidates = [job for job in self._active if job.generation.size == size]
+        wanted = len(candidates) if self._waiting else self._pace.enough([work(job.generation) for job in candidates])
+        if self._batch_sizes:
+            allowed = [n for n in self._batch_sizes if n <= len(candidates)]
+            wanted = min((n for n in allowed if n >= wanted), default=max(allowed))
+        return candidates[:wanted]
 
     def _step_next(self) -> None:
         with self._condition:
@@ -341,8 +348,9 @@ class Engine:
             if self._budget:
                 self._budget.shrink([job.memory for job in self._active])
 
-    def _measure_rate(self, group: Sequence[Job], seconds: float) -> None:
+    def _measure(self, group: Sequence[Job], done: float, seconds: float) -> None:
         with self._condition:
+            self._pace.add(done, seconds)
             self._for_previews.earn(seconds, self._preview_share)
             self._rate.add(sum(job.cost / job.generation.num_steps for job in group), seconds)
 

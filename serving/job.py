@@ -38,7 +38,6 @@ class Job:
     preview_told: bool = False
     step_told: int = 0
     last_turn: int = 0  # number of the engine's step it last took part in
-    last_passed: int = 0  # number of the step in which others of its size went first
     outcome: Outcome = "cancelled"  # unless something else is told first
 
     def tell(self, event: Event | Exception) -> None:

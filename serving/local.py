@@ -8,6 +8,8 @@ from .errors import ServerError
 from .handle_client import HandleClient
 from .settings import Settings
 
+log = logging.getLogger(__name__)
+
 NAME = "realcustom"  # of the Serve application
 
 
@@ -52,20 +54,38 @@ def start(
     port = port or free_port(host)
     owns_ray = not ray.is_initialized()
     if owns_ray:
-        ray.init(
-            address="local",
-            num_cpus=max(2, os.cpu_count() or 1),  # bookkeeping: a replica must find its place on one core, too
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            object_store_memory=512 * 2**20,
-        )
+        _start_ray()
     serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
     settings = settings or Settings()
     serve.run(app(settings), name=NAME, route_prefix=route_prefix)
     handle = serve.get_deployment_handle(REPLICA, app_name=NAME)
     url = f"http://{host}:{port}{route_prefix.rstrip('/')}"
     return LocalServer(handle, url, owns_ray=owns_ray, settings=settings)
+
+
+def _start_ray(tries: int = 2) -> None:
+    """A Ray on this machine alone.
+
+    Its node sometimes dies at birth, before it writes a log; Ray gives it 30 s. What it had started ends with this
+    process, and does not stand in the way of another try.
+    """
+    import ray
+
+    for left in reversed(range(tries)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(2, os.cpu_count() or 1),  # bookkeeping: a replica must find its place on one core, too
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                object_store_memory=512 * 2**20,
+            )
+            return
+        except Exception as error:  # Ray has no type for it
+            if "timed out during startup" not in str(error) or not left:
+                raise
+            log.warning("Ray did not start; trying again: %s", error)
 
 
 def join(address: str = "auto") -> HandleClient:

@@ -42,6 +42,17 @@ class Checkpoint:
             generation.set_masks(self._masks)
 
 
+def rows(generation) -> int:
+    """Rows of the UNet's batch in the next step: with the text, without it, and for the mask."""
+    return 1 + (generation.negative_text is not None) + generation.needs_guidance_branch
+
+
+def work(generation) -> float:
+    """What the time of the next step grows with: rows x pixels."""
+    height, width = generation.size
+    return rows(generation) * height * width
+
+
 class Stepper:
     """Steps groups of pictures on one pipeline; used by one thread.
 
@@ -50,7 +61,7 @@ class Stepper:
         synchronize: waits for the device after a step.
         observer: is told of steps that were made.
         out_of_memory: called when a group did not fit, before its halves are tried.
-        made: called with the pictures of a step and its seconds.
+        made: called with the pictures of a step, the work it was, and its seconds.
     """
 
     def __init__(
@@ -60,7 +71,7 @@ class Stepper:
         synchronize: Callable[[], None],
         observer: Observer,
         out_of_memory: Callable[[], None],
-        made: Callable[[Sequence[Job], float], None],
+        made: Callable[[Sequence[Job], float, float], None],
     ) -> None:
         self._pipeline, self._synchronize, self._observer = pipeline, synchronize, observer
         self._out_of_memory, self._made = out_of_memory, made
@@ -71,7 +82,7 @@ class Stepper:
         about: dict[str, Any] = {"request_ids": [job.request_id for job in group]}
         before = [Checkpoint(generation) for generation in generations]
         mask_rows = sum(g.needs_guidance_branch for g in generations)
-        rows = mask_rows + sum(1 + (g.negative_text is not None) for g in generations)
+        num_rows, amount = sum(map(rows, generations)), sum(map(work, generations))
         start = time.monotonic()
         try:
             self._pipeline.step(generations)
@@ -82,8 +93,8 @@ class Stepper:
         else:
             seconds = time.monotonic() - start
             logger.debug("step of %d pictures in %.3f s", len(group), seconds, extra=about)
-            self._made(group, seconds)
-            self._observer.step(pictures=len(group), rows=rows, mask_rows=mask_rows, seconds=seconds)
+            self._made(group, amount, seconds)
+            self._observer.step(pictures=len(group), rows=num_rows, mask_rows=mask_rows, seconds=seconds)
             return {}
         # Outside the handler, so that the failed step's traceback does not hold its tensors.
         for checkpoint in before:

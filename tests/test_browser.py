@@ -215,6 +215,8 @@ def test_leaving_in_mid_picture_frees_the_place(server, page, way):
     until(lambda: stats(server)["active"] == 0)
     assert stats(server)["steps"] < before + 100
     if way == "stop":
+        page.wait_for_selector("#One2One-status:has-text('Stopped')")
+        page.wait_for_timeout(500)  # progress that was under way does not come back
         assert "Stopped" in page.inner_text("#One2One-status")
 
 

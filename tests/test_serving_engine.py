@@ -426,8 +426,8 @@ def test_sizes_take_turns(engine, watched):
     assert all(a != b for a, b in pairwise(turns))
 
 
-def test_groups_are_of_the_allowed_sizes_and_nobody_starves(watched):
-    """With batch sizes 1, 2, 4, five pictures step as 4 and 1 in turns, and none is ever more than a turn behind."""
+def test_groups_are_of_the_allowed_sizes_and_first_come_is_first_served(watched):
+    """With batch sizes 1, 2, 4, five pictures step as 4 until these are done; then the fifth, alone."""
     engine = Engine(watched, max_batch_size=5, batch_sizes=(1, 2, 4))
 
     async def run():
@@ -438,14 +438,38 @@ def test_groups_are_of_the_allowed_sizes_and_nobody_starves(watched):
         watched.gate.set()
         await asyncio.gather(*tasks)
 
+    engine._pace.enough = len  # as if nothing were known of the device
     asyncio.run(run())
     assert {len(batch) for batch in watched.batches} <= {1, 2, 4}
-    steps = np.zeros(5, int)
-    for batch in watched.batches[1:12]:
-        steps[batch] += 1
-        assert steps.max() - steps.min() <= 2
-    assert all(len(batch) == 4 for batch in watched.batches[1:12])
+    assert all(batch == [0, 1, 2, 3] for batch in watched.batches[1:11])
+    assert all(batch == [4] for batch in watched.batches[-11:])
     engine.close()
+
+
+@pytest.mark.parametrize("fixed_s, together", [(0.0, False), (10.0, True)], ids=["busy with one", "not busy with all"])
+def test_pictures_step_together_only_as_far_as_it_pays(watched, fixed_s, together):
+    """Where a step of two takes as long as two steps of one, pictures are finished one after the other."""
+    engine = Engine(watched, max_batch_size=4)
+    for pixels in (64 * 64, 4 * 64 * 64, 8 * 64 * 64):
+        engine._pace.add(pixels, fixed_s + pixels * 1e-3)
+    engine._pace.add = lambda *_: None
+
+    async def run():
+        watched.gate.clear()
+        tasks = [asyncio.create_task(last(engine, request(i, num_inference_steps=8))) for i in range(3)]
+        await until(lambda: engine.stats()["active"] == 3)
+        watched.batches.clear()
+        watched.gate.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+    engine.close()
+    batches = watched.batches[1:8]  # the first was decided when one picture was there
+    if together:
+        assert batches == [[0, 1, 2]] * 7
+    else:
+        order = [seed for (seed,) in watched.batches[1:]]
+        assert order == sorted(order)
 
 
 def test_pictures_come_in_as_memory_allows_and_in_order(watched):

@@ -64,7 +64,7 @@ def test_the_faulty_picture_fails_alone_and_its_neighbours_are_unharmed(pipeline
         synchronize=lambda: None,
         observer=Observer(),
         out_of_memory=lambda: pytest.fail("it was another fault"),
-        made=lambda group, seconds: made.append([job.request.seed for job in group]),
+        made=lambda group, amount, seconds: made.append([job.request.seed for job in group]),
     )
     loop = asyncio.new_event_loop()
     jobs = [Job(request(seed), False, loop, cost=1.0, generation=pipeline.prepare(request(seed))) for seed in range(4)]

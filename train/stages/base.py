@@ -24,7 +24,7 @@ from ..tokenizer import load_tokenizer
 
 CAPTION_DROPOUT = 0.1
 BATCH_SIZE = 64
-FULL_SIZE_EVERY = 10
+FULL_SIZE_EVERY = 20
 PREVIEW_PROMPTS = (
     "a dog on the beach",
     "a cat in the snow",
