@@ -87,7 +87,7 @@ def test_curriculum_begins_with_the_picture_itself():
 def test_pool_is_the_same_after_a_restart(tmp_path):
     """What a pool holds at a step follows from the step: a new object fills in just what is missing."""
     options = dict(start=6, capacity=8, per_step=2)
-    fields = {"pixels": ((3, 32, 32), "uint8"), "caption": ((96,), "uint8"), "inside": ((8, 8), "uint8")}
+    fields = {"pixels": ((3, 32, 32), "uint8"), "caption": ((96,), "uint8"), "where": ((8, 8), "uint8")}
     render, draws = RenderSamples(size=32), np.array([0.0, 0.3, 0.99])
     unbroken = SamplePool(tmp_path / "a", fields, render, **options)
     unbroken._store(range(6), render(range(6)))

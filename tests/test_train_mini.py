@@ -5,9 +5,12 @@ import torch
 
 from realcustom.adapter import RealCustomAdapter
 from realcustom.attention import AttentionLayers
+from realcustom.recorder import AttentionRecorder
 from realcustom.vision import VisionFeatures
 from train.diffusion import diffusion_loss, min_snr_weight, size_condition, subject_weight, v_target
+from train.grounding import grounding_loss, places_of, subject_marks
 from train.networks import build_scheduler, build_unet, build_vae
+from train.precision import differentiable_attention
 from train.stages.adapter import draw_noisy, everywhere
 from train.stages.base import FULL_SIZE_EVERY, PREVIEW_PROMPTS, TextToImage, draw_noise, size_and_turn
 from train.stages.vae import vae_loss
@@ -140,3 +143,48 @@ def test_place_weights_count_subjects_more():
     inside[0, :2, :2] = 1
     weight = subject_weight(inside)
     assert weight.shape == (1, 1, 4, 4) and weight[0, 0, 0, 0] == 1 and 0 < weight[0, 0, 3, 3] < 1
+
+
+def test_subject_words_are_marked_in_order(tokenizer):
+    """Each subject's own word, in the order of the caption; a dropped caption has none."""
+    marks = subject_marks(tokenizer, ["an owl and a dog in the snow", "a photo of a dog", ""])
+    assert marks.sum((1, 2)).tolist() == [2, 1, 0]
+    tokens = tokenizer(["an owl and a dog in the snow"]).input_ids[0]
+    spelled = [tokenizer.decode(tokens[int(mark.argmax())]).strip() for mark in marks[0]]
+    assert spelled == ["owl", "dog"]
+
+
+def test_grounding_loss_is_least_where_words_look_at_their_subjects():
+    where = torch.tensor([[[1, 1, 2, 2]] * 4], dtype=torch.uint8)
+    places = places_of(where)
+    right, wrong = places.flatten(2), places.flip(1).flatten(2)
+    assert grounding_loss([(0, right)], places) == 0
+    assert grounding_loss([(0, wrong)], places) == 1
+    assert grounding_loss([(0, torch.ones_like(right))], places) == pytest.approx(0.25)
+    coarse = torch.tensor([[[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]]])
+    assert grounding_loss([(1, coarse)], places) == 0
+    unnamed = torch.stack([right[:, 0], torch.zeros_like(right[:, 0])], dim=1)
+    assert grounding_loss([(0, unnamed)], places) == 0
+
+
+def test_words_learn_where_to_look(tokenizer):
+    """The loss reaches queries and keys of the UNet through our recorder, and a few steps lower it."""
+    torch.manual_seed(0)
+    model, scheduler = TextToImage(tokenizer), build_scheduler()
+    attention = AttentionLayers(model.unet)
+    captions = ["a dog and a cat in the snow", "a dog"]
+    where = torch.zeros(2, 16, 16, dtype=torch.uint8)
+    where[:, :, :8], where[0, :, 8:] = 1, 2
+    clean, noise = torch.randn(2, 2, 4, 16, 16)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
+    for _ in range(8):
+        recorder = AttentionRecorder(attention.levels, "all_cross", subject_marks(tokenizer, captions))
+        with differentiable_attention("cpu"), attention.connected(recordings=recorder.layers):
+            text = model.encode_text(model.tokens(captions))
+            diffusion_loss(model.unet, scheduler, clean, noise, torch.tensor([300, 800]), *text)
+        loss = grounding_loss(recorder.cross_maps.values(), places_of(where))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]

@@ -39,8 +39,8 @@ def unpack_captions(values: np.ndarray) -> list[str]:
 
 @dataclass(frozen=True)
 class RenderSamples:
-    """Pictures with captions: `pixels` uint8 [n, 3, S, S], `caption` uint8 [n, CAPTION_BYTES], `inside` uint8
-    [n, S / 4, S / 4], 1 where the subjects are."""
+    """Pictures with captions: `pixels` uint8 [n, 3, S, S], `caption` uint8 [n, CAPTION_BYTES], `where` uint8
+    [n, S / 4, S / 4], whose bit i is set where the i-th subject of the caption is."""
 
     size: int = 128
     seed: int = 0
@@ -51,7 +51,7 @@ class RenderSamples:
         return {
             "pixels": np.stack([pixels_of(s.picture, self.size) for s in samples]),
             "caption": np.stack([pack_caption(s.caption) for s in samples]),
-            "inside": np.stack([_inside(s.boxes, self.size) for s in samples]),
+            "where": np.stack([_where(s.boxes, self.size) for s in samples]),
         }
 
 
@@ -99,20 +99,20 @@ class RenderPairs:
             entry["caption"].append(pack_caption(pair.sample.caption))
             subjects = zip(pair.sample.subjects, pair.sample.boxes)
             shown = [box for subject, box in subjects if subject.category in pair.target_phrases]
-            entry["inside"].append(_inside(shown, self.size))
+            entry["inside"].append((_where(shown, self.size) > 0).astype(np.uint8))
             if self.with_wrong:
                 strangers = tuple(random_instance(rng, name, self.split) for name in pair.target_phrases)
                 entry["wrong"].append(pixels_of(make_reference(rng, strangers)))
         return {name: np.stack(values) for name, values in entry.items()}
 
 
-def _inside(boxes: Sequence[tuple[int, int, int, int]], size: int) -> np.ndarray:
-    """Marks the latent positions that the boxes cover, uint8 [size / 4, size / 4]; boxes in px of the whole scene."""
-    inside = np.zeros((SCENE_SIZE // 4, SCENE_SIZE // 4), np.uint8)
-    for left, top, right, bottom in boxes:
-        inside[top // 4 : -(-bottom // 4), left // 4 : -(-right // 4)] = 1
+def _where(boxes: Sequence[tuple[int, int, int, int]], size: int) -> np.ndarray:
+    """Sets bit i at the latent positions that box i covers, uint8 [size / 4, size / 4]; boxes in px of the scene."""
+    where = np.zeros((SCENE_SIZE // 4, SCENE_SIZE // 4), np.uint8)
+    for subject, (left, top, right, bottom) in enumerate(boxes):
+        where[top // 4 : -(-bottom // 4), left // 4 : -(-right // 4)] |= 1 << subject
     every = SCENE_SIZE // size
-    return inside[::every, ::every]
+    return where[::every, ::every]
 
 
 def _resized_crop(picture: Image.Image, ratio: float, down: float, right: float) -> Image.Image:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from realcustom.adapter import RealCustomAdapter, VisionKeysValues
 from realcustom.attention import AttentionLayers, VisualAttention
@@ -29,7 +28,7 @@ from ..latents import LatentCodec
 from ..loop import LoopConfig, run_loop
 from ..networks import LATENT_FACTOR, PICTURE_SIZE, VISION_WIDTH, build_scheduler
 from ..pictures import save_grid, to_signed
-from ..precision import autocast
+from ..precision import autocast, differentiable_attention
 from .base import TextToImage, first_falling_step, load_base, size_and_turn
 from .vision import load_vision
 
@@ -87,7 +86,7 @@ class AdapterTask:
 
     def loss(self, unet, vision, clean: Tensor, weight: Tensor, captions: list[str], noise: Tensor, steps: Tensor):
         """Weighted velocity loss per sample, [B]; `vision` None is the base model alone."""
-        with self.autocast(), sdpa_kernel(SDPBackend.MATH):  # the fused kernel is slow backwards on a CPU
+        with self.autocast(), differentiable_attention(self.device):
             with torch.no_grad():
                 embeds, pooled = self.model.encode_text(self.model.tokens(captions).to(self.device))
             with self.attention.connected(vision):

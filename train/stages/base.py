@@ -9,17 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
+
+from realcustom.attention import AttentionLayers
+from realcustom.recorder import AttentionRecorder
 
 from ..data.pool import Entry, SamplePool
 from ..data.render import CAPTION_BYTES, RenderSamples, unpack_captions
 from ..diffusion import diffusion_loss, sample_latents, subject_weight
+from ..grounding import GROUNDING_WEIGHT, grounding_loss, places_of, subject_marks
 from ..latents import LatentCodec
 from ..loop import LoopConfig, run_loop
 from ..networks import LATENT_FACTOR, PICTURE_SIZE, build_scheduler, build_text_encoders, build_unet
 from ..pictures import save_grid, to_signed
-from ..precision import autocast
+from ..precision import autocast, differentiable_attention
 from ..tokenizer import load_tokenizer
 
 CAPTION_DROPOUT = 0.1
@@ -78,7 +81,7 @@ class TextToImage(nn.Module):
         self.tokenizer = tokenizer
         self.unet = build_unet().to(memory_format=torch.channels_last)
         self.text_encoder, self.text_encoder_2 = build_text_encoders(tokenizer)
-        for encoder in (self.text_encoder, self.text_encoder_2):  # as `plain_attention`
+        for encoder in (self.text_encoder, self.text_encoder_2):  # see `differentiable_attention`
             encoder.set_attn_implementation("eager")
 
     def tokens(self, captions: list[str]) -> Tensor:
@@ -98,11 +101,6 @@ class TextToImage(nn.Module):
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
-def plain_attention(unet) -> None:
-    """Softmax written out: PyTorch's fused attention runs backwards at half its speed on a CPU."""
-    unet.set_attn_processor(AttnProcessor())
-
-
 def draw_noise(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Noise and time steps, the latter spread evenly over the batch so that the loss is less noisy."""
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
@@ -116,8 +114,7 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
     )
     torch.manual_seed(0)
     model = TextToImage(load_tokenizer(out)).to(device)
-    if device == "cpu":
-        plain_attention(model.unet)
+    attention = AttentionLayers(model.unet)
     scheduler = build_scheduler()
     codec = LatentCodec(out, device)
     details_from = first_falling_step(config)
@@ -126,7 +123,7 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
 
     def encode(raw: Entry) -> Entry:
         latents = codec.encode(to_signed(raw["pixels"])).cpu().half().numpy()
-        return {"latents": latents, "caption": raw["caption"], "inside": raw["inside"]}
+        return {"latents": latents, "caption": raw["caption"], "where": raw["where"]}
 
     def pool_for(size: int, turn: int) -> SamplePool:
         if size not in pools:
@@ -134,7 +131,7 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
             fields = {
                 "latents": ((4, side, side), "float16"),
                 "caption": ((CAPTION_BYTES,), "uint8"),
-                "inside": ((side, side), "uint8"),
+                "where": ((side, side), "uint8"),
             }
             folder = config.out / f"pool_{size}"
             render = RenderSamples(size=size)
@@ -148,13 +145,18 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
         pool.refresh(turn)
         entry = pool.batch(turn, torch.rand(config.batch_size, generator=generator).numpy())
         clean = torch.from_numpy(entry["latents"].astype(np.float32)).to(device)
-        weight = subject_weight(torch.from_numpy(entry["inside"]).to(device))
+        places = places_of(torch.from_numpy(entry["where"]).to(device))
+        weight = subject_weight(places.amax(1))
         dropped = torch.rand(len(clean), generator=generator) < CAPTION_DROPOUT
         captions = ["" if drop else text for text, drop in zip(unpack_captions(entry["caption"]), dropped)]
         noise, steps = draw_noise(clean, generator)
-        with autocast(device):
+        marks = subject_marks(model.tokenizer, captions).to(device)
+        recorder = AttentionRecorder(attention.levels, "all_cross", marks)
+        with autocast(device), differentiable_attention(device), attention.connected(recordings=recorder.layers):
             embeds, pooled = model.encode_text(model.tokens(captions).to(device))
-            return diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled, weight).mean(), {}
+            loss = diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled, weight).mean()
+        grounding = grounding_loss(recorder.cross_maps.values(), places)
+        return loss + GROUNDING_WEIGHT * grounding, {"grounding": float(grounding.detach())}
 
     def preview(step: int) -> None:
         side = PICTURE_SIZE // LATENT_FACTOR
