@@ -8,7 +8,6 @@ the low rate again. Every answer is checked against its seed's picture. Each nod
 
 import argparse
 import asyncio
-import json
 import sys
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from ray.cluster_utils import Cluster
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.chaos import Answer, judge, requests
+from benchmarks.report import save
 from serving.build import REPLICA
 from serving.client import Client
 from serving.local import NAME, start
@@ -157,11 +157,8 @@ def main() -> None:
     finally:
         ray.shutdown()
         cluster.shutdown()
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.with_suffix(".json").write_text(json.dumps(report) + "\n")
-    flags.out.with_suffix(".md").write_text(table(report))
+    save(report, table(report), flags.out)
     plot(report, flags.out.with_suffix(".png"))
-    print(table(report))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ picture that its request gave before the killing began, or a clear error; never 
 
 import argparse
 import asyncio
-import json
 import sys
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.report import save
 from serving.client import (
     Client,
     HttpClient,
@@ -222,10 +222,7 @@ def main() -> None:
         server.shutdown()
     report = {"model": flags.model, "replicas": flags.replicas, "arrivals_s": flags.seconds, "every_s": flags.every}
     report |= summary(answers, killed)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-    flags.out.with_suffix(".md").write_text(table(report))
-    print(table(report))
+    save(report, table(report), flags.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ Each load's arrivals are played to one side after the other in turns, within one
 
 import argparse
 import asyncio
-import json
 import platform
 import statistics
 import sys
@@ -35,6 +34,7 @@ from ray.serve.context import _set_internal_replica_context
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.report import save
 from realcustom import RealCustomPipeline, Request, Subject
 from serving.engine import Engine
 from serving.events import Progress
@@ -300,10 +300,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "serving")
     flags = parser.parse_args()
     report = measure(flags)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-    flags.out.with_suffix(".md").write_text(table(report))
-    print(table(report))
+    save(report, table(report), flags.out)
 
 
 if __name__ == "__main__":

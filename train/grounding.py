@@ -1,4 +1,4 @@
-"""Words look where they are: a small loss on the cross-attention of subject words (TokenCompose, Wang et al., CVPR 2024).
+"""Words look where they are: a small loss on the cross-attention of subject words, that of TokenCompose (CVPR 2024).
 
 In SDXL it comes by itself that the pixels of a dog attend to "dog", which is what guidance masks are made of. A model
 that sees a thousandth of SDXL's pictures needs to be told.
