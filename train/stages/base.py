@@ -28,7 +28,7 @@ from ..tokenizer import load_tokenizer
 CAPTION_DROPOUT = 0.1
 BATCH_SIZE = 64
 FULL_SIZE_EVERY = 20
-GROUNDED_EVERY = 5  # recording attention makes a step a third longer; a divisor of the above, so that both sizes have it
+GROUNDED_EVERY = 5  # a step that records attention takes a third longer; divides the above: both sizes are grounded
 PREVIEW_PROMPTS = (
     "a dog on the beach",
     "a cat in the snow",
