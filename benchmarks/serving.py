@@ -41,7 +41,7 @@ from serving.events import Progress
 from serving.observer import Observer
 
 SIDES = ("step", "request", "single")
-BATCH_WAIT_S = 0.05  # how long @serve.batch collects; a picture takes many times as long
+BATCH_WAIT_S = 0.05  # how long @serve.batch collects, also while an earlier batch is being made
 
 
 @dataclass
