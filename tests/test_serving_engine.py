@@ -409,41 +409,38 @@ def test_full_is_said_and_positions_move_up(engine, watched):
     assert all(line == sorted(line, reverse=True) for line in lines)
 
 
-def test_sizes_take_turns(engine, watched):
-    """Two sizes alternate, so neither starves."""
+def batches_of(engine, watched, *wanted: Request) -> list[list[int]]:
+    """Seeds that step together, step by step, of pictures that are all there from the second step on."""
 
     async def run():
         watched.gate.clear()
-        tasks = [asyncio.create_task(last(engine, request(i, num_inference_steps=6))) for i in (1, 2)]
-        tasks += [asyncio.create_task(last(engine, request(3, height=96, num_inference_steps=6)))]
-        await until(lambda: engine.stats()["active"] == 3)
+        tasks = [asyncio.create_task(last(engine, r)) for r in wanted]
+        await until(lambda: engine.stats()["active"] == len(wanted))
         watched.batches.clear()
         watched.gate.set()
         await asyncio.gather(*tasks)
 
     asyncio.run(run())
-    turns = [3 in batch for batch in watched.batches[1:10]]
+    return watched.batches[1:]  # the first was decided when one picture was there
+
+
+def test_sizes_take_turns(engine, watched):
+    """Two sizes alternate, so neither starves."""
+    small = [request(i, num_inference_steps=6) for i in (1, 2)]
+    batches = batches_of(engine, watched, *small, request(3, height=96, num_inference_steps=6))
+    turns = [3 in batch for batch in batches[:9]]
     assert all(a != b for a, b in pairwise(turns))
 
 
 def test_groups_are_of_the_allowed_sizes_and_first_come_is_first_served(watched):
     """With batch sizes 1, 2, 4, five pictures step as 4 until these are done; then the fifth, alone."""
     engine = Engine(watched, max_batch_size=5, batch_sizes=(1, 2, 4))
-
-    async def run():
-        watched.gate.clear()
-        tasks = [asyncio.create_task(last(engine, request(i, num_inference_steps=12))) for i in range(5)]
-        await until(lambda: engine.stats()["active"] == 5)
-        watched.batches.clear()
-        watched.gate.set()
-        await asyncio.gather(*tasks)
-
     engine._pace.enough = len  # as if nothing were known of the device
-    asyncio.run(run())
-    assert {len(batch) for batch in watched.batches} <= {1, 2, 4}
-    assert all(batch == [0, 1, 2, 3] for batch in watched.batches[1:11])
-    assert all(batch == [4] for batch in watched.batches[-11:])
+    batches = batches_of(engine, watched, *(request(i, num_inference_steps=12) for i in range(5)))
     engine.close()
+    assert {len(batch) for batch in watched.batches} <= {1, 2, 4}
+    assert all(batch == [0, 1, 2, 3] for batch in batches[:10])
+    assert all(batch == [4] for batch in batches[-11:])
 
 
 @pytest.mark.parametrize("fixed_s, together", [(0.0, False), (10.0, True)], ids=["busy with one", "not busy with all"])
@@ -453,22 +450,12 @@ def test_pictures_step_together_only_as_far_as_it_pays(watched, fixed_s, togethe
     for pixels in (64 * 64, 4 * 64 * 64, 8 * 64 * 64):
         engine._pace.add(pixels, fixed_s + pixels * 1e-3)
     engine._pace.add = lambda *_: None
-
-    async def run():
-        watched.gate.clear()
-        tasks = [asyncio.create_task(last(engine, request(i, num_inference_steps=8))) for i in range(3)]
-        await until(lambda: engine.stats()["active"] == 3)
-        watched.batches.clear()
-        watched.gate.set()
-        await asyncio.gather(*tasks)
-
-    asyncio.run(run())
+    batches = batches_of(engine, watched, *(request(i, num_inference_steps=8) for i in range(3)))
     engine.close()
-    batches = watched.batches[1:8]  # the first was decided when one picture was there
     if together:
-        assert batches == [[0, 1, 2]] * 7
+        assert batches[:7] == [[0, 1, 2]] * 7
     else:
-        order = [seed for (seed,) in watched.batches[1:]]
+        order = [seed for (seed,) in batches]
         assert order == sorted(order)
 
 
