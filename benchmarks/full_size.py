@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from realcustom import RealCustomAdapter, RealCustomConfig, RealCustomPipeline
-from train.precision import multiplies_bfloat16
 
 TOKENIZER = Path(__file__).parents[1] / "assets/mini/tokenizer"  # any CLIP tokenizer will do for random weights
 TEXT_LENGTH = 77
@@ -86,7 +85,9 @@ def _vision_encoders() -> dict[str, nn.Module]:
 
 def default_dtype(device: str) -> torch.dtype:
     """bfloat16 where the processor multiplies it; a CPU without such instructions emulates it, 70 times slower here."""
-    return torch.bfloat16 if multiplies_bfloat16(torch.device(device).type) else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    multiplies = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if torch.device(device).type != "cpu" or multiplies else torch.float32
 
 
 def random_pipeline(family: str, device: str = "cpu", dtype: torch.dtype | None = None) -> RealCustomPipeline:

@@ -7,6 +7,7 @@ from realcustom.adapter import RealCustomAdapter
 from realcustom.attention import AttentionLayers
 from realcustom.recorder import AttentionRecorder
 from realcustom.vision import VisionFeatures
+from train.captions import CaptionCache
 from train.diffusion import diffusion_loss, min_snr_weight, size_condition, subject_weight, v_target
 from train.grounding import grounding_loss, places_of, subject_marks
 from train.networks import build_scheduler, build_unet, build_vae
@@ -63,16 +64,33 @@ def test_time_steps_cover_the_range(draw):
     assert steps.min() < 60 and steps.max() > 980
 
 
+def test_frozen_text_is_encoded_once(tokenizer):
+    """The cache gives each caption what the encoders give it, encodes none twice, and lets no gradient through."""
+    torch.manual_seed(0)
+    model, encoded = TextToImage(tokenizer), []
+
+    def encode(captions):
+        encoded.extend(captions)
+        return model.encode_text(captions)
+
+    cache = CaptionCache(encode)
+    cache(["a dog", "", "a dog"])
+    captions = ["an owl in the snow", "a dog", "", "a dog"]
+    for cached, expected in zip(cache(captions), model.encode_text(captions), strict=True):
+        assert not cached.requires_grad and torch.allclose(cached, expected, atol=1e-5)
+    assert sorted(encoded) == sorted(set(captions))
+
+
 def test_base_learns_one_batch(tokenizer):
     """UNet and both text encoders get gradients; a few steps on one batch lower the loss."""
     torch.manual_seed(0)
     model, scheduler = TextToImage(tokenizer), build_scheduler()
     clean, noise = torch.randn(2, 2, 4, 16, 16)
-    steps, tokens = torch.tensor([300, 800]), model.tokens(["a dog", "an owl in the snow"])
+    steps, captions = torch.tensor([300, 800]), ["a dog", "an owl in the snow"]
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
     for _ in range(6):
-        loss = diffusion_loss(model.unet, scheduler, clean, noise, steps, *model.encode_text(tokens)).mean()
+        loss = diffusion_loss(model.unet, scheduler, clean, noise, steps, *model.encode_text(captions)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -180,7 +198,7 @@ def test_words_learn_where_to_look(tokenizer):
     for _ in range(8):
         recorder = AttentionRecorder(attention.levels, "all_cross", subject_marks(tokenizer, captions))
         with differentiable_attention("cpu"), attention.connected(recordings=recorder.layers):
-            text = model.encode_text(model.tokens(captions))
+            text = model.encode_text(captions)
             diffusion_loss(model.unet, scheduler, clean, noise, torch.tensor([300, 800]), *text)
         loss = grounding_loss(recorder.cross_maps.values(), places_of(where))
         optimizer.zero_grad()

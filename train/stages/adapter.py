@@ -20,6 +20,7 @@ from realcustom.adapter import RealCustomAdapter, VisionKeysValues
 from realcustom.attention import AttentionLayers, VisualAttention
 from realcustom.vision import VisionFeatures
 
+from ..captions import CaptionCache
 from ..checkpoint import checkpoint_state, load_average
 from ..data.pool import Entry, SamplePool
 from ..data.render import CAPTION_BYTES, RenderPairs, unpack_captions
@@ -55,6 +56,7 @@ class AdapterTask:
         self.model.unet.to(memory_format=torch.channels_last)
         self.attention = AttentionLayers(self.model.unet)
         self.unet = torch.compile(self.model.unet, dynamic=False) if compiled else self.model.unet
+        self.encode_text = CaptionCache(self.model.encode_text)
         self.encoders = load_vision(out, device)
         self.vision_step = checkpoint_state(out / "vision" / "checkpoint")["step"]
         self.codec = LatentCodec(out, device)
@@ -87,8 +89,7 @@ class AdapterTask:
     def loss(self, unet, vision, clean: Tensor, weight: Tensor, captions: list[str], noise: Tensor, steps: Tensor):
         """Weighted velocity loss per sample, [B]; `vision` None is the base model alone."""
         with self.autocast(), differentiable_attention(self.device):
-            with torch.no_grad():
-                embeds, pooled = self.model.encode_text(self.model.tokens(captions).to(self.device))
+            embeds, pooled = self.encode_text(captions)
             with self.attention.connected(vision):
                 return diffusion_loss(unet, self.scheduler, clean, noise, steps, embeds, pooled, weight)
 
@@ -170,7 +171,7 @@ def _compare(task: AdapterTask, adapter: RealCustomAdapter, raw: Entry, captions
     size = raw["pixels"].shape[-1]
     shape = (count, 4, size // LATENT_FACTOR, size // LATENT_FACTOR)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(task.device)
-    embeds, pooled = task.model.encode_text(task.model.tokens([*captions[:count], ""]).to(task.device))
+    embeds, pooled = task.encode_text([*captions[:count], ""])
     with task.autocast():
         keys_values = adapter(task.features(raw["reference"][:count]))
     text = (embeds[:-1], pooled[:-1], embeds[-1:], pooled[-1:])

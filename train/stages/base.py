@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from realcustom.attention import AttentionLayers
 from realcustom.recorder import AttentionRecorder
 
+from ..captions import CaptionCache
 from ..data.pool import Entry, SamplePool
 from ..data.render import CAPTION_BYTES, RenderSamples, unpack_captions
 from ..diffusion import diffusion_loss, sample_latents, subject_weight
@@ -28,6 +29,7 @@ from ..tokenizer import load_tokenizer
 CAPTION_DROPOUT = 0.1
 BATCH_SIZE = 64
 FULL_SIZE_EVERY = 20
+TEXT_STEPS = 200_000 // BATCH_SIZE  # then the text encoders know the world's few words, stay, and cost nothing more
 GROUNDED_EVERY = 5  # a step that records attention takes a third longer; divides the above: both sizes are grounded
 PREVIEW_PROMPTS = (
     "a dog on the beach",
@@ -95,8 +97,9 @@ class TextToImage(nn.Module):
             return_tensors="pt",
         ).input_ids
 
-    def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Penultimate states of both encoders [B, T, 128], pooled text of the second [B, 64]."""
+        tokens = self.tokens(captions).to(self.unet.device)
         first = self.text_encoder(tokens, output_hidden_states=True)
         second = self.text_encoder_2(tokens, output_hidden_states=True)
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
@@ -111,12 +114,13 @@ def draw_noise(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
 
 def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options) -> None:
     config = LoopConfig(
-        out=out / "base", batch_size=BATCH_SIZE, learning_rate=1e-3, warmup_steps=100, decay=0.1, **options
+        out=out / "base", batch_size=BATCH_SIZE, learning_rate=1e-3, warmup_steps=100, decay=0.2, **options
     )
     torch.manual_seed(0)
     model = TextToImage(load_tokenizer(out)).to(device)
     attention = AttentionLayers(model.unet)
     scheduler = build_scheduler()
+    frozen_text = CaptionCache(model.encode_text)
     codec = LatentCodec(out, device)
     details_from = first_falling_step(config)
     unet = torch.compile(model.unet, dynamic=False) if compiled else model.unet
@@ -157,7 +161,8 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
             recorder = AttentionRecorder(attention.levels, "all_cross", marks)
         recordings = recorder and recorder.layers
         with autocast(device), differentiable_attention(device), attention.connected(recordings=recordings):
-            embeds, pooled = model.encode_text(model.tokens(captions).to(device))
+            encode_text = model.encode_text if step < TEXT_STEPS else frozen_text
+            embeds, pooled = encode_text(captions)
             loss = diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled, weight).mean()
         if recorder is None:
             return loss, {}
@@ -168,7 +173,7 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
     def preview(step: int) -> None:
         side = PICTURE_SIZE // LATENT_FACTOR
         noise = torch.randn(len(PREVIEW_PROMPTS), 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-        embeds, pooled = model.encode_text(model.tokens([*PREVIEW_PROMPTS, ""]).to(device))
+        embeds, pooled = model.encode_text([*PREVIEW_PROMPTS, ""])
         latents = sample_latents(model.unet, scheduler, embeds[:-1], pooled[:-1], embeds[-1:], pooled[-1:], noise)
         save_grid(codec.decode(latents), config.out / "pictures" / f"{step * config.batch_size:08d}.png", columns=5)
 
