@@ -29,6 +29,7 @@ CSS = f"""
 .words label:focus-within {{ outline: 2px solid var(--color-accent); }}
 .words label span {{ margin-left: 0 !important; }}
 .enlarged img {{ width: 100% !important; height: 100% !important; object-fit: contain !important; }}
+.enlarged .grid-wrap {{ min-height: 0 !important; }}
 .stage-line {{ min-height: 1.6em; }}
 .stage-bar {{ height: 4px; margin-top: 4px; border-radius: 2px; background: var(--border-color-primary); }}
 .stage-bar div {{ height: 100%; border-radius: 2px; background: var(--color-accent); transition: width 0.2s; }}
