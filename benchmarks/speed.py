@@ -65,19 +65,18 @@ def memory(bench: Workbench, number: int) -> dict[str, float]:
     bench.generations(number)  # the references are cached from here on
     plain = peak_bytes(lambda: bench.text_to_image(number, **short), bench.device)
     ours = peak_bytes(lambda: bench.ours(number, **short), bench.device)
-    cached = [kv for reference in bench.pipeline._references.values() for kv in reference.values()]
     return {
         "plain MB": plain / 1e6,
         "ours MB": ours / 1e6,
         "ours / plain": ours / plain,
-        "keys and values of the references MB": sum(k.nbytes + v.nbytes for k, v in cached) / 1e6,
+        "keys and values of the references MB": bench.pipeline.references.num_bytes / 1e6,
     }
 
 
 @torch.no_grad()
 def parts(bench: Workbench, rounds: int) -> dict[str, float]:
     """Seconds of each part of the work on one picture, and of a step of each kind."""
-    pipeline = bench.pipeline
+    pipeline, denoiser = bench.pipeline, bench.pipeline.denoiser
     (generation,) = bench.generations()
 
     def prepare_new() -> None:
@@ -85,18 +84,18 @@ def parts(bench: Workbench, rounds: int) -> dict[str, float]:
         bench.generations()
 
     recorders = []
-    set_masks = pipeline._set_masks
-    pipeline._set_masks = lambda generations, recorder: (recorders.append(recorder), set_masks(generations, recorder))
+    set_masks = denoiser.set_masks
+    denoiser.set_masks = lambda generations, recorder: (recorders.append(recorder), set_masks(generations, recorder))
     try:
-        pipeline.guidance_branch([generation])
+        denoiser.guidance_branch([generation])
     finally:
-        del pipeline._set_masks
+        del denoiser.set_masks
     works = {
         "prepare, new prompt and reference": prepare_new,
         "prepare, known prompt and reference": bench.generations,
-        "guidance branch with mask": lambda: pipeline.guidance_branch([generation]),
-        "of which mask": lambda: pipeline._set_masks([generation], recorders[0]),
-        "generation branch": lambda: pipeline.generation_branch([generation]),
+        "guidance branch with mask": lambda: denoiser.guidance_branch([generation]),
+        "of which mask": lambda: denoiser.set_masks([generation], recorders[0]),
+        "generation branch": lambda: denoiser.generation_branch([generation]),
         "decode": lambda: pipeline.decode([generation]),
     }
     return {f"{name} s": value for name, value in side_by_side(works, bench.device, rounds).items()}
@@ -131,11 +130,11 @@ def operations(pipeline: RealCustomPipeline, asked: Request) -> dict[str, float]
     """Operations of one picture against plain text-to-image with as many steps; exact counts, no timing."""
     generation = pipeline.prepare(asked)
     plain = pipeline.prepare(Request(prompt=asked.prompt, height=asked.height, width=asked.width, seed=0))
-    counts = {}
+    counts, denoiser = {}, pipeline.denoiser
     works = {
-        "guidance": lambda: pipeline.guidance_branch([generation]),
-        "generation": lambda: pipeline.generation_branch([generation]),
-        "plain": lambda: pipeline.generation_branch([plain]),
+        "guidance": lambda: denoiser.guidance_branch([generation]),
+        "generation": lambda: denoiser.generation_branch([generation]),
+        "plain": lambda: denoiser.generation_branch([plain]),
     }
     known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
     for name, work in works.items():

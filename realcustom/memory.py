@@ -60,7 +60,7 @@ def _offload_layers(pipeline, device: torch.device) -> None:
     apply_group_offloading(
         pipeline.unet, onload_device=device, offload_type="leaf_level", use_stream=on_gpu, record_stream=on_gpu
     )
-    pipeline.leaves_early = False  # the layers are brought over in an order learned from whole passes
+    pipeline.denoiser.leaves_early = False  # the layers are brought over in an order learned from whole passes
 
 
 def resident_parts(tier: MemoryTier) -> tuple[str, ...]:

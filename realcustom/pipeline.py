@@ -1,14 +1,8 @@
-"""RealCustomPipeline: prepare, step, decode, and the diffusers-style call over them. The one denoising loop there is.
-
-Legend: R rows of a UNet call, P (row, subject) pairs, S subjects, T text tokens, h x w positions of a level.
-"""
+"""RealCustomPipeline: prepare, step, decode, and the diffusers-style call over them."""
 
 import copy
 import hashlib
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from os import PathLike
@@ -24,18 +18,17 @@ from torch import Tensor
 
 from . import adapter as _adapter  # noqa: F401  diffusers finds the adapter's class through the imported module
 from .adapter import RealCustomAdapter, VisionKeysValues
-from .attention import AttentionLayers, LeftEarly, VisualAttention, level_sizes
+from .cache import Cache
 from .config import MaskSource, RealCustomConfig, SamplingDefaults
+from .denoiser import Denoiser
 from .generation import Generation
 from .lora import LoraLoader
-from .mask import average_maps, guidance_masks
-from .recorder import AttentionRecorder
 from .request import Request, Subject, to_rgb
 from .text import TextCondition, TextEncoders
 from .vision import VisionEncoders, VisionFeatures
 
 REFERENCE_CACHE_BYTES = 1 << 30  # about four references of SDXL in bf16
-TEXT_CACHE_ENTRIES = 64
+TEXT_CACHE_BYTES = 1 << 25  # about a hundred prompts of SDXL in bf16
 # Numbers of subjects of pictures that step together: what makes `torch.compile` see every kind of call, each twice with
 # different batch sizes, after which it takes these as dynamic.
 WARM_UP_GROUPS = ((1,), (2,), (1, 1), (2, 1, 1), (1, 1, 1), (2, 2), (0,), (0, 0), (0, 0, 0), (1, 0, 2))
@@ -113,15 +106,11 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
             part.to(memory_format=torch.channels_last)
         self.vae_scale_factor = _spatial_compression(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._num_levels = len(unet.config.down_block_types)
-        self._attention = AttentionLayers(unet)
+        self.denoiser = Denoiser(unet, realcustom_config.method, self._black_reference)
         self._compiled = False
-        self.leaves_early = True
         self.offload_hooks: dict[str, Any] = {}  # of components that are on the device only while in use, see memory.py
-        self._references: OrderedDict[bytes, VisionKeysValues] = OrderedDict()
-        self._texts: OrderedDict[str, TextCondition] = OrderedDict()
-        self.reference_hits = self.reference_misses = 0  # of the cache, for a server's metrics
-        self._cache_lock = threading.RLock()  # a server prepares one picture while another one steps
+        self.texts: Cache[TextCondition] = Cache(TEXT_CACHE_BYTES, _text_bytes)
+        self.references: Cache[VisionKeysValues] = Cache(REFERENCE_CACHE_BYTES, _reference_bytes)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **options) -> "RealCustomPipeline":
@@ -169,9 +158,8 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
 
     def clear_caches(self) -> None:
         """Forget encoded texts and references; needed after changing weights in place."""
-        with self._cache_lock:
-            self._references.clear()
-            self._texts.clear()
+        self.references.clear()
+        self.texts.clear()
 
     def compile(self, **options) -> None:
         """Compile the UNet's transformer blocks with `torch.compile`, one program for all blocks of a shape.
@@ -239,7 +227,8 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         scheduler.set_timesteps(request.num_inference_steps, device=device)
         generator = generator or torch.Generator("cpu").manual_seed(request.seed)
         if latents is None:
-            shape = (self.unet.config.in_channels, *self._latent_size(request.height, request.width))
+            factor = self.vae_scale_factor
+            shape = (self.unet.config.in_channels, request.height // factor, request.width // factor)
             latents = torch.randn(shape, generator=generator, device=generator.device)
         latents = latents.to(device, torch.float32) * scheduler.init_noise_sigma
         text_encoders = self._text_encoders()
@@ -272,8 +261,12 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
                 "call load_realcustom or load a model that has them."
             )
 
-    def _latent_size(self, height: int, width: int) -> tuple[int, int]:
-        return height // self.vae_scale_factor, width // self.vae_scale_factor
+    def _time_ids(self, request: Request) -> Tensor:
+        """Original size, crop corner and target size; the picture is asked for as uncropped."""
+        size = (request.height, request.width)
+        if self.realcustom_config.method.time_ids == "width_first":
+            size = size[::-1]
+        return torch.tensor([*size, 0, 0, *size], dtype=torch.float32)
 
     def _text_encoders(self) -> TextEncoders:
         pairs = [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
@@ -287,14 +280,12 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         return VisionEncoders(self.image_encoder, self.image_encoder_2, config.vision, config.method)
 
     def _encode_text(self, text: str) -> TextCondition:
-        with self._cache_lock:
-            if text not in self._texts:
-                self._texts[text] = self._text_encoders().encode(text)
-                self._offload("text_encoder", "text_encoder_2")
-                while len(self._texts) > TEXT_CACHE_ENTRIES:
-                    self._texts.popitem(last=False)
-            self._texts.move_to_end(text)
-            return self._texts[text]
+        def make() -> TextCondition:
+            condition = self._text_encoders().encode(text)
+            self._offload("text_encoder", "text_encoder_2")
+            return condition
+
+        return self.texts.get(text, make)
 
     def _negative_text(self, request: Request) -> TextCondition | None:
         if request.guidance_scale <= 1:
@@ -307,21 +298,15 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
 
     def _encode_reference(self, image: Image.Image) -> VisionKeysValues:
         """Keys and values of a reference in every layer, once per content of the picture."""
+
+        def make() -> VisionKeysValues:
+            features = self._vision_encoders().encode([image])
+            self._offload("image_encoder", "image_encoder_2")
+            tokens = {name: v.to(self.adapter.device, self.adapter.dtype) for name, v in vars(features).items()}
+            return self.adapter(VisionFeatures(**tokens))
+
         key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
-        with self._cache_lock:
-            if key in self._references:
-                self.reference_hits += 1
-            else:
-                self.reference_misses += 1
-                features = self._vision_encoders().encode([image])
-                self._offload("image_encoder", "image_encoder_2")
-                tokens = {name: v.to(self.adapter.device, self.adapter.dtype) for name, v in vars(features).items()}
-                self._references[key] = self.adapter(VisionFeatures(**tokens))
-                size = sum(k.nbytes + v.nbytes for k, v in self._references[key].values())
-                while len(self._references) * size > max(REFERENCE_CACHE_BYTES, size):
-                    self._references.popitem(last=False)
-            self._references.move_to_end(key)
-            return self._references[key]
+        return self.references.get(key, make)
 
     def _offload(self, *names: str) -> None:
         for name in names:
@@ -331,127 +316,15 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
     def _black_reference(self) -> VisionKeysValues:
         return self._encode_reference(Image.new("RGB", (8, 8)))
 
-    # ---- step: the paper's Figure 3(b) -------------------------------------------------------------------------
+    # ---- step ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, generations: Sequence[Generation]) -> None:
         """Advance every generation by one step, each at its own time step and with its own settings.
 
         Args:
             generations: pictures of one size, none of them done.
         """
-        assert generations and len({g.size for g in generations}) == 1, "pictures of one size advance together"
-        assert not any(g.done for g in generations), "a finished picture has no next step"
-        if guided := [g for g in generations if g.needs_guidance_branch]:
-            self.guidance_branch(guided)
-        for generation, noise in zip(generations, self.generation_branch(generations), strict=True):
-            generation.advance(noise)
-
-    def guidance_branch(self, generations: Sequence[Generation]) -> None:
-        """Text alone; what the target words attend to becomes each generation's new guidance masks (Eq. 14, 15, 18)."""
-        recorder = self._recorder(generations)
-        with suppress(LeftEarly):
-            self._predict(generations, [g.text for g in generations], recorder=recorder, leave_early=self.leaves_early)
-        self._set_masks(generations, recorder)
-
-    def _recorder(self, generations: Sequence[Generation], rows: Tensor | None = None) -> AttentionRecorder:
-        num_subjects = max(len(g.references) for g in generations)
-        tokens = torch.stack([_pad_rows(g.target_tokens, num_subjects) for g in generations])  # [B, S, T]
-        return AttentionRecorder(self._attention.levels, self.realcustom_config.method.mask_maps, tokens, rows)
-
-    def _set_masks(self, generations: Sequence[Generation], recorder: AttentionRecorder) -> None:
-        method = self.realcustom_config.method
-        sizes = self._level_sizes(generations[0])
-        largest = sizes[min(self._attention.levels.values())]
-        maps = [m.flatten(0, 1).unflatten(-1, sizes[level]) for level, m in recorder.cross_maps.values()]
-        relevance = average_maps(maps, largest, method.mask_normalization)  # [R * S, h, w]
-        relevance = relevance.unflatten(0, (len(generations), -1))
-        relevance = recorder.refine(relevance.flatten(2)).view_as(relevance)
-        for generation, m in zip(generations, relevance, strict=True):
-            scopes = [s.scope_ratio for s in generation.request.subjects]
-            generation.set_masks(guidance_masks(m[: len(scopes)], scopes, method))
-
-    def generation_branch(self, generations: Sequence[Generation]) -> list[Tensor]:
-        """Text and subjects inside their masks, with classifier-free guidance (Eq. 16, 17, 19); outputs per picture."""
-        free = [g for g in generations if g.negative_text is not None]  # those with an unconditional row
-        rows = [*generations, *free]
-        texts = [g.text for g in generations] + [g.negative_text for g in free]
-        vision = self._visual_attention(generations, free)
-        recorder = None
-        if recorded := {row: g for row, g in enumerate(generations) if g.records_next_mask}:
-            rows_recorded = torch.tensor(list(recorded), device=generations[0].latents.device)
-            recorder = self._recorder(list(recorded.values()), rows_recorded)
-        outputs = self._predict(rows, texts, vision=vision, recorder=recorder)
-        if recorder is not None:
-            self._set_masks(list(recorded.values()), recorder)
-        unconditional = dict(zip(map(id, free), outputs[len(generations) :], strict=True))
-        return [
-            output
-            if id(g) not in unconditional
-            else unconditional[id(g)] + g.request.guidance_scale * (output - unconditional[id(g)])
-            for g, output in zip(generations, outputs, strict=False)
-        ]
-
-    def _visual_attention(
-        self, generations: Sequence[Generation], free: Sequence[Generation]
-    ) -> VisualAttention | None:
-        method = self.realcustom_config.method
-        seen = [(row, g, g.references) for row, g in enumerate(generations) if g.references]
-        if method.unconditional_vision == "black_picture":
-            first = len(generations)
-            seen += [
-                (first + row, g, (self._black_reference(),) * len(g.references))
-                for row, g in enumerate(free)
-                if g.references
-            ]
-        if not seen:
-            return None
-        rows = [row for row, _, references in seen for _ in references]
-        sizes = self._level_sizes(generations[0])
-        return VisualAttention(
-            rows=torch.tensor(rows, device=generations[0].latents.device),
-            keys_values=[kv for _, _, references in seen for kv in references],
-            masks={
-                level: torch.cat([g.masks_at(sizes[level], method.mask_resize) for _, g, _ in seen])
-                for level in set(self._attention.levels.values())
-            },
-        )
-
-    def _predict(
-        self,
-        rows: Sequence[Generation],
-        texts: Sequence[TextCondition],
-        vision: VisualAttention | None = None,
-        recorder: AttentionRecorder | None = None,
-        leave_early: bool = False,
-    ) -> Tensor:
-        """One UNet call, a row per generation and text; fp32 [R, channels, height, width]."""
-        dtype = self.unet.conv_in.weight.dtype  # `unet.dtype` walks all modules
-        added = None
-        if texts[0].pooled is not None:
-            added = {
-                "text_embeds": torch.stack([t.pooled for t in texts]).to(dtype),
-                "time_ids": torch.stack([g.time_ids for g in rows]).to(dtype),
-            }
-        with self._attention.connected(vision, recorder and recorder.layers, leave_early):
-            output = self.unet(
-                torch.stack([g.model_input() for g in rows]).to(dtype),
-                torch.stack([g.timestep for g in rows]),
-                encoder_hidden_states=torch.stack([t.embeds for t in texts]).to(dtype),
-                added_cond_kwargs=added,
-                return_dict=False,
-            )[0]
-        return output.float()
-
-    def _time_ids(self, request: Request) -> Tensor:
-        """Original size, crop corner and target size; the picture is asked for as uncropped."""
-        size = (request.height, request.width)
-        if self.realcustom_config.method.time_ids == "width_first":
-            size = size[::-1]
-        return torch.tensor([*size, 0, 0, *size], dtype=torch.float32)
-
-    def _level_sizes(self, generation: Generation) -> list[tuple[int, int]]:
-        return level_sizes(*self._latent_size(*generation.size), self._num_levels)
+        self.denoiser.step(generations)
 
     # ---- decode ------------------------------------------------------------------------------------------------
 
@@ -580,8 +453,12 @@ def _spatial_compression(vae) -> int:
     return int(ratio) if ratio else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def _pad_rows(tokens: Tensor, num_rows: int) -> Tensor:
-    return torch.nn.functional.pad(tokens, (0, 0, 0, num_rows - len(tokens)))
+def _text_bytes(text: TextCondition) -> int:
+    return text.embeds.nbytes + (0 if text.pooled is None else text.pooled.nbytes)
+
+
+def _reference_bytes(keys_values: VisionKeysValues) -> int:
+    return sum(k.nbytes + v.nbytes for k, v in keys_values.values())
 
 
 def _one_each(generator, number: int) -> list:

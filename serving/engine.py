@@ -307,7 +307,7 @@ class Engine:
             self._condition.notify_all()
 
     def _reference_counts(self) -> tuple[int, int]:
-        return self._pipeline.reference_hits, self._pipeline.reference_misses
+        return self._pipeline.references.hits, self._pipeline.references.misses
 
     def _next_group(self) -> list[Job]:
         """Of the size whose turn is longest ago, the first that came. Sizes take turns, so a huge picture does not hold

@@ -279,17 +279,17 @@ def test_cross_scale_attention(golden):
 def test_guidance_pass_and_its_recorded_maps(golden):
     """Text alone: the noise, and per layer the target words' attention, summed over words and averaged over heads."""
     generations = golden.generations()
-    pipeline = golden.pipeline
-    ours = pipeline._predict(generations, [g.text for g in generations])
+    denoiser = golden.pipeline.denoiser
+    ours = denoiser.predict(generations, [g.text for g in generations])
     close(ours, golden.outputs["unet_guidance"], TOLERANCE["unet_guidance"])
 
     recorded = {}
-    original = pipeline._set_masks
-    pipeline._set_masks = lambda gens, recorder: (recorded.update(recorder.cross_maps), original(gens, recorder))
+    original = denoiser.set_masks
+    denoiser.set_masks = lambda gens, recorder: (recorded.update(recorder.cross_maps), original(gens, recorder))
     try:
-        pipeline.guidance_branch(generations)
+        denoiser.guidance_branch(generations)
     finally:
-        pipeline._set_masks = original
+        denoiser.set_masks = original
     assert list(recorded) == golden.meta["attn2_layers_in_order"]
     target = golden.inputs["target_token"][0].bool()
     for name, stored in golden.crossmaps.items():
@@ -328,22 +328,22 @@ def test_mask_at_an_odd_size_and_without_target(golden):
 
 def predict_generation_row(golden, generations, masks, *, negative: bool = False) -> torch.Tensor:
     """The generation pass (or the negative pass) alone; masks [B, S, h, w] or None for attention everywhere."""
-    pipeline = golden.pipeline
+    denoiser = golden.pipeline.denoiser
     black = golden.keys_values("neg")
     references = [(black[i],) * len(g.references) if negative else g.references for i, g in enumerate(generations)]
     for g, mask in zip(generations, [None] * len(generations) if masks is None else masks, strict=True):
         if mask is not None:
             g.set_masks(mask)
-    sizes = pipeline._level_sizes(generations[0])
+    sizes = denoiser.sizes(generations[0])
     vision = VisualAttention(
         rows=torch.tensor([i for i, g in enumerate(generations) for _ in g.references]),
         keys_values=[kv for r in references for kv in r],
         masks=None if masks is None else {
             level: torch.cat([g.masks_at(sizes[level], "height_factor") for g in generations])
-            for level in set(pipeline._attention.levels.values())
+            for level in set(denoiser.attention.levels.values())
         },
     )  # fmt: skip
-    return pipeline._predict(generations, [g.negative_text if negative else g.text for g in generations], vision=vision)
+    return denoiser.predict(generations, [g.negative_text if negative else g.text for g in generations], vision=vision)
 
 
 def test_generation_negative_and_guided_passes(golden):
@@ -366,7 +366,7 @@ def test_generation_negative_and_guided_passes(golden):
         # No tolerance is stated for the inside of the UNet; values there are larger, so it is taken relative to them.
         close(out, outputs[name], TOLERANCE["unet_gen"] * max(1, outputs[name].abs().max().item()))
     close(predict_generation_row(golden, generations, masks, negative=True), outputs["unet_neg"], TOLERANCE["unet_neg"])
-    close(torch.stack(golden.pipeline.generation_branch(generations)), outputs["cfg"], TOLERANCE["cfg"])
+    close(torch.stack(golden.pipeline.denoiser.generation_branch(generations)), outputs["cfg"], TOLERANCE["cfg"])
     close(predict_generation_row(golden, generations, None), outputs["unet_gen_no_mask"], TOLERANCE["unet_gen"])
 
 
@@ -383,7 +383,7 @@ def test_two_references(golden):
     for g in generations:
         first, second = g.request.subjects
         g.request = replace(g.request, subjects=(replace(first, scope_ratio=0.25), replace(second, scope_ratio=0.2)))
-    golden.pipeline.guidance_branch(generations)
+    golden.pipeline.denoiser.guidance_branch(generations)
     for g, stored in zip(generations, outputs["multi/masks"], strict=True):
         same_mask(g.guidance_masks, stored, TOLERANCE["crossmaps"])
     masks = outputs["multi/masks"]
@@ -391,7 +391,7 @@ def test_two_references(golden):
     close(predict_generation_row(golden, generations, masks), outputs["multi/unet_gen"], TOLERANCE["unet_gen"])
     ours = predict_generation_row(golden, generations, masks, negative=True)
     close(ours, outputs["multi/unet_neg"], TOLERANCE["unet_neg"])
-    close(torch.stack(golden.pipeline.generation_branch(generations)), outputs["multi/cfg"], TOLERANCE["cfg"])
+    close(torch.stack(golden.pipeline.denoiser.generation_branch(generations)), outputs["multi/cfg"], TOLERANCE["cfg"])
 
 
 LOOPS = {"ddim": None, "dpm_reuse2": AlternatingDPMSolverScheduler()}
@@ -402,8 +402,7 @@ def test_sampling_loop(golden, name, monkeypatch):
     """The whole loop: mask, guided output, latent and clean estimate after every step, all pictures in one call."""
     settings = golden.meta["loops"][name]
     steps, scope = settings["steps"], settings["mask_scope"]
-    config = replace(golden.pipeline.realcustom_config, method=method_of(settings["mask_strategy"]))
-    monkeypatch.setattr(golden.pipeline, "realcustom_config", config)
+    monkeypatch.setattr(golden.pipeline.denoiser, "method", method_of(settings["mask_strategy"]))
     stop = min(steps, settings["mask_reused_step"])
     generations = golden.generations(
         scheduler=LOOPS[name], scope_ratio=scope, num_inference_steps=steps, early_stop_step=stop

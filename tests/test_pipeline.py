@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from realcustom import RealCustomPipeline, Request, Subject
 from realcustom.attention import AttentionLayers
+from realcustom.denoiser import Denoiser
 from realcustom.scheduler import AlternatingDPMSolverScheduler
 
 PROMPT = "a dog and a cat"
@@ -117,8 +118,8 @@ def test_the_same_seed_is_the_same_picture_and_another_is_not(pipeline):
 def test_the_guidance_branch_runs_when_it_must(pipeline, monkeypatch, settings, expected):
     """Up to T_stop at every step, or every k-th, or only at the first; without subjects never."""
     calls = []
-    original = RealCustomPipeline.guidance_branch
-    monkeypatch.setattr(RealCustomPipeline, "guidance_branch", lambda s, g: (calls.append(1), original(s, g)))
+    original = Denoiser.guidance_branch
+    monkeypatch.setattr(Denoiser, "guidance_branch", lambda s, g: (calls.append(1), original(s, g)))
     generation = pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), early_stop_step=3, **settings))
     for number in [*expected, 0]:
         calls.clear()
@@ -149,10 +150,10 @@ def test_masks_of_the_generation_branch_follow_it(pipeline):
 def test_with_a_zero_mask_both_branches_attend_alike(pipeline):
     """The approximation is exact where the reference has no effect: both rows then see the same text and picture."""
     generation = pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), seed=3, mask_source="generation_branch"))
-    pipeline.guidance_branch([generation])
+    pipeline.denoiser.guidance_branch([generation])
     exact = generation.guidance_masks
     generation.set_masks(torch.zeros_like(exact))
-    pipeline.generation_branch([generation])
+    pipeline.denoiser.generation_branch([generation])
     assert torch.allclose(generation.guidance_masks, exact, atol=1e-5)
 
 
@@ -168,10 +169,8 @@ def test_after_early_stop_the_last_mask_stays(pipeline):
 
 def test_guidance_scale_one_runs_no_unconditional_row(pipeline, monkeypatch):
     rows = []
-    original = RealCustomPipeline._predict
-    monkeypatch.setattr(
-        RealCustomPipeline, "_predict", lambda s, r, *a, **k: (rows.append(len(r)), original(s, r, *a, **k))[1]
-    )
+    original = Denoiser.predict
+    monkeypatch.setattr(Denoiser, "predict", lambda s, r, *a, **k: (rows.append(len(r)), original(s, r, *a, **k))[1])
     latents(pipeline, Request(prompt=PROMPT, guidance_scale=1.0, num_inference_steps=2))
     assert rows == [1, 1]
 
@@ -293,9 +292,9 @@ def test_guidance_leaves_the_unet_early_and_nothing_stays_connected(pipeline):
     hook = pipeline.unet.conv_out.register_forward_hook(lambda *_: reached.append(1))
     try:
         generation = pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), seed=0))
-        pipeline.guidance_branch([generation])
+        pipeline.denoiser.guidance_branch([generation])
         assert not reached
-        pipeline.generation_branch([generation])
+        pipeline.denoiser.generation_branch([generation])
         assert reached == [1]
     finally:
         hook.remove()

@@ -1,0 +1,46 @@
+"""A cache of what is costly to make and often asked for again."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+V = TypeVar("V")
+
+
+class Cache(Generic[V]):
+    """Keeps the values asked for last, as many as fit; the newest always does.
+
+    Safe to use from several threads: whoever asks for a value that is being made waits for it.
+
+    Args:
+        max_bytes: of all values together.
+        size_of: bytes of a value.
+    """
+
+    def __init__(self, max_bytes: int, size_of: Callable[[V], int]) -> None:
+        self._max_bytes, self._size_of = max_bytes, size_of
+        self._values: OrderedDict[Hashable, V] = OrderedDict()
+        self._lock = threading.Lock()
+        self.num_bytes = 0
+        self.hits = self.misses = 0
+
+    def get(self, key: Hashable, make: Callable[[], V]) -> V:
+        """The value of `key`, made if it is not here."""
+        with self._lock:
+            if key in self._values:
+                self.hits += 1
+            else:
+                self.misses += 1
+                value = make()
+                self._values[key] = value
+                self.num_bytes += self._size_of(value)
+                while self.num_bytes > self._max_bytes and len(self._values) > 1:
+                    self.num_bytes -= self._size_of(self._values.popitem(last=False)[1])
+            self._values.move_to_end(key)
+            return self._values[key]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+            self.num_bytes = 0

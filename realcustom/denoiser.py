@@ -1,0 +1,149 @@
+"""One step of denoising, the paper's Figure 3(b): guidance branch, generation branch, and the UNet call beneath both.
+
+Legend: R rows of a UNet call, B generations, S subjects, T text tokens, h x w positions of a level.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from .adapter import VisionKeysValues
+from .attention import AttentionLayers, LeftEarly, VisualAttention, level_sizes
+from .config import MethodConfig
+from .generation import Generation
+from .mask import average_maps, guidance_masks
+from .recorder import AttentionRecorder
+from .text import TextCondition
+
+
+class Denoiser:
+    """Args:
+    unet: a stock `UNet2DConditionModel`; it gets attention processors that equal the stock ones for plain use.
+    method: what the paper and the release do differently.
+    black_reference: keys and values of a black picture, for methods whose unconditional row sees one.
+    """
+
+    def __init__(self, unet, method: MethodConfig, black_reference: Callable[[], VisionKeysValues]) -> None:
+        self.unet, self.method = unet, method
+        self._black_reference = black_reference
+        self.attention = AttentionLayers(unet)
+        self.leaves_early = True  # the guidance branch ends at the last layer that it records
+
+    @torch.no_grad()
+    def step(self, generations: Sequence[Generation]) -> None:
+        """Advance every generation by one step, each at its own time step and with its own settings.
+
+        Args:
+            generations: pictures of one size, none of them done.
+        """
+        assert generations and len({g.size for g in generations}) == 1, "pictures of one size advance together"
+        assert not any(g.done for g in generations), "a finished picture has no next step"
+        if guided := [g for g in generations if g.needs_guidance_branch]:
+            self.guidance_branch(guided)
+        for generation, noise in zip(generations, self.generation_branch(generations), strict=True):
+            generation.advance(noise)
+
+    def guidance_branch(self, generations: Sequence[Generation]) -> None:
+        """Text alone; what the target words attend to becomes each generation's new guidance masks (Eq. 14, 15, 18)."""
+        recorder = self._recorder(generations)
+        with suppress(LeftEarly):
+            self.predict(generations, [g.text for g in generations], recorder=recorder, leave_early=self.leaves_early)
+        self.set_masks(generations, recorder)
+
+    def _recorder(self, generations: Sequence[Generation], rows: Tensor | None = None) -> AttentionRecorder:
+        num_subjects = max(len(g.references) for g in generations)
+        tokens = torch.stack([_pad_rows(g.target_tokens, num_subjects) for g in generations])  # [B, S, T]
+        return AttentionRecorder(self.attention.levels, self.method.mask_maps, tokens, rows)
+
+    def set_masks(self, generations: Sequence[Generation], recorder: AttentionRecorder) -> None:
+        """From what was recorded, a row per generation, to the masks in force."""
+        sizes = self.sizes(generations[0])
+        largest = sizes[min(self.attention.levels.values())]
+        maps = [m.flatten(0, 1).unflatten(-1, sizes[level]) for level, m in recorder.cross_maps.values()]
+        relevance = average_maps(maps, largest, self.method.mask_normalization)  # [R * S, h, w]
+        relevance = relevance.unflatten(0, (len(generations), -1))
+        relevance = recorder.refine(relevance.flatten(2)).view_as(relevance)
+        for generation, m in zip(generations, relevance, strict=True):
+            scopes = [s.scope_ratio for s in generation.request.subjects]
+            generation.set_masks(guidance_masks(m[: len(scopes)], scopes, self.method))
+
+    def generation_branch(self, generations: Sequence[Generation]) -> list[Tensor]:
+        """Text and subjects inside their masks, with classifier-free guidance (Eq. 16, 17, 19); outputs per picture."""
+        free = [g for g in generations if g.negative_text is not None]  # those with an unconditional row
+        rows = [*generations, *free]
+        texts = [g.text for g in generations] + [g.negative_text for g in free]
+        vision = self._visual_attention(generations, free)
+        recorder = None
+        if recorded := {row: g for row, g in enumerate(generations) if g.records_next_mask}:
+            rows_recorded = torch.tensor(list(recorded), device=generations[0].latents.device)
+            recorder = self._recorder(list(recorded.values()), rows_recorded)
+        outputs = self.predict(rows, texts, vision=vision, recorder=recorder)
+        if recorder is not None:
+            self.set_masks(list(recorded.values()), recorder)
+        unconditional = dict(zip(map(id, free), outputs[len(generations) :], strict=True))
+        return [
+            output
+            if id(g) not in unconditional
+            else unconditional[id(g)] + g.request.guidance_scale * (output - unconditional[id(g)])
+            for g, output in zip(generations, outputs, strict=False)
+        ]
+
+    def _visual_attention(
+        self, generations: Sequence[Generation], free: Sequence[Generation]
+    ) -> VisualAttention | None:
+        seen = [(row, g, g.references) for row, g in enumerate(generations) if g.references]
+        if self.method.unconditional_vision == "black_picture":
+            first = len(generations)
+            seen += [
+                (first + row, g, (self._black_reference(),) * len(g.references))
+                for row, g in enumerate(free)
+                if g.references
+            ]
+        if not seen:
+            return None
+        rows = [row for row, _, references in seen for _ in references]
+        sizes = self.sizes(generations[0])
+        return VisualAttention(
+            rows=torch.tensor(rows, device=generations[0].latents.device),
+            keys_values=[kv for _, _, references in seen for kv in references],
+            masks={
+                level: torch.cat([g.masks_at(sizes[level], self.method.mask_resize) for _, g, _ in seen])
+                for level in set(self.attention.levels.values())
+            },
+        )
+
+    def predict(
+        self,
+        rows: Sequence[Generation],
+        texts: Sequence[TextCondition],
+        vision: VisualAttention | None = None,
+        recorder: AttentionRecorder | None = None,
+        leave_early: bool = False,
+    ) -> Tensor:
+        """One UNet call, a row per generation and text; fp32 [R, channels, height, width]."""
+        dtype = self.unet.conv_in.weight.dtype  # `unet.dtype` walks all modules
+        added = None
+        if texts[0].pooled is not None:
+            added = {
+                "text_embeds": torch.stack([t.pooled for t in texts]).to(dtype),
+                "time_ids": torch.stack([g.time_ids for g in rows]).to(dtype),
+            }
+        with self.attention.connected(vision, recorder and recorder.layers, leave_early):
+            output = self.unet(
+                torch.stack([g.model_input() for g in rows]).to(dtype),
+                torch.stack([g.timestep for g in rows]),
+                encoder_hidden_states=torch.stack([t.embeds for t in texts]).to(dtype),
+                added_cond_kwargs=added,
+                return_dict=False,
+            )[0]
+        return output.float()
+
+    def sizes(self, generation: Generation) -> list[tuple[int, int]]:
+        """(h, w) of each level of the UNet."""
+        return level_sizes(*generation.latents.shape[-2:], len(self.unet.config.down_block_types))
+
+
+def _pad_rows(tokens: Tensor, num_rows: int) -> Tensor:
+    return torch.nn.functional.pad(tokens, (0, 0, 0, num_rows - len(tokens)))
