@@ -3,13 +3,12 @@
 Legend: R rows of a UNet call, B generations, S subjects, T text tokens, h x w positions of a level.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from .adapter import VisionKeysValues
 from .attention import AttentionLayers, LeftEarly, VisualAttention, level_sizes
 from .config import MethodConfig
 from .generation import Generation
@@ -22,12 +21,10 @@ class Denoiser:
     """Args:
     unet: a stock `UNet2DConditionModel`; it gets attention processors that equal the stock ones for plain use.
     method: what the paper and the release do differently.
-    black_reference: keys and values of a black picture, for methods whose unconditional row sees one.
     """
 
-    def __init__(self, unet, method: MethodConfig, black_reference: Callable[[], VisionKeysValues]) -> None:
+    def __init__(self, unet, method: MethodConfig) -> None:
         self.unet, self.method = unet, method
-        self._black_reference = black_reference
         self.attention = AttentionLayers(unet)
         self.leaves_early = True  # the guidance branch ends at the last layer that it records
 
@@ -94,13 +91,8 @@ class Denoiser:
         self, generations: Sequence[Generation], free: Sequence[Generation]
     ) -> VisualAttention | None:
         seen = [(row, g, g.references) for row, g in enumerate(generations) if g.references]
-        if self.method.unconditional_vision == "black_picture":
-            first = len(generations)
-            seen += [
-                (first + row, g, (self._black_reference(),) * len(g.references))
-                for row, g in enumerate(free)
-                if g.references
-            ]
+        unconditional = enumerate(free, start=len(generations))
+        seen += [(row, g, g.negative_references) for row, g in unconditional if g.negative_references]
         if not seen:
             return None
         rows = [row for row, _, references in seen for _ in references]

@@ -29,6 +29,7 @@ class Generation:
         generator: on the CPU, so that a seed means the same picture on every device.
         text, negative_text: the latter is None when guidance_scale is 1.
         references: keys and values of each subject's reference.
+        negative_references: what the unconditional row sees in their places; empty if nothing.
         target_tokens: tokens of each subject's words, [S, T].
         time_ids: size condition of the models that take one, [6].
         guidance_masks: [S, h, w] in [0, 1]; None until the first guided step.
@@ -43,6 +44,7 @@ class Generation:
     text: TextCondition
     negative_text: TextCondition | None
     references: tuple[VisionKeysValues, ...] = ()
+    negative_references: tuple[VisionKeysValues, ...] = ()
     target_tokens: Tensor | None = None
     time_ids: Tensor | None = None
     guidance_masks: Tensor | None = None

@@ -106,7 +106,7 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
             part.to(memory_format=torch.channels_last)
         self.vae_scale_factor = _spatial_compression(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self.denoiser = Denoiser(unet, realcustom_config.method, self._black_reference)
+        self.denoiser = Denoiser(unet, realcustom_config.method)
         self._compiled = False
         self.offload_hooks: dict[str, Any] = {}  # of components that are on the device only while in use, see memory.py
         self.texts: Cache[TextCondition] = Cache(TEXT_CACHE_BYTES, _text_bytes)
@@ -241,6 +241,7 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
             text=self._encode_text(request.prompt),
             negative_text=self._negative_text(request),
             references=tuple(self._encode_reference(s.image) for s in request.subjects),
+            negative_references=self._negative_references(request),
             target_tokens=tokens.to(device),
             time_ids=self._time_ids(request).to(device),
         )
@@ -313,8 +314,12 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
             if name in self.offload_hooks:
                 self.offload_hooks[name].offload()
 
-    def _black_reference(self) -> VisionKeysValues:
-        return self._encode_reference(Image.new("RGB", (8, 8)))
+    def _negative_references(self, request: Request) -> tuple[VisionKeysValues, ...]:
+        """A black picture for each subject, where the method shows the unconditional row one."""
+        black = self.realcustom_config.method.unconditional_vision == "black_picture"
+        if not (black and request.subjects) or request.guidance_scale <= 1:
+            return ()
+        return (self._encode_reference(Image.new("RGB", (8, 8))),) * len(request.subjects)
 
     # ---- step ----------------------------------------------------------------------------------------------------
 
