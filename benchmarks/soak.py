@@ -1,0 +1,145 @@
+"""Memory of the server's processes over thousands of requests.
+
+    python benchmarks/soak.py      # 3,000 requests; writes benchmarks/results/soak.{json,md}
+
+Small pictures of changing sizes, references and settings through HTTP, several at a time: most are waited for, some
+left in mid-picture, some refused because they are wrong. Resident memory of each kind of process is read as it goes.
+Caches fill first; what grows after the first quarter, and keeps growing, would be a leak.
+"""
+
+import argparse
+import asyncio
+import sys
+from collections import Counter
+from contextlib import aclosing
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.chaos import TITLES, processes
+from benchmarks.report import save
+from serving.client import HttpClient, InvalidRequest, Progress, Request, Result, Subject
+from serving.local import start
+from serving.settings import Settings
+
+KINDS = tuple(TITLES)
+SIZES = (64, 96, 128)  # px
+NUM_REFERENCES = 24  # fewer than the cache keeps: that it fills is no leak
+
+
+def request(draw: np.random.Generator) -> Request:
+    """A picture that costs little and differs from its neighbours."""
+    names = ("dog", "cat")[: draw.integers(0, 3)]
+    subjects = []
+    for name in names:
+        noise = np.random.default_rng(int(draw.integers(NUM_REFERENCES))).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        subjects.append(Subject(image=Image.fromarray(noise), target_phrase=name))
+    return Request(
+        prompt=f"a dog and a cat on the beach {draw.integers(1000)}",
+        subjects=tuple(subjects),
+        height=int(draw.choice(SIZES)),
+        width=int(draw.choice(SIZES)),
+        num_inference_steps=int(draw.integers(2, 5)),
+        guidance_scale=float(draw.choice([1.0, 4.0])),
+        seed=int(draw.integers(1 << 31)),
+    )
+
+
+async def ask(client: HttpClient, draw: np.random.Generator) -> str:
+    """One request; how it ended."""
+    asked, style = request(draw), draw.choice(["whole", "stream", "leave", "wrong"], p=[0.5, 0.3, 0.1, 0.1])
+    if style == "wrong":
+        try:
+            await client.generate(replace(asked, height=asked.height + 1))
+        except InvalidRequest:
+            return "refused"
+        raise AssertionError("a height that no model can make was accepted")
+    if style == "whole":
+        await client.generate(asked)
+        return "made"
+    async with aclosing(client.stream(asked)) as events:
+        async for event in events:
+            if isinstance(event, Result):
+                return "made"
+            if style == "leave" and isinstance(event, Progress):
+                return "left"
+    raise AssertionError("the stream has ended without a result")
+
+
+def resident_mb() -> dict[str, float]:
+    """Resident memory of all processes of each kind, MB."""
+    return {kind: round(sum(p.memory_info().rss for p in processes(kind)) / 1e6, 1) for kind in KINDS}
+
+
+async def soak(client: HttpClient, number: int, together: int, every: int) -> tuple[list[dict], Counter[str]]:
+    """Memory after each `every` requests, and how the requests ended."""
+    readings, outcomes, index = [{"requests": 0, **resident_mb()}], Counter(), count()
+
+    async def worker() -> None:
+        while (i := next(index)) < number:
+            outcomes[await ask(client, np.random.default_rng(i))] += 1
+            if (done := sum(outcomes.values())) % every == 0:
+                readings.append({"requests": done, **resident_mb()})
+
+    await asyncio.gather(*(worker() for _ in range(together)))
+    return readings, outcomes
+
+
+def table(report: dict) -> str:
+    """The report as Markdown."""
+    ends = ", ".join(f"{number} {outcome}" for outcome, number in sorted(report["outcomes"].items()))
+    lines = [
+        f"Resident memory in MB over {report['requests']} requests to {report['model']} ({ends}), "
+        f"{report['together']} at a time.",
+        "",
+        f"| requests | {' | '.join(KINDS)} |",
+        "|---|" + "---|" * len(KINDS),
+        *(f"| {r['requests']} | {' | '.join(str(round(r[kind])) for kind in KINDS)} |" for r in report["readings"]),
+        "",
+        "Growth per thousand requests after the first quarter, in MB: "
+        + ", ".join(f"{kind} {growth:.1f}" for kind, growth in report["growth_mb_per_thousand"].items())
+        + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def growth(readings: list[dict]) -> dict[str, float]:
+    """Slope of a line through the readings after the first quarter, MB per thousand requests."""
+    last = readings[-1]["requests"]
+    late = [r for r in readings if r["requests"] >= last / 4]
+    requests = [r["requests"] / 1000 for r in late]
+    return {kind: round(float(np.polyfit(requests, [r[kind] for r in late], 1)[0]), 2) for kind in KINDS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="assets/mini")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--requests", type=int, default=3000)
+    parser.add_argument("--together", type=int, default=6, help="requests under way at a time")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "soak")
+    flags = parser.parse_args()
+    server = start(Settings(model=flags.model, device=flags.device, cpu_threads=1))
+    try:
+        run = soak(HttpClient(server.url), flags.requests, flags.together, every=max(1, flags.requests // 20))
+        readings, outcomes = asyncio.run(run)
+    finally:
+        server.shutdown()
+    report = {
+        "model": flags.model,
+        "requests": flags.requests,
+        "together": flags.together,
+        "outcomes": dict(outcomes),
+        "growth_mb_per_thousand": growth(readings),
+        "readings": readings,
+    }
+    save(report, table(report), flags.out)
+
+
+if __name__ == "__main__":
+    main()
