@@ -10,6 +10,8 @@ Each load's arrivals are played to one side after the other in turns, within one
 
 - step: `serving.engine.Engine`, pictures join and leave between steps.
 - request: Ray Serve's `@serve.batch` around whole generations: a batch is collected, made to its end, then the next.
+- patient: whole generations, too, but a batch closes only when the device is free: the best that request-level batching
+  can do. `@serve.batch` closes one after a fixed wait, and while the device is busy the next ones close small.
 - single: one picture after the other.
 """
 
@@ -40,7 +42,7 @@ from serving.engine import Engine
 from serving.events import Progress
 from serving.observer import Observer
 
-SIDES = ("step", "request", "single")
+SIDES = ("step", "request", "patient", "single")
 BATCH_WAIT_S = 0.05  # how long @serve.batch collects, also while an earlier batch is being made
 
 
@@ -81,23 +83,20 @@ class StepSide:
         self._engine.close()
 
 
-class WholeSide:
+class Whole:
     """Whole generations: a batch is made to its end before the next one starts; no previews on the way.
 
     Pictures of a batch with fewer steps wait for those with more, as in any server that calls a pipeline.
     """
 
-    def __init__(self, pipeline, max_batch_size: int) -> None:
+    def __init__(self, pipeline) -> None:
         self.batches = BatchSizes()
         self._pipeline = pipeline
-        _answer_for_the_replica()
 
-        @serve.batch(max_batch_size=max_batch_size, batch_wait_timeout_s=BATCH_WAIT_S if max_batch_size > 1 else 0)
-        async def whole(requests: list[Request]) -> list[float]:
-            await asyncio.to_thread(self._generate, requests)
-            return [time.perf_counter()] * len(requests)
-
-        self._whole = whole
+    async def _make(self, requests: Sequence[Request]) -> list[float]:
+        """When each was finished: all at once."""
+        await asyncio.to_thread(self._generate, requests)
+        return [time.perf_counter()] * len(requests)
 
     def _generate(self, requests: Sequence[Request]) -> None:
         generations = [self._pipeline.prepare(request) for request in requests]
@@ -109,11 +108,44 @@ class WholeSide:
                 self._pipeline.step(group)
         self._pipeline.decode(generations)
 
+    def close(self) -> None:
+        pass
+
+
+class RequestSide(Whole):
+    """Batches of `@serve.batch`; of one picture, with a `max_batch_size` of 1."""
+
+    def __init__(self, pipeline, max_batch_size: int) -> None:
+        super().__init__(pipeline)
+        _answer_for_the_replica()
+
+        @serve.batch(max_batch_size=max_batch_size, batch_wait_timeout_s=BATCH_WAIT_S if max_batch_size > 1 else 0)
+        async def whole(requests: list[Request]) -> list[float]:
+            return await self._make(requests)
+
+        self._whole = whole
+
     async def make(self, request: Request, timing: Timing) -> None:
         timing.finished = await self._whole(request)
 
-    def close(self) -> None:
-        pass
+
+class PatientSide(Whole):
+    """Whenever the device is free, all who wait by then are the next batch."""
+
+    def __init__(self, pipeline, max_batch_size: int) -> None:
+        super().__init__(pipeline)
+        self._max_batch_size = max_batch_size
+        self._waiting: list[tuple[Request, Timing]] = []
+        self._device = asyncio.Lock()  # wakes those who wait in the order in which they came
+
+    async def make(self, request: Request, timing: Timing) -> None:
+        self._waiting.append((request, timing))
+        async with self._device:
+            if timing.finished is None:  # no batch has taken it along
+                batch, self._waiting = self._waiting[: self._max_batch_size], self._waiting[self._max_batch_size :]
+                finished = await self._make([request for request, _ in batch])
+                for (_, one), at in zip(batch, finished, strict=True):
+                    one.finished = at
 
 
 def _answer_for_the_replica() -> None:
@@ -128,9 +160,10 @@ def _answer_for_the_replica() -> None:
 
 
 def build(side: str, pipeline, max_batch_size: int):
-    if side == "step":
-        return StepSide(pipeline, max_batch_size)
-    return WholeSide(pipeline, max_batch_size if side == "request" else 1)
+    if side == "single":
+        return RequestSide(pipeline, 1)
+    sides = {"step": StepSide, "request": RequestSide, "patient": PatientSide}
+    return sides[side](pipeline, max_batch_size)
 
 
 # ---- load ---------------------------------------------------------------------------------------------------------
@@ -247,7 +280,7 @@ def measure(flags: argparse.Namespace) -> dict:
         timings = {side: [] for side in SIDES}
         sizes = {side: [] for side in SIDES}
         for round_ in range(flags.rounds):
-            order = SIDES[round_ % 3 :] + SIDES[: round_ % 3]
+            order = SIDES[round_ % len(SIDES) :] + SIDES[: round_ % len(SIDES)]
             times = (
                 bursts(full * load, flags.seconds, flags.max_batch_size)
                 if name == "bursts"
@@ -269,12 +302,14 @@ def table(report: dict) -> str:
     """The report as Markdown."""
     machine = report["machine"]
     capacities = ", ".join(f"{side} {rate:.2f}" for side, rate in report["capacity_per_s"].items())
+    columns = ["load", "side", "number", "pictures/s", "p50 s", "p95 s", "p99 s", "first preview s", "mean batch"]
+    columns += ["p95 / request", "p95 / patient"]
     lines = [
         f"{report['model']}, {machine['device']}, {machine['threads']} threads, batch at most "
         f"{report['max_batch_size']}. Capacity with full batches, pictures/s: {capacities}.",
         "",
-        "| load | side | number | pictures/s | p50 s | p95 s | p99 s | first preview s | mean batch | p95 / request |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
     ]
     for load, sides in report["loads"].items():
         for side, numbers in sides.items():
@@ -282,7 +317,8 @@ def table(report: dict) -> str:
                 f"| {load} | {side} | {numbers['pictures']} | {numbers['throughput_per_s']:.2f} "
                 f"| {numbers['p50_s']:.2f} | {numbers['p95_s']:.2f} | {numbers['p99_s']:.2f} "
                 f"| {numbers['first_preview_s']:.2f} | {numbers['mean_batch']:.1f} "
-                f"| {numbers['p95_s'] / sides['request']['p95_s']:.2f} |"
+                f"| {numbers['p95_s'] / sides['request']['p95_s']:.2f} "
+                f"| {numbers['p95_s'] / sides['patient']['p95_s']:.2f} |"
             )
     return "\n".join(lines) + "\n"
 
