@@ -104,7 +104,7 @@ def draw_noisy(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
 def train_adapter(out: Path, device: str = "cpu", compiled: bool = False, **options) -> None:
     config = LoopConfig(
         out=out / "adapter", batch_size=BATCH_SIZE, learning_rate=6e-4, warmup_steps=100, average_decay=0.998,
-        decay=0.1, preview_every_s=240, **options,
+        decay=0.2, preview_every_s=240, **options,
     )  # fmt: skip
     task = AdapterTask(out, device, compiled)
     adapter = build_adapter(task.model).to(device)
