@@ -105,8 +105,9 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
         api_name=task.name.lower(),
     )  # fmt: skip
     event.then(ready, None, [generate, stop], queue=False, api_visibility="private")
-    stop.click(
-        lambda: (progress("Stopped.", 0), *ready()), None, [status, generate, stop], cancels=[event], queue=False,
+    # Said only after the event is cancelled: progress that was under way would otherwise be drawn over it.
+    stop.click(None, cancels=[event], queue=False, api_visibility="private").then(
+        lambda: (progress("Stopped.", 0), *ready()), None, [status, generate, stop], queue=False,
         api_visibility="private",
     )  # fmt: skip
     reuse.click(lambda seed: seed, made_seed, controls.seed, queue=False, api_visibility="private")
