@@ -324,11 +324,7 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
     # ---- step ----------------------------------------------------------------------------------------------------
 
     def step(self, generations: Sequence[Generation]) -> None:
-        """Advance every generation by one step, each at its own time step and with its own settings.
-
-        Args:
-            generations: pictures of one size, none of them done.
-        """
+        """Advance every generation by one step; see `Denoiser.step`."""
         self.denoiser.step(generations)
 
     # ---- decode ------------------------------------------------------------------------------------------------
