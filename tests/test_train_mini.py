@@ -1,5 +1,7 @@
 """The embedded model's recipe at toy cost: each part trains, and only the parts that should."""
 
+import math
+
 import pytest
 import torch
 
@@ -172,17 +174,20 @@ def test_subject_words_are_marked_in_order(tokenizer):
     assert spelled == ["owl", "dog"]
 
 
-def test_grounding_loss_is_least_where_words_look_at_their_subjects():
+def test_grounding_loss_is_least_where_words_look_evenly_at_their_subjects():
     where = torch.tensor([[[1, 1, 2, 2]] * 4], dtype=torch.uint8)
     places = places_of(where)
     right, wrong = places.flatten(2), places.flip(1).flatten(2)
-    assert grounding_loss([(0, right)], places) == 0
-    assert grounding_loss([(0, wrong)], places) == 1
-    assert grounding_loss([(0, torch.ones_like(right))], places) == pytest.approx(0.25)
+    half = right * (torch.arange(16) < 8)  # the upper half of each place
+    assert grounding_loss([(0, 0.3 * right)], places) == 0  # how much there is of it does not matter
+    everywhere = grounding_loss([(0, torch.ones_like(right))], places)
+    assert everywhere == pytest.approx(math.log(2), rel=1e-4)  # twice as large as the place
+    assert everywhere < grounding_loss([(0, half)], places) < grounding_loss([(0, wrong)], places)
     coarse = torch.tensor([[[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]]])
     assert grounding_loss([(1, coarse)], places) == 0
     unnamed = torch.stack([right[:, 0], torch.zeros_like(right[:, 0])], dim=1)
     assert grounding_loss([(0, unnamed)], places) == 0
+    assert grounding_loss([(0, wrong)], torch.zeros_like(places)) == 0
 
 
 def test_words_learn_where_to_look(tokenizer):

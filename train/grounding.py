@@ -1,4 +1,4 @@
-"""Words look where they are: a small loss on the cross-attention of subject words, that of TokenCompose (CVPR 2024).
+"""Words look where they are: a small loss on the cross-attention of subject words, after TokenCompose (CVPR 2024).
 
 In SDXL it comes by itself that the pixels of a dog attend to "dog", which is what guidance masks are made of. A model
 that sees a thousandth of SDXL's pictures needs to be told.
@@ -18,7 +18,8 @@ from realcustom.words import target_token_positions, words_of
 from .data.sprites import CATEGORIES
 
 NUM_SUBJECTS = 2  # at most, in a picture of the sprite world
-GROUNDING_WEIGHT = 0.1  # of this loss beside the diffusion loss
+GROUNDING_WEIGHT = 0.03  # of this loss beside the diffusion loss
+EPSILON = 1e-6  # attention below this counts as this much
 
 
 def subject_marks(tokenizer, captions: Sequence[str]) -> Tensor:
@@ -42,18 +43,23 @@ def places_of(where: Tensor) -> Tensor:
 
 
 def grounding_loss(maps: Iterable[tuple[int, Tensor]], places: Tensor) -> Tensor:
-    """The mean of (1 - share of a word's attention that comes from its subject's place)^2 over words and layers.
+    """How far the attention to a word is from lying evenly over its subject's place, and nowhere else.
+
+    The divergence KL(place || attention) of the two as distributions over positions, in nats, mean over words and
+    layers. That attention stays inside the place is not enough: drawn to a few positions of it, a guidance mask, which
+    divides by its maximum (Eq. 15), lets only those see the reference.
 
     Args:
         maps: per layer its level and the attention to each subject's words, [B, S, Q]; see
             `AttentionRecorder.cross_maps`. Subjects without words in the caption have zeros, and do not count.
-        places: where each subject is, [B, S, h, w] in [0, 1].
+        places: where each subject is, [B, S, h, w] in [0, 1]. Subjects without a place do not count.
     """
     losses = []
     for level, attention in maps:
-        at_level = F.avg_pool2d(places, 2**level, ceil_mode=True).flatten(2)
-        total = attention.sum(-1)
-        named = total.detach() > 0
-        share = (attention * at_level).sum(-1) / total.clamp_min(1e-6)
-        losses.append(((1 - share).square() * named).sum() / named.sum().clamp_min(1))
+        where = F.avg_pool2d(places, 2**level, ceil_mode=True).flatten(2)
+        size, total = where.sum(-1, keepdim=True), attention.sum(-1, keepdim=True)
+        counts = ((size > 0) & (total.detach() > 0)).squeeze(-1)
+        where, seen = where / size.clamp_min(EPSILON), attention / total.clamp_min(EPSILON)
+        divergence = torch.special.xlogy(where, where) - where * seen.clamp_min(EPSILON).log()
+        losses.append((divergence.sum(-1) * counts).sum() / counts.sum().clamp_min(1))
     return torch.stack(losses).mean()
