@@ -10,6 +10,7 @@ compiled, on the same tensors. Nothing is downloaded: SDXL and SD1.5 have random
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import sys
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.full_size import FAMILIES, default_dtype, random_pipeline
 from benchmarks.workbench import Workbench, peak_bytes, request, side_by_side
 from realcustom import RealCustomPipeline, Request
+from realcustom.mask import MaskedPositions
 
 APPROXIMATIONS = {
     "exact": {},
@@ -131,6 +133,8 @@ def operations(pipeline: RealCustomPipeline, asked: Request) -> dict[str, float]
     generation = pipeline.prepare(asked)
     plain = pipeline.prepare(Request(prompt=asked.prompt, height=asked.height, width=asked.width, seed=0))
     counts, denoiser = {}, pipeline.denoiser
+    if pipeline.unet.device.type == "meta":  # shapes do not tell where a mask is; its share of positions is γ_scope
+        generation.inside_masks = partial(_share_of_positions, generation.request.subjects[0].scope_ratio)
     works = {
         "guidance": lambda: denoiser.guidance_branch([generation]),
         "generation": lambda: denoiser.generation_branch([generation]),
@@ -150,6 +154,13 @@ def operations(pipeline: RealCustomPipeline, asked: Request) -> dict[str, float]
         "picture / plain picture": ours / (steps * counts["plain"]),
         "floor in rows": (2 * steps + stop) / (2 * steps),
     }
+
+
+def _share_of_positions(share: float, size: tuple[int, int], way: str) -> MaskedPositions:
+    count = math.ceil(share * size[0] * size[1])
+    return MaskedPositions(
+        torch.empty(1, count, dtype=torch.int64, device="meta"), torch.empty(1, count, 1, device="meta")
+    )
 
 
 def load(model: str, device: str, dtype: torch.dtype) -> RealCustomPipeline:

@@ -5,8 +5,8 @@ sees (`LayerVision`) and what it records for the guidance masks (`LayerRecording
 exactly what the stock processor computes. What differs between layers reaches them as tensors, never as names, so that
 `torch.compile` can share one program among all blocks of a shape.
 
-Legend: R rows of the UNet call, P (row, subject) pairs, H heads, Q = h * w positions, T text tokens, N vision tokens,
-C channels of a layer, d = C / H.
+Legend: R rows of the UNet call, P (row, subject) pairs, H heads, Q = h * w positions, K of them inside a mask, T text
+tokens, N vision tokens, C channels of a layer, d = C / H.
 """
 
 import threading
@@ -20,25 +20,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .adapter import VisionKeysValues
+from .mask import MaskedPositions
 
 
 @dataclass(frozen=True)
 class LayerVision:
-    """What one layer sees: keys, values [P, N, C]; mask [P, Q, 1] or None; rows [P] or None; see `VisualAttention`."""
+    """What one layer sees: keys, values [P, N, C] and where; see `VisualAttention`."""
 
     key: Tensor
     value: Tensor
-    mask: Tensor | None
-    rows: Tensor | None
+    inside: MaskedPositions | None
 
     def add_to(self, out: Tensor, query: Tensor) -> Tensor:
         """`out` [R, Q, C] plus the masked visual attention of every pair in its row; query [R, H, Q, d]."""
-        asked = query if self.rows is None else query[self.rows]
         key, value = _split_heads(self.key, query), _split_heads(self.value, query)
-        seen = _merge_heads(F.scaled_dot_product_attention(asked, key, value))
-        if self.mask is not None:
-            seen = seen * self.mask.to(seen.dtype)
-        return out + seen if self.rows is None else out.index_add(0, self.rows, seen)
+        if self.inside is None:
+            return out + _merge_heads(F.scaled_dot_product_attention(query, key, value))
+        index = self.inside.index.flatten()
+        asked = _merge_heads(query).flatten(0, 1).index_select(0, index).unflatten(0, self.inside.index.shape)
+        seen = _merge_heads(F.scaled_dot_product_attention(_split_heads(asked, query), key, value))
+        seen = seen * self.inside.weight.to(seen.dtype)
+        return out.flatten(0, 1).index_add(0, index, seen.flatten(0, 1)).view_as(out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +48,17 @@ class VisualAttention:
     """Who sees which reference where: the second summand of Eq. 16 and 19.
 
     Attributes:
-        rows: row of the UNet call that pair p belongs to, int64 [P]; None where pair p is row p for every row.
         keys_values: per pair the keys and values of its reference, each [1, N, C] in every layer.
-        masks: guidance mask at each attention level, level -> [P, Q, 1] in [0, 1]; None attends everywhere.
+        inside: the masked positions at each attention level; None if pair p is row p, for every row, and sees
+            everywhere.
     """
 
-    rows: Tensor | None
     keys_values: Sequence[VisionKeysValues]
-    masks: Mapping[int, Tensor] | None
+    inside: Mapping[int, MaskedPositions] | None
 
     def at(self, layer: str, level: int) -> LayerVision:
         key, value = (_stack([kv[layer][part] for kv in self.keys_values]) for part in (0, 1))
-        return LayerVision(key, value, None if self.masks is None else self.masks[level], self.rows)
+        return LayerVision(key, value, None if self.inside is None else self.inside[level])
 
 
 class LayerRecording(Protocol):

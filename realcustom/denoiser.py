@@ -12,7 +12,7 @@ from torch import Tensor
 from .attention import AttentionLayers, LeftEarly, VisualAttention, level_sizes
 from .config import MethodConfig
 from .generation import Generation
-from .mask import average_maps, guidance_masks
+from .mask import MaskedPositions, average_maps, guidance_masks
 from .recorder import AttentionRecorder
 from .text import TextCondition
 
@@ -95,16 +95,12 @@ class Denoiser:
         seen += [(row, g, g.negative_references) for row, g in unconditional if g.negative_references]
         if not seen:
             return None
-        rows = [row for row, _, references in seen for _ in references]
-        sizes = self.sizes(generations[0])
-        return VisualAttention(
-            rows=torch.tensor(rows, device=generations[0].latents.device),
-            keys_values=[kv for _, _, references in seen for kv in references],
-            masks={
-                level: torch.cat([g.masks_at(sizes[level], self.method.mask_resize) for _, g, _ in seen])
-                for level in set(self.attention.levels.values())
-            },
-        )
+        inside = {}
+        for level in set(self.attention.levels.values()):
+            height, width = self.sizes(generations[0])[level]
+            parts = [g.inside_masks((height, width), self.method.mask_resize) for _, g, _ in seen]
+            inside[level] = MaskedPositions.stack(parts, [row * height * width for row, _, _ in seen])
+        return VisualAttention(keys_values=[kv for _, _, references in seen for kv in references], inside=inside)
 
     def predict(
         self,

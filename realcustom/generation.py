@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from .adapter import VisionKeysValues
-from .mask import resize_by_height, resize_map
+from .mask import MaskedPositions, resize_by_height, resize_map
 from .request import Request
 from .text import TextCondition
 
@@ -51,7 +51,7 @@ class Generation:
     masks_fixed: bool = False
     predicted_clean: Tensor | None = None
     step_index: int = 0
-    _level_masks: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+    _inside_masks: dict[tuple[int, int], MaskedPositions] = field(default_factory=dict, repr=False)
 
     @property
     def num_steps(self) -> int:
@@ -91,19 +91,19 @@ class Generation:
         """Put masks [S, h, w] in [0, 1] in force."""
         assert len(masks) == len(self.references), (masks.shape, len(self.references))
         self.guidance_masks = masks
-        self._level_masks.clear()
+        self._inside_masks.clear()
 
-    def masks_at(self, size: tuple[int, int], way: str = "per_axis") -> Tensor:
-        """The masks resized to one attention resolution, [S, Q, 1]; resized once per mask, not once per layer.
+    def inside_masks(self, size: tuple[int, int], way: str = "per_axis") -> MaskedPositions:
+        """Where the masks, resized to one attention resolution, are not zero; found once per mask, not per layer.
 
         Args:
             size: (h, w) of the resolution.
             way: see `MethodConfig.mask_resize`.
         """
-        if size not in self._level_masks:
+        if size not in self._inside_masks:
             resize = resize_by_height if way == "height_factor" else resize_map
-            self._level_masks[size] = resize(self.guidance_masks, size).flatten(1)[..., None]
-        return self._level_masks[size]
+            self._inside_masks[size] = MaskedPositions.of(resize(self.guidance_masks, size).flatten(1))
+        return self._inside_masks[size]
 
     def model_input(self) -> Tensor:
         return self.scheduler.scale_model_input(self.latents, self.timestep)

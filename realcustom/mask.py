@@ -1,9 +1,10 @@
 """Recorded attention -> guidance masks: pure functions of tensors (Eq. 14, 15, 18, Algorithm 1).
 
-Legend: S subjects, h x w positions of the largest attention resolution, Q = h * w.
+Legend: S subjects, h x w positions of the largest attention resolution, Q = h * w; K positions inside a mask.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -133,3 +134,35 @@ def guidance_masks(relevance: Tensor, scope_ratios: Sequence[float], method: Met
         # A subject may have lost its best position to another one, so Eq. 18 divides by what it kept.
         masks = normalise(masks, "max")
     return masks
+
+
+@dataclass(frozen=True)
+class MaskedPositions:
+    """Where masks are not zero: all that visual attention has to compute (Eq. 16, 19).
+
+    Attributes:
+        index: positions in ascending order, int64 [S, K], K being that of the largest mask.
+        weight: the mask there, [S, K, 1]; 0 where a smaller mask has no more positions.
+    """
+
+    index: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, masks: Tensor) -> "MaskedPositions":
+        """From masks [S, Q]; on a GPU this waits for them."""
+        inside = masks > 0
+        count = max(2, int(inside.sum(dim=1).max()))  # `torch.compile` makes another program for one
+        index = inside.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]
+        return cls(index, masks.gather(1, index)[..., None])
+
+    @classmethod
+    def stack(cls, parts: Sequence["MaskedPositions"], offsets: Sequence[int]) -> "MaskedPositions":
+        """All subjects of `parts`, the positions of each part counted from its offset."""
+        count = max(part.index.shape[1] for part in parts)
+        index = [F.pad(p.index, (0, count - p.index.shape[1])) + start for p, start in zip(parts, offsets, strict=True)]
+        weight = [F.pad(p.weight, (0, 0, 0, count - p.weight.shape[1])) for p in parts]
+        stacked = cls(torch.cat(index), torch.cat(weight))
+        for tensor in (stacked.index, stacked.weight):  # other masks have other counts, and no program of their own
+            torch._dynamo.mark_dynamic(tensor, 1)
+        return stacked

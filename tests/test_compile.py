@@ -22,8 +22,8 @@ def requests():
         Request(prompt=PROMPT, subjects=(dog(),), seed=1),
         Request(prompt=PROMPT, subjects=(dog("green"), cat()), seed=2, early_stop_step=1),
         Request(prompt=PROMPT, seed=3),
-        Request(prompt="the cat", subjects=(cat(),), seed=4, guidance_scale=1.0, num_inference_steps=3),
-        Request(prompt=PROMPT, subjects=(dog("navy"),), seed=5),
+        Request(prompt="the cat", subjects=(cat(scope_ratio=0.02),), seed=4, guidance_scale=1.0, num_inference_steps=3),
+        Request(prompt=PROMPT, subjects=(dog("navy", scope_ratio=1.0),), seed=5),
     ]
 
 
@@ -34,7 +34,7 @@ def test_compiled_blocks_make_the_same_picture(compiled):
 
 
 def test_a_warm_pipeline_never_recompiles(compiled):
-    """After warming up, any mix of batch sizes, subjects, guidance on and off runs on the programs there are."""
+    """After warming up, any mix of batch sizes, subjects, scopes and guidance runs on the programs there are."""
     compiled.warm_up()
     with torch.compiler.set_stance("fail_on_recompile"):
         for count in range(1, 6):

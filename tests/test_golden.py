@@ -26,7 +26,7 @@ from transformers import (
 from realcustom import MethodConfig, RealCustomAdapter, RealCustomConfig, RealCustomPipeline, Request, Subject
 from realcustom.attention import VisualAttention
 from realcustom.config import VisionConfig
-from realcustom.mask import average_maps, guidance_masks
+from realcustom.mask import MaskedPositions, average_maps, guidance_masks
 from realcustom.scheduler import AlternatingDPMSolverScheduler
 from realcustom.vision import VisionFeatures, reference_views, to_pixels
 from realcustom.weights import convert_official, convert_timm_vit
@@ -331,18 +331,17 @@ def predict_generation_row(golden, generations, masks, *, negative: bool = False
     denoiser = golden.pipeline.denoiser
     black = golden.keys_values("neg")
     references = [(black[i],) * len(g.references) if negative else g.references for i, g in enumerate(generations)]
-    for g, mask in zip(generations, [None] * len(generations) if masks is None else masks, strict=True):
-        if mask is not None:
-            g.set_masks(mask)
     sizes = denoiser.sizes(generations[0])
-    vision = VisualAttention(
-        rows=torch.tensor([i for i, g in enumerate(generations) for _ in g.references]),
-        keys_values=[kv for r in references for kv in r],
-        masks=None if masks is None else {
-            level: torch.cat([g.masks_at(sizes[level], "height_factor") for g in generations])
-            for level in set(denoiser.attention.levels.values())
-        },
-    )  # fmt: skip
+    for i, g in enumerate(generations):
+        g.set_masks(torch.ones(len(g.references), *sizes[0]) if masks is None else masks[i])
+    inside = {
+        level: MaskedPositions.stack(
+            [g.inside_masks(sizes[level], "height_factor") for g in generations],
+            [i * sizes[level][0] * sizes[level][1] for i in range(len(generations))],
+        )
+        for level in set(denoiser.attention.levels.values())
+    }
+    vision = VisualAttention(keys_values=[kv for r in references for kv in r], inside=inside)
     return denoiser.predict(generations, [g.negative_text if negative else g.text for g in generations], vision=vision)
 
 

@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from realcustom import MethodConfig
-from realcustom.mask import guidance_masks, keep_scope, resize_by_height, resize_map, share_scopes
+from realcustom.attention import LayerVision
+from realcustom.mask import (
+    MaskedPositions,
+    guidance_masks,
+    keep_scope,
+    resize_by_height,
+    resize_map,
+    share_scopes,
+)
 from realcustom.recorder import attention_times, recorded_levels
 
 PAPER = MethodConfig()
@@ -106,3 +114,23 @@ def test_the_release_resizes_by_the_heights_factor_wherever_that_works():
     masks = relevance(2, 16, 21)
     assert torch.equal(resize_by_height(masks, (8, 11)), resize_map(masks, (8, 11)))
     assert torch.equal(resize_by_height(masks[..., :16], (8, 8)), resize_map(masks[..., :16], (8, 8)))
+
+
+def test_visual_attention_inside_masks_equals_masked_attention_everywhere():
+    """Eq. 19 written out, for rows with two overlapping subjects, one, and none, and for an all-zero mask."""
+    heads, places, tokens, width = 2, 30, 7, 8
+    query, out = relevance(4, heads, places, 4), relevance(4, places, width, seed=1)
+    key, value = relevance(4, tokens, width, seed=2), relevance(4, tokens, width, seed=3)
+    masks = relevance(4, places, seed=4) * (relevance(4, places, seed=5) > torch.tensor([[0.4], [0.8], [0.2], [2.0]]))
+    rows = [0, 0, 2, 3]
+    inside = MaskedPositions.stack(
+        [MaskedPositions.of(masks[:2]), MaskedPositions.of(masks[2:3]), MaskedPositions.of(masks[3:])],
+        offsets=[0, 2 * places, 3 * places],
+    )
+    assert inside.index.shape[1] == (masks > 0).sum(1).max() < places
+    expected = out.clone()
+    for row, k, v, mask in zip(rows, key, value, masks, strict=True):
+        split = lambda x: x.unflatten(-1, (heads, -1)).transpose(0, 1)
+        attention = torch.softmax(query[row] @ split(k).transpose(-1, -2) / 2, dim=-1)  # [H, Q, N]
+        expected[row] += mask[:, None] * (attention @ split(v)).transpose(0, 1).flatten(1)
+    assert torch.allclose(LayerVision(key, value, inside).add_to(out, query), expected, atol=1e-5)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from realcustom.adapter import RealCustomAdapter, VisionKeysValues
-from realcustom.attention import AttentionLayers, VisualAttention
+from realcustom.attention import AttentionLayers, VisualAttention, level_sizes
+from realcustom.mask import MaskedPositions
 from realcustom.vision import VisionFeatures
 
 from ..captions import CaptionCache
@@ -42,9 +43,9 @@ def build_adapter(model: TextToImage) -> RealCustomAdapter:
     return RealCustomAdapter.for_unet(model.unet, vision_dim=2 * VISION_WIDTH)
 
 
-def everywhere(keys_values: VisionKeysValues, rows: Tensor | None = None) -> VisualAttention:
-    """Reference b for row b of the UNet call (or for `rows`), without a mask."""
-    return VisualAttention(rows=rows, keys_values=(keys_values,), masks=None)
+def everywhere(keys_values: VisionKeysValues) -> VisualAttention:
+    """Reference b for row b of the UNet call, without a mask."""
+    return VisualAttention(keys_values=(keys_values,), inside=None)
 
 
 class AdapterTask:
@@ -175,8 +176,12 @@ def _compare(task: AdapterTask, adapter: RealCustomAdapter, raw: Entry, captions
     with task.autocast():
         keys_values = adapter(task.features(raw["reference"][:count]))
     text = (embeds[:-1], pooled[:-1], embeds[-1:], pooled[-1:])
+    inside = {}  # of the first half of the rows; the other one is unconditional
+    for level, (height, width) in enumerate(level_sizes(*shape[-2:], max(task.attention.levels.values()) + 1)):
+        ones = MaskedPositions.of(torch.ones(1, height * width, device=task.device))
+        inside[level] = MaskedPositions.stack([ones] * count, [row * height * width for row in range(count)])
     rows = [F.interpolate(to_signed(raw["reference"][:count]), (size, size), mode="area").to(task.device)]
-    for vision in (None, everywhere(keys_values, torch.arange(count, device=task.device))):
+    for vision in (None, VisualAttention(keys_values=(keys_values,), inside=inside)):
         with task.attention.connected(vision):
             latents = sample_latents(task.model.unet, task.scheduler, *text, noise)
         rows.append(task.codec.decode(latents))
