@@ -15,6 +15,9 @@ class _Oracle:
     def scene(self, pixels):
         return torch.nn.functional.one_hot(torch.zeros(len(pixels), dtype=torch.long), 8)
 
+    def category(self, pixels):
+        return torch.nn.functional.one_hot(torch.ones(len(pixels), dtype=torch.long), 16)
+
 
 def test_case_is_seeded_and_shows_the_given_individual_in_another_view():
     one, again = Case(3), Case(3)
@@ -24,11 +27,12 @@ def test_case_is_seeded_and_shows_the_given_individual_in_another_view():
 
 
 def test_judge_counts_right_answers():
-    """A picture that is the first reference itself is picked; the scene counts where the judge names it."""
+    """A picture that is the first reference itself is picked; scene and category count where the judge names them."""
     cases = [Case(i) for i in range(4)]
     result = judge(_Oracle(), cases, [case.references[0] for case in cases])
     assert result["individual"] == 1.0
-    assert result["scene"] == sum(case.scene == 0 for case in cases) / 4 == result["both"]
+    assert result["scene"] == sum(case.scene == 0 for case in cases) / 4
+    assert result["category"] == 1 / 4  # one case of each of the first four
     assert "100.0%" in markdown({"exact": result})
 
 

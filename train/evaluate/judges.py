@@ -1,7 +1,7 @@
-"""Stage `judges`: two small convolutional networks that only evaluation uses.
+"""Stage `judges`: three small convolutional networks that only evaluation uses.
 
-One puts pictures of the same individual close together, however it stands and wherever it is; the other names the
-scene. They share nothing with the model they judge.
+One puts pictures of the same individual close together, however it stands and wherever it is; the others name the scene
+and the kind of subject. They share nothing with the model they judge.
 """
 
 from collections.abc import Sequence
@@ -75,6 +75,7 @@ class Judges(nn.Module):
         super().__init__()
         self.individual = ConvNet(64)
         self.scene = ConvNet(len(SCENES))
+        self.category = ConvNet(len(TRAINED))
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Unit vectors, [B, 64]."""
@@ -94,13 +95,12 @@ def judges_loss(model: Judges, entry: dict[str, Tensor], generator: torch.Genera
     same = torch.arange(len(seen), device=seen.device)
     similarity = seen @ asked.T / 0.07
     contrast = (F.cross_entropy(similarity, same) + F.cross_entropy(similarity.T, same)) / 2
-    named = model.scene(picture).float()
-    scene = F.cross_entropy(named, entry["scene"])
-    numbers = {
-        "found": (similarity.argmax(1) == same).float().mean(),
-        "scene_right": (named.argmax(1) == entry["scene"]).float().mean(),
-    }
-    return contrast + scene, {name: float(value) for name, value in numbers.items()}
+    numbers, loss = {"found": (similarity.argmax(1) == same).float().mean()}, contrast
+    for name, judge in (("scene", model.scene), ("category", model.category)):
+        named = judge(picture).float()
+        loss = loss + F.cross_entropy(named, entry[name])
+        numbers[f"{name}_right"] = (named.argmax(1) == entry[name]).float().mean()
+    return loss, {name: float(value) for name, value in numbers.items()}
 
 
 def train_judges(out: Path, device: str = "cpu", **options) -> None:
@@ -133,8 +133,10 @@ def train_judges(out: Path, device: str = "cpu", **options) -> None:
         seen, asked = model.embed(held_out["picture"]), model.embed(held_out["reference"])
         kin = held_out["category"][:, None] == held_out["category"]
         found = (seen @ asked.T).masked_fill(~kin, -2).argmax(1) == torch.arange(len(seen), device=device)
-        named = model.scene(held_out["picture"]).argmax(1) == held_out["scene"]
-        return {"held_out_found_in_kin": float(found.float().mean()), "held_out_scene": float(named.float().mean())}
+        numbers = {"held_out_found_in_kin": float(found.float().mean())}
+        for name, judge in (("scene", model.scene), ("category", model.category)):
+            numbers[f"held_out_{name}"] = float((judge(held_out["picture"]).argmax(1) == held_out[name]).float().mean())
+        return numbers
 
     run_loop(config, model, loss_of_step, preview)
 

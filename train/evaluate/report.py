@@ -1,8 +1,8 @@
-"""The report: does the picture show the right individual, and is it in the right scene?
+"""The report: does the picture show the right individual, what does it show at all, and is it in the right scene?
 
 For held-out individuals, each in a scene, several ways of making the same picture from the same seed: with the guidance
 mask (exactly, and by both approximations), with a mask of ones, and from words alone. The judges pick among ten
-references of the same category and name the scene. Chance is 10% and 12.5%.
+references of the same category, and name the category and the scene. Chance is 10%, 6.25% and 12.5%.
 """
 
 import json
@@ -81,17 +81,18 @@ def _pixels(pictures: list[Image.Image]) -> Tensor:
 
 
 def judge(judges, cases: list[Case], pictures: list[Image.Image]) -> dict[str, float]:
-    """Fractions of pictures with the right individual picked, the scene named, and both."""
+    """Fractions of pictures with the right individual picked, and with the category and the scene named."""
     shown = _pixels(pictures)
     picked = judges.embed(shown)[:, None] @ torch.stack([judges.embed(_pixels(c.references)) for c in cases]).transpose(
         1, 2
     )
-    right = picked[:, 0].argmax(-1) == 0
-    named = judges.scene(shown).argmax(-1) == torch.tensor([case.scene for case in cases])
-    both = right & named
-    return {
-        name: float(hits.float().mean()) for name, hits in (("individual", right), ("scene", named), ("both", both))
+    categories = torch.tensor([list(TRAINED).index(case.category) for case in cases])
+    right = {
+        "individual": picked[:, 0].argmax(-1) == 0,
+        "category": judges.category(shown).argmax(-1) == categories,
+        "scene": judges.scene(shown).argmax(-1) == torch.tensor([case.scene for case in cases]),
     }
+    return {name: float(hits.float().mean()) for name, hits in right.items()}
 
 
 def evaluate(model: Path, out: Path, num_pictures: int = 200, device: str = "cpu") -> dict[str, dict[str, float]]:
@@ -117,6 +118,8 @@ def evaluate(model: Path, out: Path, num_pictures: int = 200, device: str = "cpu
 
 
 def markdown(results: dict[str, dict[str, float]]) -> str:
-    lines = ["| | right individual of 10 | right scene of 8 | both |", "|---|---|---|---|"]
-    lines += [f"| {way} | {r['individual']:.1%} | {r['scene']:.1%} | {r['both']:.1%} |" for way, r in results.items()]
+    lines = ["| | right individual of 10 | right category of 16 | right scene of 8 |", "|---|---|---|---|"]
+    lines += [
+        f"| {way} | {r['individual']:.1%} | {r['category']:.1%} | {r['scene']:.1%} |" for way, r in results.items()
+    ]
     return "\n".join(lines) + "\n"
