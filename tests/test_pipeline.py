@@ -215,6 +215,33 @@ def test_no_step_makes_an_attention_map(pipeline):
     assert sizes["two subjects"] == sizes["plain"] < positions**2 / 4
 
 
+class Queries(TorchDispatchMode):
+    """Counts the positions that ask fused attention with `num_keys` keys."""
+
+    def __init__(self, num_keys):
+        super().__init__()
+        self.num_keys, self.count = num_keys, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "scaled_dot_product" in str(func) and args[1].shape[-2] == self.num_keys:
+            self.count += args[0].shape[0] * args[0].shape[-2]
+        return func(*args, **(kwargs or {}))
+
+
+def test_visual_attention_costs_what_its_masks_cover(pipeline):
+    """One tenth of the largest level's positions ask for one tenth of its attention; nobody asks for the rest."""
+    counts = []
+    for scope in (1.0, 0.1):
+        request = Request(prompt=PROMPT, subjects=(dog(scope_ratio=scope),), seed=0, height=256, width=256)
+        generation = pipeline.prepare(request)
+        pipeline.denoiser.guidance_branch([generation])
+        (reference,) = generation.references
+        with Queries(num_keys=next(iter(reference.values()))[0].shape[1]) as queries:
+            pipeline.denoiser.generation_branch([generation])
+        counts.append(queries.count)
+    assert 0.1 * counts[0] < counts[1] < 0.5 * counts[0]
+
+
 @pytest.mark.parametrize("preset", ["paper", "release"])
 @pytest.mark.parametrize("height,width", [(64, 96), (40, 72), (104, 56), (36, 44), (8, 120)])
 def test_any_multiple_of_the_grid_works(preset, height, width):
