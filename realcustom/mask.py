@@ -151,7 +151,7 @@ class MaskedPositions:
     @classmethod
     def of(cls, masks: Tensor) -> "MaskedPositions":
         """From masks [S, Q]; on a GPU this waits for them."""
-        inside = masks > 0
+        inside = masks != 0  # NaN counts, so that it is not lost
         count = max(2, int(inside.sum(dim=1).max()))  # `torch.compile` makes another program for one
         index = inside.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]
         return cls(index, masks.gather(1, index)[..., None])
