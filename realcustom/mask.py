@@ -1,4 +1,4 @@
-"""Recorded attention -> guidance masks: pure functions of tensors (Eq. 14, 15, 18, Algorithm 1).
+"""Recorded attention -> guidance masks (Eq. 14, 15, 18, Algorithm 1) -> the positions inside them (Eq. 16, 19).
 
 Legend: S subjects, h x w positions of the largest attention resolution, Q = h * w; K positions inside a mask.
 """
