@@ -72,6 +72,7 @@ def memory(bench: Workbench, number: int) -> dict[str, float]:
         "ours MB": ours / 1e6,
         "ours / plain": ours / plain,
         "keys and values of the references MB": bench.pipeline.references.num_bytes / 1e6,
+        "texts with their keys and values MB": bench.pipeline.texts.num_bytes / 1e6,
     }
 
 
@@ -132,6 +133,9 @@ def operations(pipeline: RealCustomPipeline, asked: Request) -> dict[str, float]
     """Operations of one picture against plain text-to-image with as many steps; exact counts, no timing."""
     generation = pipeline.prepare(asked)
     plain = pipeline.prepare(Request(prompt=asked.prompt, height=asked.height, width=asked.width, seed=0))
+    for name in ("text", "negative_text"):  # which plain text-to-image projects anew in every step
+        if (text := getattr(plain, name)) is not None:
+            setattr(plain, name, replace(text, keys_values=None))
     counts, denoiser = {}, pipeline.denoiser
     if pipeline.unet.device.type == "meta":  # shapes do not tell where a mask is; its share of positions is γ_scope
         generation.inside_masks = partial(_share_of_positions, generation.request.subjects[0].scope_ratio)

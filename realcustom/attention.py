@@ -6,7 +6,7 @@ exactly what the stock processor computes. What differs between layers reaches t
 `torch.compile` can share one program among all blocks of a shape.
 
 Legend: R rows of the UNet call, P (row, subject) pairs, H heads, Q = h * w positions, K of them inside a mask, T text
-tokens, N vision tokens, C channels of a layer, d = C / H.
+tokens, N vision tokens, C channels of a layer, d = C / H, W all keys and values of a text in all layers side by side.
 """
 
 import threading
@@ -83,10 +83,12 @@ class RealCustomAttnProcessor:
     """Eq. 4, 16 and 19 in one layer of a stock diffusers UNet; self-attention and cross-attention alike.
 
     Attributes:
-        vision, recording: what the layer is connected to during a UNet call (see `AttentionLayers.connected`).
+        text, vision, recording: what the layer is connected to during a UNet call (see `AttentionLayers.connected`);
+            `text` are keys and values [R, T, C] made before, in place of projecting the text in every step.
     """
 
     def __init__(self) -> None:
+        self.text: tuple[Tensor, Tensor] | None = None
         self.vision: LayerVision | None = None
         self.recording: LayerRecording | None = None
 
@@ -98,13 +100,16 @@ class RealCustomAttnProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        key = _split_heads(attn.to_k(text), query)
-        value = _split_heads(attn.to_v(text), query)
+        if self.text is None:
+            text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            key, value = attn.to_k(text), attn.to_v(text)
+        else:
+            key, value = self.text
+        key, value = _split_heads(key, query), _split_heads(value, query)
         if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], len(text))
-            attention_mask = attention_mask.view(len(text), attn.heads, -1, attention_mask.shape[-1])
+            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], len(key))
+            attention_mask = attention_mask.view(len(key), attn.heads, -1, attention_mask.shape[-1])
         out = _merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask))
         if self.recording is not None:
             self.recording.take(query, key)
@@ -138,15 +143,27 @@ class AttentionLayers:
         for name in names:
             if name.endswith("attn2"):
                 self._text_layers.setdefault(_transformer(name), []).append(name)
+        self._places: dict[str, slice] = {}  # text cross-attention layer -> its keys and values in W
+        end = 0
+        for name in (name for layers in self._text_layers.values() for name in layers):
+            start, end = end, end + 2 * unet.get_submodule(name).to_k.out_features
+            self._places[name] = slice(start, end)
         self._lock = threading.RLock()  # a connection is to one call at a time
 
     def remove(self) -> None:
         """Put the processors from before back."""
         self._unet.set_attn_processor(dict(self._before))
 
+    def text_keys_values(self, embeds: Tensor) -> Tensor:
+        """What the cross-attention layers make of a text, the same in every step: embeds [T, C] -> [T, W]."""
+        attns = [self._unet.get_submodule(name) for name in self._places]
+        return torch.cat([project(embeds) for attn in attns for project in (attn.to_k, attn.to_v)], dim=-1)
+
     @contextmanager
     def connected(
         self,
+        *,
+        text: Sequence[Tensor] | None = None,
         vision: VisualAttention | None = None,
         recordings: Mapping[str, LayerRecording] | None = None,
         leave_early: bool = False,
@@ -154,6 +171,7 @@ class AttentionLayers:
         """For the UNet calls inside: who sees which reference, and which layers record.
 
         Args:
+            text: keys and values of each row's text, [T, W] each; without, each layer projects the text it is given.
             vision: references of the text cross-attention layers.
             recordings: layer name -> its recording.
             leave_early: end the call behind the last recording layer's transformer by raising `LeftEarly`.
@@ -163,38 +181,41 @@ class AttentionLayers:
             try:
                 for name, processor in self._processors.items():
                     processor.recording = (recordings or {}).get(name)
-                for transformer, layers in self._text_layers.items() if vision is not None else ():
-                    if len(vision.keys_values) == 1:  # nothing to copy, and no hooks in a UNet compiled whole
-                        self._show(layers, vision)
-                    else:
-                        hooks += self._show_inside(transformer, vision)
+                if text is not None or vision is not None:
+                    for transformer in self._text_layers:
+                        hooks += self._show_inside(transformer, text, vision)
                 if leave_early:
                     hooks.append(self._leave_behind(max(recordings, key=list(self.levels).index)))
                 yield
             finally:
                 for processor in self._processors.values():
-                    processor.vision = processor.recording = None
+                    processor.text = processor.vision = processor.recording = None
                 for hook in hooks:
                     hook.remove()
 
-    def _show(self, layers: list[str], vision: VisualAttention) -> None:
-        for name in layers:
-            self._processors[name].vision = vision.at(name, self.levels[name])
-
-    def _show_inside(self, transformer: str, vision: VisualAttention) -> list:
+    def _show_inside(self, transformer: str, text: Sequence[Tensor] | None, vision: VisualAttention | None) -> list:
         """Connects a transformer's layers to what they see for as long as it runs.
 
-        Several references are copied into one tensor per layer. Copies for all layers at once would take as much memory
-        as the references themselves.
+        Texts of the rows, and several references, are copied into one tensor. Copies for all layers at once would take
+        as much memory as the references themselves.
         """
         module, layers = self._unet.get_submodule(transformer), self._text_layers[transformer]
 
         def connect(*_) -> None:
-            self._show(layers, vision)
+            if text is not None:
+                first, last = self._places[layers[0]].start, self._places[layers[-1]].stop
+                here = torch.stack([t[:, first:last] for t in text])
+                for name in layers:
+                    place = self._places[name]
+                    key, value = here[..., place.start - first : place.stop - first].chunk(2, dim=-1)
+                    self._processors[name].text = key, value
+            if vision is not None:
+                for name in layers:
+                    self._processors[name].vision = vision.at(name, self.levels[name])
 
         def disconnect(*_) -> None:
             for name in layers:
-                self._processors[name].vision = None
+                self._processors[name].text = self._processors[name].vision = None
 
         return [module.register_forward_pre_hook(connect), module.register_forward_hook(disconnect)]
 

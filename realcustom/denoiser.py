@@ -5,6 +5,7 @@ Legend: R rows of a UNet call, B generations, S subjects, T text tokens, h x w p
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,7 +27,15 @@ class Denoiser:
     def __init__(self, unet, method: MethodConfig) -> None:
         self.unet, self.method = unet, method
         self.attention = AttentionLayers(unet)
-        self.leaves_early = True  # the guidance branch ends at the last layer that it records
+        # Whether calls may leave out what is known or not needed: the keys and values of texts, and in the guidance
+        # branch all behind the last layer that it records.
+        self.skips_layers = True
+
+    @torch.no_grad()
+    def prepare_text(self, text: TextCondition) -> TextCondition:
+        """`text` as the UNet takes it, with its keys and values: they do not depend on the step."""
+        embeds = text.embeds.to(self.unet.conv_in.weight.dtype)  # `unet.dtype` walks all modules
+        return replace(text, keys_values=self.attention.text_keys_values(embeds) if self.skips_layers else None)
 
     @torch.no_grad()
     def step(self, generations: Sequence[Generation]) -> None:
@@ -46,7 +55,7 @@ class Denoiser:
         """Text alone; what the target words attend to becomes each generation's new guidance masks (Eq. 14, 15, 18)."""
         recorder = self._recorder(generations)
         with suppress(LeftEarly):
-            self.predict(generations, [g.text for g in generations], recorder=recorder, leave_early=self.leaves_early)
+            self.predict(generations, [g.text for g in generations], recorder=recorder, leave_early=self.skips_layers)
         self.set_masks(generations, recorder)
 
     def _recorder(self, generations: Sequence[Generation], rows: Tensor | None = None) -> AttentionRecorder:
@@ -111,14 +120,18 @@ class Denoiser:
         leave_early: bool = False,
     ) -> Tensor:
         """One UNet call, a row per generation and text; fp32 [R, channels, height, width]."""
-        dtype = self.unet.conv_in.weight.dtype  # `unet.dtype` walks all modules
+        dtype = self.unet.conv_in.weight.dtype
         added = None
         if texts[0].pooled is not None:
             added = {
                 "text_embeds": torch.stack([t.pooled for t in texts]).to(dtype),
                 "time_ids": torch.stack([g.time_ids for g in rows]).to(dtype),
             }
-        with self.attention.connected(vision, recorder and recorder.layers, leave_early):
+        keys_values = None
+        if all(t.keys_values is not None for t in texts):
+            keys_values = [t.keys_values for t in texts]
+        recordings = recorder and recorder.layers
+        with self.attention.connected(text=keys_values, vision=vision, recordings=recordings, leave_early=leave_early):
             output = self.unet(
                 torch.stack([g.model_input() for g in rows]).to(dtype),
                 torch.stack([g.timestep for g in rows]),

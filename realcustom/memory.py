@@ -26,6 +26,7 @@ def place(pipeline, device: str | torch.device, tier: MemoryTier = "high") -> No
     """
     if tier not in get_args(MemoryTier):
         raise ValueError(f"memory is {tier!r}; it must be one of {', '.join(map(repr, get_args(MemoryTier)))}.")
+    pipeline.clear_caches()
     if tier == "high":
         pipeline.to(device)
         return
@@ -60,7 +61,7 @@ def _offload_layers(pipeline, device: torch.device) -> None:
     apply_group_offloading(
         pipeline.unet, onload_device=device, offload_type="leaf_level", use_stream=on_gpu, record_stream=on_gpu
     )
-    pipeline.denoiser.leaves_early = False  # the layers are brought over in an order learned from whole passes
+    pipeline.denoiser.skips_layers = False  # the layers are brought over in an order learned from whole passes
 
 
 def resident_parts(tier: MemoryTier) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from .text import TextCondition, TextEncoders
 from .vision import VisionEncoders, VisionFeatures
 
 REFERENCE_CACHE_BYTES = 1 << 30  # about four references of SDXL in bf16
-TEXT_CACHE_BYTES = 1 << 25  # about a hundred prompts of SDXL in bf16
+TEXT_CACHE_BYTES = 1 << 28  # about ten prompts of SDXL in bf16
 # Numbers of subjects of pictures that step together: what makes `torch.compile` see every kind of call, each twice with
 # different batch sizes, after which it takes these as dynamic.
 WARM_UP_GROUPS = ((1,), (2,), (1, 1), (2, 1, 1), (1, 1, 1), (2, 2), (0,), (0, 0), (0, 0, 0), (1, 0, 2))
@@ -109,7 +109,7 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         self.denoiser = Denoiser(unet, realcustom_config.method)
         self._compiled = False
         self.offload_hooks: dict[str, Any] = {}  # of components that are on the device only while in use, see memory.py
-        self.texts: Cache[TextCondition] = Cache(TEXT_CACHE_BYTES, _text_bytes)
+        self.texts: Cache[TextCondition] = Cache(TEXT_CACHE_BYTES, lambda text: text.num_bytes)
         self.references: Cache[VisionKeysValues] = Cache(REFERENCE_CACHE_BYTES, _reference_bytes)
 
     @classmethod
@@ -284,7 +284,7 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         def make() -> TextCondition:
             condition = self._text_encoders().encode(text)
             self._offload("text_encoder", "text_encoder_2")
-            return condition
+            return self.denoiser.prepare_text(condition)
 
         return self.texts.get(text, make)
 
@@ -294,8 +294,12 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         if request.negative_prompt or not self.config.force_zeros_for_empty_prompt:
             return self._encode_text(request.negative_prompt)
         text = self._encode_text(request.prompt)
-        pooled = None if text.pooled is None else torch.zeros_like(text.pooled)
-        return TextCondition(embeds=torch.zeros_like(text.embeds), pooled=pooled)
+
+        def make() -> TextCondition:
+            pooled = None if text.pooled is None else torch.zeros_like(text.pooled)
+            return self.denoiser.prepare_text(TextCondition(embeds=torch.zeros_like(text.embeds), pooled=pooled))
+
+        return self.texts.get(None, make)
 
     def _encode_reference(self, image: Image.Image) -> VisionKeysValues:
         """Keys and values of a reference in every layer, once per content of the picture."""
@@ -452,10 +456,6 @@ def _spatial_compression(vae) -> int:
     """Pixels per latent, by the attribute of the newer autoencoders or from the levels of the classic one."""
     ratio = getattr(vae, "spatial_compression_ratio", None)
     return int(ratio) if ratio else 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def _text_bytes(text: TextCondition) -> int:
-    return text.embeds.nbytes + (0 if text.pooled is None else text.pooled.nbytes)
 
 
 def _reference_bytes(keys_values: VisionKeysValues) -> int:

@@ -14,10 +14,22 @@ from .words import target_token_positions
 
 @dataclass(frozen=True, kw_only=True)
 class TextCondition:
-    """embeds [T, C]; pooled [D] for models that take a pooled text, else None."""
+    """What a model is told by a text.
+
+    Attributes:
+        embeds: [T, C].
+        pooled: [D] for models that take a pooled text, else None.
+        keys_values: of the embeds in every cross-attention layer, [T, W] (see `AttentionLayers.text_keys_values`);
+            None where layers make them in every step.
+    """
 
     embeds: Tensor
     pooled: Tensor | None
+    keys_values: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.nbytes for t in (self.embeds, self.pooled, self.keys_values) if t is not None)
 
 
 class TextEncoders:

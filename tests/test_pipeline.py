@@ -185,6 +185,34 @@ def test_a_reference_is_encoded_once(pipeline, monkeypatch):
     assert len(calls) == 1
 
 
+def test_texts_are_projected_once_and_not_in_every_step(pipeline, monkeypatch):
+    """No step asks a text cross-attention layer for keys or values; a known prompt is not projected again either."""
+    pipeline.clear_caches()
+    calls = []
+    layers = [m for name, m in pipeline.unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    for layer in layers:
+        monkeypatch.setattr(layer, "forward", lambda x, f=layer.forward: calls.append(x.shape) or f(x))
+    request = Request(prompt=PROMPT, subjects=(dog(),), seed=0)
+    generation = pipeline.prepare(request)
+    assert len(calls) == 2 * len(layers)  # the prompt and the empty negative prompt
+    pipeline.step([generation])
+    pipeline.step([generation, pipeline.prepare(request)])
+    assert len(calls) == 2 * len(layers)
+
+
+def test_texts_projected_before_are_those_projected_in_the_layers(pipeline):
+    request = Request(prompt=PROMPT, negative_prompt="a cat", subjects=(dog(), cat()), seed=3)
+    before = latents(pipeline, request)
+    pipeline.clear_caches()
+    pipeline.denoiser.skips_layers = False
+    try:
+        in_layers = latents(pipeline, request)
+    finally:
+        pipeline.denoiser.skips_layers = True
+        pipeline.clear_caches()
+    assert torch.allclose(before, in_layers, atol=1e-5)
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the size of the largest tensor that any operation makes."""
 
@@ -325,7 +353,8 @@ def test_guidance_leaves_the_unet_early_and_nothing_stays_connected(pipeline):
         assert reached == [1]
     finally:
         hook.remove()
-    assert all(p.vision is None and p.recording is None for p in pipeline.unet.attn_processors.values())
+    for processor in pipeline.unet.attn_processors.values():
+        assert processor.text is None and processor.vision is None and processor.recording is None
 
 
 def test_references_are_copied_for_one_transformer_at_a_time(pipeline):

@@ -138,7 +138,7 @@ def test_adapter_alone_learns():
     features = VisionFeatures(**{name: torch.randn(2, count, 192) for name, count in tokens.items()})
     clean, noise = torch.randn(2, 2, 4, 16, 16)
     text = torch.randn(2, 8, 128), torch.randn(2, 64)
-    with attention.connected(everywhere(adapter(features))):
+    with attention.connected(vision=everywhere(adapter(features))):
         loss = diffusion_loss(unet, build_scheduler(), clean, noise, torch.tensor([500, 900]), *text).mean()
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter.parameters())

@@ -91,7 +91,7 @@ class AdapterTask:
         """Weighted velocity loss per sample, [B]; `vision` None is the base model alone."""
         with self.autocast(), differentiable_attention(self.device):
             embeds, pooled = self.encode_text(captions)
-            with self.attention.connected(vision):
+            with self.attention.connected(vision=vision):
                 return diffusion_loss(unet, self.scheduler, clean, noise, steps, embeds, pooled, weight)
 
 
@@ -182,7 +182,7 @@ def _compare(task: AdapterTask, adapter: RealCustomAdapter, raw: Entry, captions
         inside[level] = MaskedPositions.stack([ones] * count, [row * height * width for row in range(count)])
     rows = [F.interpolate(to_signed(raw["reference"][:count]), (size, size), mode="area").to(task.device)]
     for vision in (None, VisualAttention(keys_values=(keys_values,), inside=inside)):
-        with task.attention.connected(vision):
+        with task.attention.connected(vision=vision):
             latents = sample_latents(task.model.unet, task.scheduler, *text, noise)
         rows.append(task.codec.decode(latents))
     return torch.cat(rows)
