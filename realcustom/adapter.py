@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .projector import CrossLayerCrossScaleProjector
 from .vision import VisionFeatures
 
-VisionKeysValues = dict[str, tuple[Tensor, Tensor]]  # layer name -> keys and values, each [B, N, channels]
+KeysValues = dict[str, tuple[Tensor, Tensor]]  # layer name -> keys and values, each [B, N, channels]
 
 
 def cross_attention_layers(unet) -> dict[str, int]:
@@ -65,7 +65,7 @@ class RealCustomAdapter(ModelMixin, ConfigMixin):
             adapter.to_v_vision[_key(name)].weight.data.copy_(modules[name].to_v.weight.data)
         return adapter
 
-    def forward(self, features: VisionFeatures) -> VisionKeysValues:
+    def forward(self, features: VisionFeatures) -> KeysValues:
         """Keys and values of every layer for a batch of references."""
         condition = self.projector(features)
         return {

@@ -6,7 +6,7 @@ exactly what the stock processor computes. What differs between layers reaches t
 `torch.compile` can share one program among all blocks of a shape.
 
 Legend: R rows of the UNet call, P (row, subject) pairs, H heads, Q = h * w positions, K of them inside a mask, T text
-tokens, N vision tokens, C channels of a layer, d = C / H, W all keys and values of a text in all layers side by side.
+tokens, N vision tokens, C channels of a layer, d = C / H.
 """
 
 import threading
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adapter import VisionKeysValues
+from .adapter import KeysValues
 from .mask import MaskedPositions
 
 
@@ -53,11 +53,11 @@ class VisualAttention:
             everywhere.
     """
 
-    keys_values: Sequence[VisionKeysValues]
+    keys_values: Sequence[KeysValues]
     inside: Mapping[int, MaskedPositions] | None
 
     def at(self, layer: str, level: int) -> LayerVision:
-        key, value = (_stack([kv[layer][part] for kv in self.keys_values]) for part in (0, 1))
+        key, value = _stack(self.keys_values, layer)
         return LayerVision(key, value, None if self.inside is None else self.inside[level])
 
 
@@ -66,8 +66,10 @@ class LayerRecording(Protocol):
         """Keep what is needed of queries [R, H, Q, d] and keys [R, H, T, d]."""
 
 
-def _stack(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _stack(keys_values: Sequence[KeysValues], layer: str) -> tuple[Tensor, Tensor]:
+    """Keys and values of one layer, those of all together; a single one is not copied."""
+    keys, values = zip(*(kv[layer] for kv in keys_values), strict=True)
+    return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys), torch.cat(values))
 
 
 def _split_heads(tokens: Tensor, like: Tensor) -> Tensor:
@@ -143,27 +145,23 @@ class AttentionLayers:
         for name in names:
             if name.endswith("attn2"):
                 self._text_layers.setdefault(_transformer(name), []).append(name)
-        self._places: dict[str, slice] = {}  # text cross-attention layer -> its keys and values in W
-        end = 0
-        for name in (name for layers in self._text_layers.values() for name in layers):
-            start, end = end, end + 2 * unet.get_submodule(name).to_k.out_features
-            self._places[name] = slice(start, end)
         self._lock = threading.RLock()  # a connection is to one call at a time
 
     def remove(self) -> None:
         """Put the processors from before back."""
         self._unet.set_attn_processor(dict(self._before))
 
-    def text_keys_values(self, embeds: Tensor) -> Tensor:
-        """What the cross-attention layers make of a text, the same in every step: embeds [T, C] -> [T, W]."""
-        attns = [self._unet.get_submodule(name) for name in self._places]
-        return torch.cat([project(embeds) for attn in attns for project in (attn.to_k, attn.to_v)], dim=-1)
+    def text_keys_values(self, embeds: Tensor) -> KeysValues:
+        """Keys and values of texts [B, T, C] in every cross-attention layer; they are the same in every step."""
+        names = [name for layers in self._text_layers.values() for name in layers]
+        attns = {name: self._unet.get_submodule(name) for name in names}
+        return {name: (attn.to_k(embeds), attn.to_v(embeds)) for name, attn in attns.items()}
 
     @contextmanager
     def connected(
         self,
         *,
-        text: Sequence[Tensor] | None = None,
+        text: Sequence[KeysValues] = (),
         vision: VisualAttention | None = None,
         recordings: Mapping[str, LayerRecording] | None = None,
         leave_early: bool = False,
@@ -171,7 +169,8 @@ class AttentionLayers:
         """For the UNet calls inside: who sees which reference, and which layers record.
 
         Args:
-            text: keys and values of each row's text, [T, W] each; without, each layer projects the text it is given.
+            text: keys and values of each row's text, each [1, T, C] in every layer; without, each layer projects the
+                text that the UNet is given.
             vision: references of the text cross-attention layers.
             recordings: layer name -> its recording.
             leave_early: end the call behind the last recording layer's transformer by raising `LeftEarly`.
@@ -181,9 +180,12 @@ class AttentionLayers:
             try:
                 for name, processor in self._processors.items():
                     processor.recording = (recordings or {}).get(name)
-                if text is not None or vision is not None:
-                    for transformer in self._text_layers:
+                copies = max(len(text), 0 if vision is None else len(vision.keys_values)) > 1
+                for transformer, layers in self._text_layers.items():
+                    if copies:
                         hooks += self._show_inside(transformer, text, vision)
+                    else:  # and no hooks in a UNet compiled whole
+                        self._show(layers, text, vision)
                 if leave_early:
                     hooks.append(self._leave_behind(max(recordings, key=list(self.levels).index)))
                 yield
@@ -193,29 +195,24 @@ class AttentionLayers:
                 for hook in hooks:
                     hook.remove()
 
-    def _show_inside(self, transformer: str, text: Sequence[Tensor] | None, vision: VisualAttention | None) -> list:
+    def _show(self, layers: list[str], text: Sequence[KeysValues], vision: VisualAttention | None) -> None:
+        for name in layers:
+            self._processors[name].text = _stack(text, name) if text else None
+            self._processors[name].vision = vision.at(name, self.levels[name]) if vision is not None else None
+
+    def _show_inside(self, transformer: str, text: Sequence[KeysValues], vision: VisualAttention | None) -> list:
         """Connects a transformer's layers to what they see for as long as it runs.
 
-        Texts of the rows, and several references, are copied into one tensor. Copies for all layers at once would take
-        as much memory as the references themselves.
+        Several texts or references are copied into one tensor per layer. Copies for all layers at once would take as
+        much memory as they do themselves.
         """
         module, layers = self._unet.get_submodule(transformer), self._text_layers[transformer]
 
         def connect(*_) -> None:
-            if text is not None:
-                first, last = self._places[layers[0]].start, self._places[layers[-1]].stop
-                here = torch.stack([t[:, first:last] for t in text])
-                for name in layers:
-                    place = self._places[name]
-                    key, value = here[..., place.start - first : place.stop - first].chunk(2, dim=-1)
-                    self._processors[name].text = key, value
-            if vision is not None:
-                for name in layers:
-                    self._processors[name].vision = vision.at(name, self.levels[name])
+            self._show(layers, text, vision)
 
         def disconnect(*_) -> None:
-            for name in layers:
-                self._processors[name].text = self._processors[name].vision = None
+            self._show(layers, (), None)
 
         return [module.register_forward_pre_hook(connect), module.register_forward_hook(disconnect)]
 

@@ -34,8 +34,10 @@ class Denoiser:
     @torch.no_grad()
     def prepare_text(self, text: TextCondition) -> TextCondition:
         """`text` as the UNet takes it, with its keys and values: they do not depend on the step."""
+        if not self.skips_layers:
+            return text
         embeds = text.embeds.to(self.unet.conv_in.weight.dtype)  # `unet.dtype` walks all modules
-        return replace(text, keys_values=self.attention.text_keys_values(embeds) if self.skips_layers else None)
+        return replace(text, keys_values=self.attention.text_keys_values(embeds[None]))
 
     @torch.no_grad()
     def step(self, generations: Sequence[Generation]) -> None:
@@ -127,9 +129,8 @@ class Denoiser:
                 "text_embeds": torch.stack([t.pooled for t in texts]).to(dtype),
                 "time_ids": torch.stack([g.time_ids for g in rows]).to(dtype),
             }
-        keys_values = None
-        if all(t.keys_values is not None for t in texts):
-            keys_values = [t.keys_values for t in texts]
+        known = all(t.keys_values is not None for t in texts)
+        keys_values = [t.keys_values for t in texts] if known else ()
         recordings = recorder and recorder.layers
         with self.attention.connected(text=keys_values, vision=vision, recordings=recordings, leave_early=leave_early):
             output = self.unet(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .adapter import VisionKeysValues
+from .adapter import KeysValues
 from .mask import MaskedPositions, resize_by_height, resize_map
 from .request import Request
 from .text import TextCondition
@@ -43,8 +43,8 @@ class Generation:
     generator: torch.Generator | None
     text: TextCondition
     negative_text: TextCondition | None
-    references: tuple[VisionKeysValues, ...] = ()
-    negative_references: tuple[VisionKeysValues, ...] = ()
+    references: tuple[KeysValues, ...] = ()
+    negative_references: tuple[KeysValues, ...] = ()
     target_tokens: Tensor | None = None
     time_ids: Tensor | None = None
     guidance_masks: Tensor | None = None

@@ -26,10 +26,10 @@ def place(pipeline, device: str | torch.device, tier: MemoryTier = "high") -> No
     """
     if tier not in get_args(MemoryTier):
         raise ValueError(f"memory is {tier!r}; it must be one of {', '.join(map(repr, get_args(MemoryTier)))}.")
-    pipeline.clear_caches()
     if tier == "high":
         pipeline.to(device)
         return
+    pipeline.clear_caches()
     for name in resident_parts(tier):
         if getattr(pipeline, name) is not None:
             getattr(pipeline, name).to(device)

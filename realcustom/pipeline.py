@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import adapter as _adapter  # noqa: F401  diffusers finds the adapter's class through the imported module
-from .adapter import RealCustomAdapter, VisionKeysValues
+from .adapter import KeysValues, RealCustomAdapter
 from .cache import Cache
 from .config import MaskSource, RealCustomConfig, SamplingDefaults
 from .denoiser import Denoiser
@@ -109,8 +109,8 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         self.denoiser = Denoiser(unet, realcustom_config.method)
         self._compiled = False
         self.offload_hooks: dict[str, Any] = {}  # of components that are on the device only while in use, see memory.py
-        self.texts: Cache[TextCondition] = Cache(TEXT_CACHE_BYTES, lambda text: text.num_bytes)
-        self.references: Cache[VisionKeysValues] = Cache(REFERENCE_CACHE_BYTES, _reference_bytes)
+        self.texts: Cache[TextCondition] = Cache(TEXT_CACHE_BYTES, _text_bytes)
+        self.references: Cache[KeysValues] = Cache(REFERENCE_CACHE_BYTES, _keys_values_bytes)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **options) -> "RealCustomPipeline":
@@ -125,6 +125,11 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         from .assemble import from_parts
 
         return from_parts(base, adapter, **options)
+
+    def to(self, *args, **options) -> "RealCustomPipeline":
+        """As in diffusers; what is cached on the former device, or in the former type, is forgotten."""
+        self.clear_caches()
+        return super().to(*args, **options)
 
     @property
     def sampling(self) -> SamplingDefaults:
@@ -301,10 +306,10 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
 
         return self.texts.get(None, make)
 
-    def _encode_reference(self, image: Image.Image) -> VisionKeysValues:
+    def _encode_reference(self, image: Image.Image) -> KeysValues:
         """Keys and values of a reference in every layer, once per content of the picture."""
 
-        def make() -> VisionKeysValues:
+        def make() -> KeysValues:
             features = self._vision_encoders().encode([image])
             self._offload("image_encoder", "image_encoder_2")
             tokens = {name: v.to(self.adapter.device, self.adapter.dtype) for name, v in vars(features).items()}
@@ -318,7 +323,7 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
             if name in self.offload_hooks:
                 self.offload_hooks[name].offload()
 
-    def _negative_references(self, request: Request) -> tuple[VisionKeysValues, ...]:
+    def _negative_references(self, request: Request) -> tuple[KeysValues, ...]:
         """A black picture for each subject, where the method shows the unconditional row one."""
         black = self.realcustom_config.method.unconditional_vision == "black_picture"
         if not (black and request.subjects) or request.guidance_scale <= 1:
@@ -458,7 +463,12 @@ def _spatial_compression(vae) -> int:
     return int(ratio) if ratio else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def _reference_bytes(keys_values: VisionKeysValues) -> int:
+def _text_bytes(text: TextCondition) -> int:
+    pooled = 0 if text.pooled is None else text.pooled.nbytes
+    return text.embeds.nbytes + pooled + _keys_values_bytes(text.keys_values or {})
+
+
+def _keys_values_bytes(keys_values: KeysValues) -> int:
     return sum(k.nbytes + v.nbytes for k, v in keys_values.values())
 
 

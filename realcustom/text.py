@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .adapter import KeysValues
 from .words import target_token_positions
 
 
@@ -19,17 +20,13 @@ class TextCondition:
     Attributes:
         embeds: [T, C].
         pooled: [D] for models that take a pooled text, else None.
-        keys_values: of the embeds in every cross-attention layer, [T, W] (see `AttentionLayers.text_keys_values`);
-            None where layers make them in every step.
+        keys_values: of the embeds in every cross-attention layer, each [1, T, channels]; None where layers make them in
+            every step.
     """
 
     embeds: Tensor
     pooled: Tensor | None
-    keys_values: Tensor | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(t.nbytes for t in (self.embeds, self.pooled, self.keys_values) if t is not None)
+    keys_values: KeysValues | None = None
 
 
 class TextEncoders:

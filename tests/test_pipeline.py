@@ -213,6 +213,15 @@ def test_texts_projected_before_are_those_projected_in_the_layers(pipeline):
     assert torch.allclose(before, in_layers, atol=1e-5)
 
 
+def test_a_pipeline_that_changes_its_type_forgets_what_it_knew():
+    """Keys and values of the former type would not fit the weights of the new one."""
+    pipeline = tiny_pipeline()
+    request = Request(prompt=PROMPT, subjects=(dog(),), seed=0, num_inference_steps=1)
+    latents(pipeline, request)
+    pipeline.to(torch.bfloat16)
+    assert latents(pipeline, request).isfinite().all()
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the size of the largest tensor that any operation makes."""
 
@@ -358,11 +367,11 @@ def test_guidance_leaves_the_unet_early_and_nothing_stays_connected(pipeline):
 
 
 def test_references_are_copied_for_one_transformer_at_a_time(pipeline):
-    """Inside each transformer its own text layers see the references and no others do; so copies stay few."""
+    """Inside each transformer its own text layers see texts and references and no others do; so copies stay few."""
     processors = {name.removesuffix(".processor"): p for name, p in pipeline.unet.attn_processors.items()}
     transformers = {name.split(".transformer_blocks.")[0] for name in processors}
     seeing = {}
-    look = lambda name: lambda *_: seeing.update({name: {n for n, p in processors.items() if p.vision is not None}})
+    look = lambda name: lambda *_: seeing.update({name: {n for n, p in processors.items() if p.vision or p.text}})
     hooks = [
         pipeline.unet.get_submodule(f"{name}.transformer_blocks.0").register_forward_hook(look(name))
         for name in transformers

@@ -128,6 +128,20 @@ def test_vision_teacher_trains_what_the_projector_reads():
     ]
 
 
+def test_a_unet_compiled_whole_sees_one_reference_without_recompiling():
+    """As the stage trains with --compile: connected anew for every batch, compiled once."""
+    torch._dynamo.reset()
+    unet = build_unet()
+    attention = AttentionLayers(unet)
+    adapter = RealCustomAdapter.for_unet(unet, vision_dim=192)
+    compiled = torch.compile(unet, backend="eager", fullgraph=True, dynamic=False)
+    added = {"text_embeds": torch.randn(2, 64), "time_ids": torch.randn(2, 6)}
+    for stance in ("default", "fail_on_recompile"):
+        keys_values = {name: tuple(torch.randn(2, 2, 9, width)) for name, width in adapter.config.layers.items()}
+        with torch.compiler.set_stance(stance), attention.connected(vision=everywhere(keys_values)), torch.no_grad():
+            compiled(torch.randn(2, 4, 16, 16), 500, torch.randn(2, 8, 128), added_cond_kwargs=added)
+
+
 def test_adapter_alone_learns():
     """With a frozen UNet every weight of the adapter gets a gradient, and the UNet none."""
     torch.manual_seed(0)

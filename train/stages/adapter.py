@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from realcustom.adapter import RealCustomAdapter, VisionKeysValues
+from realcustom.adapter import KeysValues, RealCustomAdapter
 from realcustom.attention import AttentionLayers, VisualAttention, level_sizes
 from realcustom.mask import MaskedPositions
 from realcustom.vision import VisionFeatures
@@ -43,7 +43,7 @@ def build_adapter(model: TextToImage) -> RealCustomAdapter:
     return RealCustomAdapter.for_unet(model.unet, vision_dim=2 * VISION_WIDTH)
 
 
-def everywhere(keys_values: VisionKeysValues) -> VisualAttention:
+def everywhere(keys_values: KeysValues) -> VisualAttention:
     """Reference b for row b of the UNet call, without a mask."""
     return VisualAttention(keys_values=(keys_values,), inside=None)
 
