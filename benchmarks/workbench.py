@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -21,10 +22,12 @@ class Workbench:
 
     Args:
         pipeline: its UNet is not touched; both sides get one of their own around the same tensors.
-        compiled: `torch.compile` the transformer blocks of both sides alike.
+        compiled: `torch.compile` both sides alike: the transformer "blocks", the "whole" UNet, or None.
     """
 
-    def __init__(self, pipeline: RealCustomPipeline, request: Request, compiled: bool = False) -> None:
+    def __init__(
+        self, pipeline: RealCustomPipeline, request: Request, compiled: Literal["blocks", "whole"] | None = None
+    ) -> None:
         self.request = request.with_defaults(pipeline.sampling)
         self.device = pipeline.unet.device
         self.pipeline = RealCustomPipeline(
@@ -34,7 +37,10 @@ class Workbench:
         )
         self.plain = stock_pipeline(pipeline)
         if compiled:
-            self.pipeline.compile()
+            self.pipeline.compile(whole=compiled == "whole")
+        if compiled == "whole":
+            self.plain.unet.compile(fullgraph=True)
+        elif compiled == "blocks":
             self.plain.unet.compile_repeated_blocks(fullgraph=True)
         for side in (self.pipeline, self.plain):
             side.set_progress_bar_config(disable=True)

@@ -131,6 +131,8 @@ class AttentionLayers:
     Attributes:
         levels: name of each attention layer -> its resolution level, 0 for the latent's own; in the order of the UNet's
             forward pass. Names end in "attn1" (self-attention) or "attn2" (text cross-attention).
+        compiled_whole: the UNet is one program, into which no hook reaches: every layer is shown its copies before the
+            call, and no call is left early (what a program does not return it does not compute).
     """
 
     def __init__(self, unet) -> None:
@@ -145,6 +147,7 @@ class AttentionLayers:
         for name in names:
             if name.endswith("attn2"):
                 self._text_layers.setdefault(_transformer(name), []).append(name)
+        self.compiled_whole = False
         self._lock = threading.RLock()  # a connection is to one call at a time
 
     def remove(self) -> None:
@@ -182,11 +185,11 @@ class AttentionLayers:
                     processor.recording = (recordings or {}).get(name)
                 copies = max(len(text), 0 if vision is None else len(vision.keys_values)) > 1
                 for transformer, layers in self._text_layers.items():
-                    if copies:
+                    if copies and not self.compiled_whole:
                         hooks += self._show_inside(transformer, text, vision)
-                    else:  # and no hooks in a UNet compiled whole
+                    else:
                         self._show(layers, text, vision)
-                if leave_early:
+                if leave_early and not self.compiled_whole:
                     hooks.append(self._leave_behind(max(recordings, key=list(self.levels).index)))
                 yield
             finally:

@@ -30,6 +30,17 @@ class Denoiser:
         # Whether calls may leave out what is known or not needed: the keys and values of texts, and in the guidance
         # branch all behind the last layer that it records.
         self.skips_layers = True
+        self._call = _call_unet
+
+    def compile(self, **options) -> None:
+        """Make one program of each kind of UNet call; see `RealCustomPipeline.compile`."""
+        if not self.skips_layers:
+            raise ValueError(
+                "the UNet is brought over layer by layer (memory 'low') and cannot be compiled whole; "
+                "compile its blocks, or use memory 'high' or 'medium'."
+            )
+        self._call = torch.compile(_call_unet, fullgraph=True, **options)
+        self.attention.compiled_whole = True
 
     @torch.no_grad()
     def prepare_text(self, text: TextCondition) -> TextCondition:
@@ -133,18 +144,25 @@ class Denoiser:
         keys_values = [t.keys_values for t in texts] if known else ()
         recordings = recorder and recorder.layers
         with self.attention.connected(text=keys_values, vision=vision, recordings=recordings, leave_early=leave_early):
-            output = self.unet(
+            output = self._call(
+                self.unet,
                 torch.stack([g.model_input() for g in rows]).to(dtype),
                 torch.stack([g.timestep for g in rows]),
-                encoder_hidden_states=torch.stack([t.embeds for t in texts]).to(dtype),
-                added_cond_kwargs=added,
-                return_dict=False,
-            )[0]
-        return output.float()
+                torch.stack([t.embeds for t in texts]).to(dtype),
+                added,
+                not leave_early,
+            )
+        return output if leave_early else output.float()
 
     def sizes(self, generation: Generation) -> list[tuple[int, int]]:
         """(h, w) of each level of the UNet."""
         return level_sizes(*generation.latents.shape[-2:], len(self.unet.config.down_block_types))
+
+
+def _call_unet(unet, sample, timestep, embeds, added, wanted: bool) -> Tensor | None:
+    """The UNet's output, or None if it is not wanted: compiled, what only it needs is then left out."""
+    output = unet(sample, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
+    return output if wanted else None
 
 
 def _pad_rows(tokens: Tensor, num_rows: int) -> Tensor:

@@ -22,10 +22,12 @@ def place(pipeline, device: str | torch.device, tier: MemoryTier = "high") -> No
             for a new prompt or reference, and decodes in tiles. "low" also brings the UNet over layer by layer in every
             step, which is several times slower.
     Raises:
-        ValueError: another tier.
+        ValueError: another tier, or "low" for a UNet that was compiled whole.
     """
     if tier not in get_args(MemoryTier):
         raise ValueError(f"memory is {tier!r}; it must be one of {', '.join(map(repr, get_args(MemoryTier)))}.")
+    if tier == "low" and pipeline.denoiser.attention.compiled_whole:
+        raise ValueError("memory is 'low', but the UNet was compiled whole; compile its blocks, or use 'medium'.")
     if tier == "high":
         pipeline.to(device)
         return

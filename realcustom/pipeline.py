@@ -166,17 +166,26 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         self.references.clear()
         self.texts.clear()
 
-    def compile(self, **options) -> None:
-        """Compile the UNet's transformer blocks with `torch.compile`, one program for all blocks of a shape.
+    def compile(self, *, whole: bool = False, **options) -> None:
+        """Compile the UNet with `torch.compile`: its transformer blocks, or all of it.
 
         Programs are made when first needed; `warm_up` makes them all. Batch sizes are dynamic, picture sizes are not.
 
         Args:
+            whole: one program for a UNet call in place of one for all blocks of a shape: faster steps, and many times
+                longer to make. Texts and references of pictures that step together are then copied for all layers at
+                once.
             options: of `torch.compile`, such as `mode="max-autotune-no-cudagraphs"`.
+        Raises:
+            ValueError: the UNet is brought over layer by layer (memory tier "low") and cannot be one program.
         """
-        # Each level has programs for one row and for several, with and without references, recording and not.
+        # There are programs for one row and for several, with and without references, recording and not; and for
+        # blocks all that at each level.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        self.unet.compile_repeated_blocks(fullgraph=True, **options)
+        if whole:
+            self.denoiser.compile(**options)
+        else:
+            self.unet.compile_repeated_blocks(fullgraph=True, **options)
         self._compiled = True
 
     def warm_up(self, sizes: Sequence[tuple[int, int]] = ()) -> None:

@@ -67,8 +67,8 @@ class Replica:
         self._pipeline = load_pipeline(settings)
         self._info = model_info(self._pipeline, settings)
         footprint = measure(self._pipeline)  # also warms up, and a broken model fails here
-        if settings.compile:
-            self._pipeline.compile()
+        if settings.compile != "off":
+            self._pipeline.compile(whole=settings.compile == "whole")
             self._pipeline.warm_up()
         budget = settings.memory_gb * 2**30 if settings.memory_gb else available(settings.device)
         self._engine = Engine(

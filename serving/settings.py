@@ -130,7 +130,8 @@ class Settings(Tuning):
         drain_timeout_s: how long a replica that leaves may finish its pictures.
         num_cpus, num_gpus: what Ray reserves for a replica; num_gpus None is 1 on a GPU and 0 otherwise.
         cpu_threads: torch threads of a replica; None is torch's own choice.
-        compile: `torch.compile` the UNet's blocks; the replica starts later and steps faster.
+        compile: `torch.compile` the UNet's "blocks", or the "whole" of it; the replica starts later, "whole" minutes
+            later, and steps faster.
         batch_sizes: numbers of pictures that may step together; empty allows any.
         memory_gb: memory for pictures under way in a replica; None is most of what is free once the model is loaded.
         max_retries: how often a picture is begun again elsewhere after its replica failed.
@@ -154,7 +155,7 @@ class Settings(Tuning):
     num_cpus: float = Field(1, ge=0)
     num_gpus: float | None = Field(None, ge=0)
     cpu_threads: int | None = Field(None, ge=1)
-    compile: bool = False
+    compile: Literal["off", "blocks", "whole"] = "off"
     batch_sizes: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = ()
     memory_gb: float | None = Field(None, gt=0)
     max_retries: int = Field(2, ge=0)
@@ -175,6 +176,8 @@ class Settings(Tuning):
     def _check(self) -> "Settings":
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas is {self.min_replicas}; max_replicas must be at least that.")
+        if self.compile == "whole" and self.memory == "low":
+            raise ValueError("memory is 'low', which brings the UNet over layer by layer; compile may be 'blocks' then.")
         if self.batch_sizes and min(self.batch_sizes) != 1:
             raise ValueError(f"batch_sizes is {list(self.batch_sizes)}; 1 must be among them, and nothing below it.")
         return self

@@ -1,18 +1,20 @@
-"""torch.compile of the UNet's repeated blocks: whole graphs, the same picture, and no recompilation once warm."""
+"""torch.compile of the UNet's repeated blocks and of the whole UNet: the same picture, no recompilation once warm."""
 
 import pytest
 import torch
 from test_pipeline import PROMPT, cat, dog, latents, run
 from tiny import tiny_pipeline
+from torch._dynamo.backends.common import aot_autograd
 
-from realcustom import Request
+from realcustom import Request, place
 
 
-@pytest.fixture(scope="module")
-def compiled():
+@pytest.fixture(scope="module", params=[False, True], ids=["blocks", "whole"])
+def compiled(request):
     torch._dynamo.reset()
     pipeline = tiny_pipeline()
-    pipeline.compile(backend="aot_eager")  # captures graphs like the default backend, without generating code
+    # The backend captures graphs like the default one, without generating code.
+    pipeline.compile(whole=request.param, backend="eager")
     yield pipeline
     torch._dynamo.reset()
 
@@ -27,7 +29,7 @@ def requests():
     ]
 
 
-def test_compiled_blocks_make_the_same_picture(compiled):
+def test_a_compiled_pipeline_makes_the_same_picture(compiled):
     plain = tiny_pipeline()
     for request in requests()[:2]:
         assert torch.allclose(latents(compiled, request), latents(plain, request), atol=1e-4)
@@ -40,6 +42,38 @@ def test_a_warm_pipeline_never_recompiles(compiled):
         for count in range(1, 6):
             run(compiled, [compiled.prepare(request) for request in requests()[:count]])
             run(compiled, [compiled.prepare(request) for request in requests()[-count:]])
+
+
+def test_a_guidance_branch_compiled_whole_computes_nothing_behind_the_last_recorded_layer():
+    """Its output is not asked for; the eager one leaves early instead."""
+    torch._dynamo.reset()
+    convolutions = []
+
+    def count(graph, _):
+        convolutions.append(sum(node.target is torch.ops.aten.convolution.default for node in graph.graph.nodes))
+        return graph
+
+    pipeline = tiny_pipeline()
+    pipeline.compile(whole=True, backend=aot_autograd(fw_compiler=count))
+    request = Request(prompt=PROMPT, subjects=(dog(),), seed=1)
+    pipeline.denoiser.guidance_branch([pipeline.prepare(request)])
+    eager, called = tiny_pipeline(), []
+    modules = [module for module in eager.unet.modules() if isinstance(module, torch.nn.Conv2d)]
+    for module in modules:
+        module.register_forward_hook(lambda *_: called.append(1))
+    eager.denoiser.guidance_branch([eager.prepare(request)])
+    assert convolutions[0] <= len(called) < len(modules)
+
+
+def test_a_unet_that_is_brought_over_layer_by_layer_is_not_compiled_whole():
+    low = tiny_pipeline()
+    place(low, "cpu", "low")
+    with pytest.raises(ValueError, match="'low'.*'medium'"):
+        low.compile(whole=True)
+    whole = tiny_pipeline()
+    whole.compile(whole=True, backend="eager")
+    with pytest.raises(ValueError, match="compiled whole.*'medium'"):
+        place(whole, "cpu", "low")
 
 
 def test_a_cold_start_finds_its_programs_in_the_cache(tmp_path, monkeypatch):
