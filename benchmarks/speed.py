@@ -86,18 +86,13 @@ def parts(bench: Workbench, rounds: int) -> dict[str, float]:
         pipeline.clear_caches()
         bench.generations()
 
-    recorders = []
-    set_masks = denoiser.set_masks
-    denoiser.set_masks = lambda generations, recorder: (recorders.append(recorder), set_masks(generations, recorder))
-    try:
-        denoiser.guidance_branch([generation])
-    finally:
-        del denoiser.set_masks
+    denoiser.guidance_branch([generation])
+    relevance = generation.guidance_masks[None]
     works = {
         "prepare, new prompt and reference": prepare_new,
         "prepare, known prompt and reference": bench.generations,
         "guidance branch with mask": lambda: denoiser.guidance_branch([generation]),
-        "of which mask": lambda: denoiser.set_masks([generation], recorders[0]),
+        "of which choosing the positions": lambda: denoiser.set_masks([generation], relevance),
         "generation branch": lambda: denoiser.generation_branch([generation]),
         "decode": lambda: pipeline.decode([generation]),
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from .attention import AttentionLayers, LeftEarly, VisualAttention, level_sizes
 from .config import MethodConfig
 from .generation import Generation
-from .mask import MaskedPositions, average_maps, guidance_masks
+from .mask import MaskedPositions, guidance_masks
 from .recorder import AttentionRecorder
 from .text import TextCondition
 
@@ -30,7 +30,7 @@ class Denoiser:
         # Whether calls may leave out what is known or not needed: the keys and values of texts, and in the guidance
         # branch all behind the last layer that it records.
         self.skips_layers = True
-        self._call = _call_unet
+        self._call = self._call_unet
 
     def compile(self, **options) -> None:
         """Make one program of each kind of UNet call; see `RealCustomPipeline.compile`."""
@@ -39,7 +39,7 @@ class Denoiser:
                 "the UNet is brought over layer by layer (memory 'low') and cannot be compiled whole; "
                 "compile its blocks, or use memory 'high' or 'medium'."
             )
-        self._call = torch.compile(_call_unet, fullgraph=True, **options)
+        self._call = torch.compile(self._call_unet, fullgraph=True, **options)
         self.attention.compiled_whole = True
 
     @torch.no_grad()
@@ -66,27 +66,20 @@ class Denoiser:
 
     def guidance_branch(self, generations: Sequence[Generation]) -> None:
         """Text alone; what the target words attend to becomes each generation's new guidance masks (Eq. 14, 15, 18)."""
-        recorder = self._recorder(generations)
-        with suppress(LeftEarly):
-            self.predict(generations, [g.text for g in generations], recorder=recorder, leave_early=self.skips_layers)
-        self.set_masks(generations, recorder)
+        texts = [g.text for g in generations]
+        _, relevance = self.predict(generations, texts, recorder=self._recorder(generations), output_wanted=False)
+        self.set_masks(generations, relevance)
 
     def _recorder(self, generations: Sequence[Generation], rows: Tensor | None = None) -> AttentionRecorder:
         num_subjects = max(len(g.references) for g in generations)
         tokens = torch.stack([_pad_rows(g.target_tokens, num_subjects) for g in generations])  # [B, S, T]
         return AttentionRecorder(self.attention.levels, self.method.mask_maps, tokens, rows)
 
-    def set_masks(self, generations: Sequence[Generation], recorder: AttentionRecorder) -> None:
-        """From what was recorded, a row per generation, to the masks in force."""
-        sizes = self.sizes(generations[0])
-        largest = sizes[min(self.attention.levels.values())]
-        maps = [m.flatten(0, 1).unflatten(-1, sizes[level]) for level, m in recorder.cross_maps.values()]
-        relevance = average_maps(maps, largest, self.method.mask_normalization)  # [R * S, h, w]
-        relevance = relevance.unflatten(0, (len(generations), -1))
-        relevance = recorder.refine(relevance.flatten(2)).view_as(relevance)
-        for generation, m in zip(generations, relevance, strict=True):
+    def set_masks(self, generations: Sequence[Generation], relevance: Tensor) -> None:
+        """Relevance [B, S, h, w] of every position to every subject becomes the masks in force."""
+        for generation, r in zip(generations, relevance, strict=True):
             scopes = [s.scope_ratio for s in generation.request.subjects]
-            generation.set_masks(guidance_masks(m[: len(scopes)], scopes, self.method))
+            generation.set_masks(guidance_masks(r[: len(scopes)], scopes, self.method))
 
     def generation_branch(self, generations: Sequence[Generation]) -> list[Tensor]:
         """Text and subjects inside their masks, with classifier-free guidance (Eq. 16, 17, 19); outputs per picture."""
@@ -98,9 +91,9 @@ class Denoiser:
         if recorded := {row: g for row, g in enumerate(generations) if g.records_next_mask}:
             rows_recorded = torch.tensor(list(recorded), device=generations[0].latents.device)
             recorder = self._recorder(list(recorded.values()), rows_recorded)
-        outputs = self.predict(rows, texts, vision=vision, recorder=recorder)
-        if recorder is not None:
-            self.set_masks(list(recorded.values()), recorder)
+        outputs, relevance = self.predict(rows, texts, vision=vision, recorder=recorder)
+        if relevance is not None:
+            self.set_masks(list(recorded.values()), relevance)
         unconditional = dict(zip(map(id, free), outputs[len(generations) :], strict=True))
         return [
             output
@@ -130,9 +123,14 @@ class Denoiser:
         texts: Sequence[TextCondition],
         vision: VisualAttention | None = None,
         recorder: AttentionRecorder | None = None,
-        leave_early: bool = False,
-    ) -> Tensor:
-        """One UNet call, a row per generation and text; fp32 [R, channels, height, width]."""
+        output_wanted: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """One UNet call, a row per generation and text.
+
+        Returns:
+            the output, fp32 [R, channels, height, width], unless it is not wanted; and of a recorded call the relevance
+            of every position to every subject, fp32 [B, S, h, w].
+        """
         dtype = self.unet.conv_in.weight.dtype
         added = None
         if texts[0].pooled is not None:
@@ -142,27 +140,43 @@ class Denoiser:
             }
         known = all(t.keys_values is not None for t in texts)
         keys_values = [t.keys_values for t in texts] if known else ()
-        recordings = recorder and recorder.layers
-        with self.attention.connected(text=keys_values, vision=vision, recordings=recordings, leave_early=leave_early):
-            output = self._call(
-                self.unet,
+        with self.attention.connected(
+            text=keys_values,
+            vision=vision,
+            recordings=recorder and recorder.layers,
+            leave_early=not output_wanted and self.skips_layers,
+        ):
+            return self._call(
                 torch.stack([g.model_input() for g in rows]).to(dtype),
                 torch.stack([g.timestep for g in rows]),
                 torch.stack([t.embeds for t in texts]).to(dtype),
                 added,
-                not leave_early,
+                recorder,
+                self.sizes(rows[0]),
+                output_wanted,
             )
-        return output if leave_early else output.float()
+
+    def _call_unet(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        embeds: Tensor,
+        added: dict[str, Tensor] | None,
+        recorder: AttentionRecorder | None,
+        sizes: Sequence[tuple[int, int]],
+        output_wanted: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """All of a call that is tensors alone; compiled, it computes nothing that it does not return."""
+        with suppress(LeftEarly):
+            output = self.unet(
+                sample, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False
+            )[0]
+        relevance = recorder and recorder.relevance(sizes, self.method.mask_normalization)
+        return output.float() if output_wanted else None, relevance
 
     def sizes(self, generation: Generation) -> list[tuple[int, int]]:
         """(h, w) of each level of the UNet."""
         return level_sizes(*generation.latents.shape[-2:], len(self.unet.config.down_block_types))
-
-
-def _call_unet(unet, sample, timestep, embeds, added, wanted: bool) -> Tensor | None:
-    """The UNet's output, or None if it is not wanted: compiled, what only it needs is then left out."""
-    output = unet(sample, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
-    return output if wanted else None
 
 
 def _pad_rows(tokens: Tensor, num_rows: int) -> Tensor:

@@ -7,9 +7,13 @@ self-attention times a relevance map (the column is the map).
 Legend: B recorded rows, S subjects, H heads, Q positions, T text tokens, d head width.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .mask import average_maps
 
 
 def attention_times(query: Tensor, key: Tensor, columns: Tensor) -> Tensor:
@@ -82,7 +86,7 @@ class AttentionRecorder:
     ) -> None:
         cross_levels, self_level = recorded_levels(levels, mask_maps)
         columns = target_tokens.transpose(1, 2)
-        self.levels = levels
+        self.levels, self.num_subjects = levels, target_tokens.shape[1]
         self.layers: dict[str, CrossRecording | SelfRecording] = {}
         for name, level in levels.items():
             if name.endswith("attn2") and level in cross_levels:
@@ -97,16 +101,26 @@ class AttentionRecorder:
         assert all(r.relevance is not None for r in recorded.values()), "a planned layer has recorded nothing"
         return {name: (self.levels[name], r.relevance) for name, r in recorded.items()}
 
-    def refine(self, relevance: Tensor) -> Tensor:
-        """M_self times `relevance` (Eq. 14), averaged over heads and the recorded layers; [B, S, Q] -> [B, S, Q].
+    def relevance(self, sizes: Sequence[tuple[int, int]], normalization: str) -> Tensor:
+        """What the target words attend to, times M_self averaged over heads and the recorded layers (Eq. 14).
 
-        Without recorded self-attention the relevance stays as it is.
+        Without recorded self-attention it is what the words attend to.
+
+        Args:
+            sizes: (h, w) of every level.
+            normalization: see `average_maps`.
+        Returns:
+            [B, S, h, w] at the largest level with attention.
         """
+        maps = [m.flatten(0, 1).unflatten(-1, sizes[level]) for level, m in self.cross_maps.values()]
+        relevance = average_maps(maps, sizes[min(self.levels.values())], normalization)  # [B * S, h, w]
+        relevance = relevance.unflatten(0, (-1, self.num_subjects))
         recorded = [r for r in self.layers.values() if isinstance(r, SelfRecording)]
         if not recorded:
             return relevance
-        columns = relevance.transpose(1, 2)
-        return torch.stack([attention_times(r.query, r.key, columns) for r in recorded]).mean(dim=0).transpose(1, 2)
+        columns = relevance.flatten(2).transpose(1, 2)
+        products = torch.stack([attention_times(r.query, r.key, columns) for r in recorded])
+        return products.mean(dim=0).transpose(1, 2).view_as(relevance)
 
 
 def recorded_levels(levels: dict[str, int], mask_maps: str) -> tuple[frozenset[int], int | None]:

@@ -177,7 +177,9 @@ class Settings(Tuning):
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas is {self.min_replicas}; max_replicas must be at least that.")
         if self.compile == "whole" and self.memory == "low":
-            raise ValueError("memory is 'low', which brings the UNet over layer by layer; compile may be 'blocks' then.")
+            raise ValueError(
+                "memory 'low' brings the UNet over layer by layer; compile 'blocks' fits it, 'whole' does not."
+            )
         if self.batch_sizes and min(self.batch_sizes) != 1:
             raise ValueError(f"batch_sizes is {list(self.batch_sizes)}; 1 must be among them, and nothing below it.")
         return self

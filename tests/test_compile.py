@@ -68,11 +68,11 @@ def test_a_guidance_branch_compiled_whole_computes_nothing_behind_the_last_recor
 def test_a_unet_that_is_brought_over_layer_by_layer_is_not_compiled_whole():
     low = tiny_pipeline()
     place(low, "cpu", "low")
-    with pytest.raises(ValueError, match="'low'.*'medium'"):
+    with pytest.raises(ValueError, match=r"'low'.*'medium'"):
         low.compile(whole=True)
     whole = tiny_pipeline()
     whole.compile(whole=True, backend="eager")
-    with pytest.raises(ValueError, match="compiled whole.*'medium'"):
+    with pytest.raises(ValueError, match=r"compiled whole.*'medium'"):
         place(whole, "cpu", "low")
 
 

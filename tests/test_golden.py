@@ -280,16 +280,17 @@ def test_guidance_pass_and_its_recorded_maps(golden):
     """Text alone: the noise, and per layer the target words' attention, summed over words and averaged over heads."""
     generations = golden.generations()
     denoiser = golden.pipeline.denoiser
-    ours = denoiser.predict(generations, [g.text for g in generations])
+    ours, _ = denoiser.predict(generations, [g.text for g in generations])
     close(ours, golden.outputs["unet_guidance"], TOLERANCE["unet_guidance"])
 
-    recorded = {}
-    original = denoiser.set_masks
-    denoiser.set_masks = lambda gens, recorder: (recorded.update(recorder.cross_maps), original(gens, recorder))
+    recorders = []
+    original = denoiser._recorder
+    denoiser._recorder = lambda gens: recorders.append(original(gens)) or recorders[-1]
     try:
         denoiser.guidance_branch(generations)
     finally:
-        denoiser.set_masks = original
+        denoiser._recorder = original
+    recorded = recorders[0].cross_maps
     assert list(recorded) == golden.meta["attn2_layers_in_order"]
     target = golden.inputs["target_token"][0].bool()
     for name, stored in golden.crossmaps.items():
@@ -342,7 +343,8 @@ def predict_generation_row(golden, generations, masks, *, negative: bool = False
         for level in set(denoiser.attention.levels.values())
     }
     vision = VisualAttention(keys_values=[kv for r in references for kv in r], inside=inside)
-    return denoiser.predict(generations, [g.negative_text if negative else g.text for g in generations], vision=vision)
+    texts = [g.negative_text if negative else g.text for g in generations]
+    return denoiser.predict(generations, texts, vision=vision)[0]
 
 
 def test_generation_negative_and_guided_passes(golden):
