@@ -37,8 +37,9 @@ class Engine:
         max_batch_size: pictures prepared or under way together.
         max_queued: pictures waiting beyond these; more are refused with `Overloaded`.
         preview_every: steps between previews.
-        preview_share: seconds of previews per second of steps while several pictures are under way; beyond it each
-            gets its first one only, because the device decodes previews in the time of everybody's steps.
+        preview_share: seconds of previews per second of steps while several pictures are under way. Beyond it, and
+            while others wait for a place, each gets its first one only, because the device decodes previews in the
+            time of everybody's steps.
         stall_timeout_s: see `check_health`.
         batch_sizes: numbers of pictures that may step together, so that programs compiled for a batch size are used
             again; a larger group takes turns. Empty allows any number.
@@ -372,8 +373,9 @@ class Engine:
     def _preview_affordable(self, job: Job) -> bool:
         if job.preview_pending:  # a slow decoder gets fewer, not a backlog
             return False
-        alone = self._under_way() + len(self._waiting) == 1
-        return alone or not job.preview_told or not self._for_previews.overdrawn
+        if not job.preview_told or self._under_way() + len(self._waiting) == 1:
+            return True
+        return not self._waiting and not self._for_previews.overdrawn
 
     def _decode_next(self) -> None:
         with self._condition:

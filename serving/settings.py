@@ -83,8 +83,8 @@ class Tuning(Limits):
         max_batch_size: pictures under way together in a replica, if their memory allows it.
         max_queued: pictures waiting in a replica, and again in front of the replicas; more are refused.
         preview_every: steps between previews.
-        preview_share: seconds of previews per second of steps while a replica has several pictures; beyond it each
-            picture gets its first preview only.
+        preview_share: seconds of previews per second of steps while a replica has several pictures; beyond it, and
+            while others wait for a place, each picture gets its first preview only.
         stall_timeout_s: seconds after which a piece of work that does not end makes the replica unhealthy.
     """
 

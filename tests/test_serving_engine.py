@@ -224,6 +224,27 @@ def test_previews_take_their_share_of_the_time(watched, share, least, most):
     engine.close()
 
 
+def test_nobody_waits_for_more_than_the_first_preview_of_those_before(watched):
+    engine = Engine(watched, max_batch_size=1, preview_every=1, preview_share=1e6)
+
+    async def previews(seed: int) -> int:
+        events = [e async for e in engine.stream(request(seed, num_inference_steps=30), previews=True)]
+        return sum(isinstance(event, Progress) and event.preview is not None for event in events)
+
+    async def run():
+        watched.gate.clear()
+        first = asyncio.create_task(previews(1))
+        await until(lambda: engine.stats()["active"] == 1)
+        second = asyncio.create_task(previews(2))
+        await until(lambda: engine.stats()["waiting"] == 1)
+        watched.gate.set()
+        assert await first == 1
+        assert await second >= 3  # alone
+
+    asyncio.run(run())
+    engine.close()
+
+
 def test_cancel_frees_the_place_within_a_step_and_leaves_neighbours_alone(engine, watched):
     """Closing the stream takes the picture out of the next batch; its neighbour's picture is unchanged."""
 
