@@ -13,12 +13,14 @@ from .looks import progress, side_by_side
 from .making import make_pictures, no_word_chosen
 from .masks import lay_over
 
+SLOTS_AT_FIRST = 2  # that a page shows before more are asked for
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A tab: its name, what it says, its picture slots, whether a picture may become several words, and examples.
 
-    An example is one picture per slot, the prompt, and the words of each slot.
+    An example is one picture per slot, the prompt, and the words of each slot; it fills no slot that is not shown.
     """
 
     name: str
@@ -137,10 +139,16 @@ def _build_composer(task: Task, info: ModelInfo, prompt: gr.Textbox) -> None:
 
 
 def _build_slots(task: Task) -> list[Slot]:
-    slots = []
+    slots, more = [], []
     with gr.Row():
         for index in range(task.num_slots):
-            with gr.Column(min_width=180, elem_classes=f"slot-{index}" if task.num_slots > 1 else None):
+            column = gr.Column(
+                min_width=180, elem_classes=f"slot-{index}" if task.num_slots > 1 else None,
+                visible=index < SLOTS_AT_FIRST,
+            )  # fmt: skip
+            if index >= SLOTS_AT_FIRST:
+                more.append(column)
+            with column:
                 label = "Subject" if task.num_slots == 1 else f"Subject {index + 1}"
                 image = gr.Image(
                     label=label, type="pil", image_mode=None, height=220, sources=["upload", "clipboard"],
@@ -156,6 +164,12 @@ def _build_slots(task: Task) -> list[Slot]:
                     placeholder="red car", elem_id=f"{task.name}-phrase-{index}", visible=False,
                 )  # fmt: skip
                 slots.append(Slot(image=image, words=words, phrase=phrase))
+    if more:
+        add = gr.Button("Add another subject", size="sm", elem_id=f"{task.name}-more")
+        add.click(
+            lambda: [*(gr.Column(visible=True) for _ in more), gr.Button(visible=False)], None, [*more, add],
+            queue=False, api_visibility="private",
+        )  # fmt: skip
     return slots
 
 
@@ -273,6 +287,8 @@ async def _updates(client: Client, request: Request, number: int) -> AsyncIterat
 
 def _build_examples(task: Task, prompt: gr.Textbox, slots: list[Slot]) -> None:
     """Examples fill in pictures, prompt and words; the words need the prompt's chips, so all are set together."""
+
+    assert all(len(pictures) <= SLOTS_AT_FIRST for pictures, _, _ in task.examples)
 
     def fill(index: int):
         pictures, text, words = task.examples[index]

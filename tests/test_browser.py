@@ -84,6 +84,8 @@ def choose(page, tab: str, prompt: str, slots: list[tuple[Image.Image, list[str]
     """Fill in a tab as a person does: open it, drop pictures, type the prompt, click the words; a seed in settings."""
     page.get_by_role("tab", name=tab, exact=True).click()
     page.fill(f"#{tab}-prompt textarea", prompt)
+    if len(slots) > 2:
+        page.click(f"#{tab}-more")
     for index, (image, words) in enumerate(slots):
         page.set_input_files(f"#{tab}-image-{index} input[type=file]", png(image))
         page.wait_for_selector(f"#{tab}-image-{index} img")
@@ -117,7 +119,10 @@ def marked(image: np.ndarray, with_masks: np.ndarray) -> np.ndarray:
 CASES = {
     "One2One": ("a dog runs", [(picture("red"), ["dog"])]),
     "One2Many": ("a dog and cat", [(picture("red"), ["dog", "cat"])]),
-    "Many2Many": ("a dog and cat", [(picture("red"), ["dog"]), (picture("blue"), ["cat"])]),
+    "Many2Many": (
+        "a dog and cat at a house",
+        [(picture(c), [w]) for c, w in zip(("red", "blue", "green"), ("dog", "cat", "house"))],
+    ),
 }
 
 
