@@ -5,6 +5,7 @@ Legend: S subjects, h x w positions of the largest attention resolution, T text 
 
 import inspect
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,11 @@ from .adapter import KeysValues
 from .mask import MaskedPositions, resize_by_height, resize_map
 from .request import Request
 from .text import TextCondition
+
+
+@cache
+def _draws_noise(scheduler: type) -> bool:
+    return "generator" in inspect.signature(scheduler.step).parameters
 
 
 @dataclass(eq=False, kw_only=True)
@@ -110,9 +116,7 @@ class Generation:
 
     def advance(self, model_output: Tensor) -> None:
         """One scheduler step with the model's output [channels, height, width]."""
-        extra = {}
-        if "generator" in inspect.signature(self.scheduler.step).parameters:
-            extra["generator"] = self.generator
+        extra = {"generator": self.generator} if _draws_noise(type(self.scheduler)) else {}
         out = self.scheduler.step(model_output[None].float(), self.timestep, self.latents[None], **extra)
         self.latents = out.prev_sample[0]
         clean = getattr(out, "pred_original_sample", None)
