@@ -37,11 +37,10 @@ class Workbench:
         )
         self.plain = stock_pipeline(pipeline)
         if compiled:
-            self.pipeline.compile(whole=compiled == "whole")
-        if compiled == "whole":
-            self.plain.unet.compile(fullgraph=True)
-        elif compiled == "blocks":
-            self.plain.unet.compile_repeated_blocks(fullgraph=True)
+            whole = compiled == "whole"
+            self.pipeline.compile(whole=whole)
+            compile_plain = self.plain.unet.compile if whole else self.plain.unet.compile_repeated_blocks
+            compile_plain(fullgraph=True)
         for side in (self.pipeline, self.plain):
             side.set_progress_bar_config(disable=True)
 

@@ -139,15 +139,14 @@ def _build_composer(task: Task, info: ModelInfo, prompt: gr.Textbox) -> None:
 
 
 def _build_slots(task: Task) -> list[Slot]:
-    slots, more = [], []
+    slots, columns = [], []
     with gr.Row():
         for index in range(task.num_slots):
             column = gr.Column(
                 min_width=180, elem_classes=f"slot-{index}" if task.num_slots > 1 else None,
                 visible=index < SLOTS_AT_FIRST,
             )  # fmt: skip
-            if index >= SLOTS_AT_FIRST:
-                more.append(column)
+            columns.append(column)
             with column:
                 label = "Subject" if task.num_slots == 1 else f"Subject {index + 1}"
                 image = gr.Image(
@@ -164,7 +163,7 @@ def _build_slots(task: Task) -> list[Slot]:
                     placeholder="red car", elem_id=f"{task.name}-phrase-{index}", visible=False,
                 )  # fmt: skip
                 slots.append(Slot(image=image, words=words, phrase=phrase))
-    if more:
+    if more := columns[SLOTS_AT_FIRST:]:
         add = gr.Button("Add another subject", size="sm", elem_id=f"{task.name}-more")
         add.click(
             lambda: [*(gr.Column(visible=True) for _ in more), gr.Button(visible=False)], None, [*more, add],

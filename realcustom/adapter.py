@@ -6,12 +6,11 @@ attention processors own no weights. The diffusers layout keeps the adapter in a
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor, nn
+from torch import nn
 
+from .attention import KeysValues
 from .projector import CrossLayerCrossScaleProjector
 from .vision import VisionFeatures
-
-KeysValues = dict[str, tuple[Tensor, Tensor]]  # layer name -> keys and values, each [B, N, channels]
 
 
 def cross_attention_layers(unet) -> dict[str, int]:

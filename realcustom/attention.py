@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adapter import KeysValues
 from .mask import MaskedPositions
+
+KeysValues = dict[str, tuple[Tensor, Tensor]]  # layer name -> keys and values, each [B, N, channels]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .adapter import KeysValues
+from .attention import KeysValues
 from .mask import MaskedPositions, resize_by_height, resize_map
 from .request import Request
 from .text import TextCondition

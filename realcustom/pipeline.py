@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from . import adapter as _adapter  # noqa: F401  diffusers finds the adapter's class through the imported module
-from .adapter import KeysValues, RealCustomAdapter
+from .adapter import RealCustomAdapter
+from .attention import KeysValues
 from .cache import Cache
 from .config import MaskSource, RealCustomConfig, SamplingDefaults
 from .denoiser import Denoiser

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapter import KeysValues
+from .attention import KeysValues
 from .words import target_token_positions
 
 

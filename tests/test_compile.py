@@ -14,7 +14,7 @@ def compiled(request):
     torch._dynamo.reset()
     pipeline = tiny_pipeline()
     # The backend captures graphs like the default one, without generating code.
-    pipeline.compile(whole=request.param, backend="eager")
+    pipeline.compile(whole=request.param, backend="aot_eager")
     yield pipeline
     torch._dynamo.reset()
 

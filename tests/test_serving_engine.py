@@ -83,6 +83,12 @@ async def last(engine, wanted, previews=False) -> Result:
     return [event async for event in engine.stream(wanted, previews)][-1]
 
 
+async def previews(engine, seed: int) -> int:
+    """How many a picture of 30 steps gets."""
+    events = [e async for e in engine.stream(request(seed, num_inference_steps=30), previews=True)]
+    return sum(isinstance(event, Progress) and event.preview is not None for event in events)
+
+
 def alone(watched, wanted) -> np.ndarray:
     generation = watched.pipeline.prepare(wanted)
     while not generation.done:
@@ -208,17 +214,13 @@ def test_previews_take_their_share_of_the_time(watched, share, least, most):
     gets them in any case."""
     engine = Engine(watched, max_batch_size=4, preview_every=1, preview_share=share)
 
-    async def previews(seed: int) -> int:
-        events = [e async for e in engine.stream(request(seed, num_inference_steps=30), previews=True)]
-        return sum(isinstance(event, Progress) and event.preview is not None for event in events)
-
     async def run():
         watched.gate.clear()
-        together = [asyncio.create_task(previews(seed)) for seed in (1, 2)]
+        together = [asyncio.create_task(previews(engine, seed)) for seed in (1, 2)]
         await until(lambda: engine.stats()["active"] == 2)
         watched.gate.set()
         assert all(least <= number <= most for number in await asyncio.gather(*together))
-        assert await previews(3) >= 3
+        assert await previews(engine, 3) >= 3
 
     asyncio.run(run())
     engine.close()
@@ -227,15 +229,11 @@ def test_previews_take_their_share_of_the_time(watched, share, least, most):
 def test_nobody_waits_for_more_than_the_first_preview_of_those_before(watched):
     engine = Engine(watched, max_batch_size=1, preview_every=1, preview_share=1e6)
 
-    async def previews(seed: int) -> int:
-        events = [e async for e in engine.stream(request(seed, num_inference_steps=30), previews=True)]
-        return sum(isinstance(event, Progress) and event.preview is not None for event in events)
-
     async def run():
         watched.gate.clear()
-        first = asyncio.create_task(previews(1))
+        first = asyncio.create_task(previews(engine, 1))
         await until(lambda: engine.stats()["active"] == 1)
-        second = asyncio.create_task(previews(2))
+        second = asyncio.create_task(previews(engine, 2))
         await until(lambda: engine.stats()["waiting"] == 1)
         watched.gate.set()
         assert await first == 1

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from realcustom.adapter import KeysValues, RealCustomAdapter
-from realcustom.attention import AttentionLayers, VisualAttention, level_sizes
+from realcustom.adapter import RealCustomAdapter
+from realcustom.attention import AttentionLayers, KeysValues, VisualAttention, level_sizes
 from realcustom.mask import MaskedPositions
 from realcustom.vision import VisionFeatures
 
