@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="stages base and adapter: a fifth faster after two minutes"
     )
-    parser.add_argument("--pictures", type=int, default=200, help="stage evaluate: number of pictures")
+    parser.add_argument("--individuals", type=int, default=200, help="stage evaluate: how many in each task")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
@@ -80,7 +80,7 @@ def main() -> None:
     elif args.stage == "evaluate":
         from .evaluate.report import evaluate
 
-        evaluate(args.model, args.out, num_pictures=args.pictures, device=device)
+        evaluate(args.model, args.out, num_individuals=args.individuals, device=device)
     else:
         from .export import export
 

@@ -184,11 +184,14 @@ class SpriteWorld:
     def sample(self, index: int, **options) -> Sample:
         return make_sample(self._rng(index, 0), self.split, **options)
 
-    def pair(self, index: int, **options) -> ReferencePair:
-        """A sample with a reference of its first or second subject, or of both in one picture (One2Many)."""
+    def pair(self, index: int, *, two_subjects: float = 0.5, **options) -> ReferencePair:
+        """A sample with a reference of its first or second subject, or of both in one picture (One2Many).
+
+        Every fourth reference shows two subjects: which of them a place belongs to is the hardest to learn.
+        """
         rng = self._rng(index, 1)
-        sample = make_sample(rng, self.split, without_scene=0.0, **options)
-        if len(sample.subjects) == 2 and rng.random() < 0.3:
+        sample = make_sample(rng, self.split, two_subjects=two_subjects, without_scene=0.0, **options)
+        if len(sample.subjects) == 2 and rng.random() < 0.5:
             shown = sample.subjects
         else:
             shown = (sample.subjects[int(rng.integers(len(sample.subjects)))],)

@@ -22,6 +22,7 @@ from ..data.sprites import TRAINED
 from ..loop import LoopConfig, run_loop
 from ..pictures import to_signed
 from ..precision import autocast
+from .cases import another_kind, half
 
 GROUP = 8  # individuals of one category that a batch holds together, so that telling them apart is what is learned
 
@@ -29,7 +30,10 @@ GROUP = 8  # individuals of one category that a batch holds together, so that te
 @dataclass(frozen=True)
 class RenderJudged:
     """A picture in a scene, a reference of the same individual, and the scene: `picture`, `reference` uint8
-    [n, 3, 128, 128], `scene`, `category` int64 [n]."""
+    [n, 3, 128, 128], `scene`, `category` int64 [n].
+
+    Every third picture is the individual's half of one with two subjects.
+    """
 
     seed: int = 4
     split: Split = "train"
@@ -43,7 +47,13 @@ class RenderJudged:
             individual = random_instance(rng, names[category], self.split)
             scene = int(rng.integers(len(SCENES)))
             ground = scene_ground(rng, SCENES[scene])
-            compose(rng, (individual,), ground)
+            if i % 3:
+                compose(rng, (individual,), ground)
+            else:
+                other = random_instance(rng, another_kind(rng, names[category]), self.split)
+                side = int(rng.integers(2))
+                compose(rng, (individual, other) if side == 0 else (other, individual), ground)
+                ground = half(ground, side)
             entry["picture"].append(pixels_of(ground))
             entry["reference"].append(pixels_of(make_reference(rng, (individual,), on_scene=0.0)))
             entry["scene"].append(scene)

@@ -1,12 +1,14 @@
-"""The report: does the picture show the right individual, what does it show at all, and is it in the right scene?
+"""The report: does the picture show the right individuals, what does it show at all, and is it in the right scene?
 
-For held-out individuals, each in a scene, several ways of making the same picture from the same seed: with the guidance
-mask (exactly, and by both approximations), with a mask of ones, and from words alone. The judges pick among ten
-references of the same category, and name the category and the scene. Chance is 10%, 6.25% and 12.5%.
+For held-out individuals, each in a scene, several ways of making the same picture from the same seed: with guidance
+masks, with masks of ones (every reference everywhere), and from words alone; for one subject also with masks by both
+approximations. The judges pick among ten references of the same category, and name the category and the scene. Chance
+is 10%, 6.25% and 12.5%.
 """
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from realcustom.pipeline import RealCustomPipeline
-from realcustom.request import Request, Subject
 
 from ..data.render import pixels_of
-from ..data.scenes import SCENES
-from ..data.sprite_world import compose, make_reference, random_instance, scene_ground
-from ..data.sprites import TRAINED
 from ..pictures import save_grid, to_signed
+from .cases import KINDS, TASKS, Case
 from .judges import load_judges
 
 log = logging.getLogger(__name__)
 
-CANDIDATES = 10
 # Way -> settings of its requests.
 WAYS: dict[str, dict] = {
     "masked": {},
@@ -35,91 +33,73 @@ WAYS: dict[str, dict] = {
     "mask of ones": {},
     "words alone": {"subjects": ()},
 }
-
-
-class Case:
-    """One held-out individual, a scene to put it into, and nine others of its kind."""
-
-    def __init__(self, index: int) -> None:
-        rng = np.random.default_rng((6, index))
-        self.index = index
-        self.category = list(TRAINED)[index % len(TRAINED)]
-        self.scene = int(rng.integers(len(SCENES)))
-        individuals = [random_instance(rng, self.category, "held_out") for _ in range(CANDIDATES)]
-        self.references = [make_reference(rng, (individual,), on_scene=0.0) for individual in individuals]
-        self.given = make_reference(rng, individuals[:1], on_scene=0.0)  # another view than the judge compares with
-        self.truth = scene_ground(rng, SCENES[self.scene])  # what a perfect model could have made
-        compose(rng, individuals[:1], self.truth)
-
-    @property
-    def prompt(self) -> str:
-        article = "an" if self.category[0] in "aeiou" else "a"
-        return f"{article} {self.category} {SCENES[self.scene]}"
-
-    def request(self, way: str) -> Request:
-        settings = {"subjects": (Subject(image=self.given, target_phrase=self.category),), **WAYS[way]}
-        return Request(prompt=self.prompt, seed=self.index, **settings)
+MAIN_WAYS = ("masked", "mask of ones", "words alone")  # of the tasks with two subjects
 
 
 @torch.no_grad()
 def make_pictures(pipeline: RealCustomPipeline, cases: list[Case], way: str, batch_size: int = 8) -> list[Image.Image]:
     pictures = []
     for start in range(0, len(cases), batch_size):
-        requests = [case.request(way) for case in cases[start : start + batch_size]]
-        ones = torch.ones(1, 8, 8) if way == "mask of ones" else None
-        generations = [pipeline.prepare(request, masks=ones) for request in requests]
+        some = cases[start : start + batch_size]
+        ones = [torch.ones(len(case.given), 8, 8) if way == "mask of ones" else None for case in some]
+        generations = [pipeline.prepare(c.request(**WAYS[way]), masks=m) for c, m in zip(some, ones, strict=True)]
         while not generations[0].done:
             pipeline.step(generations)
         pictures += pipeline.decode(generations)
         pipeline.clear_caches()
-        log.info("%s: %d of %d", way, len(pictures), len(cases))
+    log.info("%s, %s: %d pictures", cases[0].task, way, len(pictures))
     return pictures
 
 
-def _pixels(pictures: list[Image.Image]) -> Tensor:
+def _pixels(pictures: Sequence[Image.Image]) -> Tensor:
     return to_signed(np.stack([pixels_of(picture) for picture in pictures]))
 
 
 def judge(judges, cases: list[Case], pictures: list[Image.Image]) -> dict[str, float]:
-    """Fractions of pictures with the right individual picked, and with the category and the scene named."""
-    shown = _pixels(pictures)
-    picked = judges.embed(shown)[:, None] @ torch.stack([judges.embed(_pixels(c.references)) for c in cases]).transpose(
-        1, 2
-    )
-    categories = torch.tensor([list(TRAINED).index(case.category) for case in cases])
+    """Fractions: of subjects the right individual picked and the category named, of pictures the scene named."""
+    views = _pixels([view for case, picture in zip(cases, pictures, strict=True) for view in case.views(picture)])
+    kin = torch.stack([judges.embed(_pixels(references)) for case in cases for references in case.references])
+    categories = torch.tensor([KINDS.index(category) for case in cases for category in case.categories])
     right = {
-        "individual": picked[:, 0].argmax(-1) == 0,
-        "category": judges.category(shown).argmax(-1) == categories,
-        "scene": judges.scene(shown).argmax(-1) == torch.tensor([case.scene for case in cases]),
+        "individual": (judges.embed(views)[:, None] @ kin.transpose(1, 2))[:, 0].argmax(-1) == 0,
+        "category": judges.category(views).argmax(-1) == categories,
+        "scene": judges.scene(_pixels(pictures)).argmax(-1) == torch.tensor([case.scene for case in cases]),
     }
     return {name: float(hits.float().mean()) for name, hits in right.items()}
 
 
-def evaluate(model: Path, out: Path, num_pictures: int = 200, device: str = "cpu") -> dict[str, dict[str, float]]:
-    """Write report.json, report.md and an unpicked grid to `out/evaluate`; returns the numbers."""
+def evaluate(model: Path, out: Path, num_individuals: int = 200, device: str = "cpu") -> dict[str, dict]:
+    """Write report.json, report.md and unpicked grids, one per task, to `out/evaluate`; returns the numbers.
+
+    Args:
+        num_individuals: asked for in each task; pictures of two subjects need half as many pictures.
+    """
     pipeline = RealCustomPipeline.from_pretrained(model).to(device)
     judges = load_judges(out)
-    cases = [Case(i) for i in range(num_pictures)]
-    results = {"real pictures (upper bound)": judge(judges, cases, [case.truth for case in cases])}
-    shown: list[list[Image.Image]] = [[case.given for case in cases]]
-    for way in WAYS:
-        pictures = make_pictures(pipeline, cases, way)
-        results[way] = judge(judges, cases, pictures)
-        shown.append(pictures)
     folder = out / "evaluate"
     folder.mkdir(parents=True, exist_ok=True)
-    grid = torch.cat([_pixels(row[:16]) for row in shown])
-    save_grid(grid, folder / "grid.png", columns=min(16, num_pictures))
-    (folder / "report.json").write_text(json.dumps({"pictures": num_pictures, **results}, indent=2) + "\n")
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for task in TASKS:
+        ways = tuple(WAYS) if task == "One2One" else MAIN_WAYS
+        cases = [Case(i, task) for i in range(num_individuals if task == "One2One" else num_individuals // 2)]
+        results[task] = {"real pictures (upper bound)": judge(judges, cases, [case.truth for case in cases])}
+        rows = [[case.given[subject] for case in cases] for subject in range(1 if task != "Many2Many" else 2)]
+        for way in ways:
+            rows.append(make_pictures(pipeline, cases, way))
+            results[task][way] = judge(judges, cases, rows[-1])
+        columns = min(16, len(cases))
+        save_grid(torch.cat([_pixels(row[:columns]) for row in rows]), folder / f"{task}.png", columns=columns)
+    (folder / "report.json").write_text(json.dumps({"individuals": num_individuals, **results}, indent=2) + "\n")
     table = markdown(results)
     (folder / "report.md").write_text(table)
-    log.info("%d pictures of held-out individuals\n%s", num_pictures, table)
+    log.info("%d held-out individuals in each task\n%s", num_individuals, table)
     return results
 
 
-def markdown(results: dict[str, dict[str, float]]) -> str:
-    lines = ["| | right individual of 10 | right category of 16 | right scene of 8 |", "|---|---|---|---|"]
-    lines += [
-        f"| {way} | {r['individual']:.1%} | {r['category']:.1%} | {r['scene']:.1%} |" for way, r in results.items()
-    ]
+def markdown(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    lines = ["| | | right individual of 10 | right category of 16 | right scene of 8 |", "|---|---|---|---|---|"]
+    for task, ways in results.items():
+        for way, right in ways.items():
+            numbers = " | ".join(f"{right[name]:.1%}" for name in ("individual", "category", "scene"))
+            lines.append(f"| {task} | {way} | {numbers} |")
     return "\n".join(lines) + "\n"
