@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
@@ -21,6 +20,7 @@ from .adapter import RealCustomAdapter
 from .attention import KeysValues
 from .cache import Cache
 from .config import MaskSource, RealCustomConfig, SamplingDefaults
+from .decoder import LatentDecoder
 from .denoiser import Denoiser
 from .generation import Generation
 from .lora import LoraLoader
@@ -105,8 +105,8 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         for part in (unet, vae):
             # What fast convolutions want. Here, as the order of sums depends on it: every door makes the same bytes.
             part.to(memory_format=torch.channels_last)
-        self.vae_scale_factor = _spatial_compression(vae)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._decoder = LatentDecoder(vae)
+        self.vae_scale_factor = self._decoder.factor
         self.denoiser = Denoiser(unet, realcustom_config.method)
         self._compiled = False
         self.offload_hooks: dict[str, Any] = {}  # of components that are on the device only while in use, see memory.py
@@ -130,7 +130,15 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
     def to(self, *args, **options) -> "RealCustomPipeline":
         """As in diffusers; what is cached on the former device, or in the former type, is forgotten."""
         self.clear_caches()
+        self.decoder.forget()
         return super().to(*args, **options)
+
+    @property
+    def decoder(self) -> LatentDecoder:
+        """Of the present `vae`, which people exchange by assignment."""
+        if self._decoder.vae is not self.vae:
+            self._decoder = LatentDecoder(self.vae)
+        return self._decoder
 
     @property
     def sampling(self) -> SamplingDefaults:
@@ -203,6 +211,7 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
             self.step(generations)
             if group is groups[-1]:
                 self.preview(generations[:1])
+                self.decode(generations[:1])
         self.clear_caches()
 
     def _grey_generation(self, num_subjects: int, settings: dict[str, Any]) -> Generation:
@@ -351,7 +360,7 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
     @torch.no_grad()
     def decode(self, generations: Sequence[Generation]) -> list[Image.Image]:
         """Finished pictures; of one size, decoded one by one so that each is the same in any company."""
-        return [self._decode(self._final_latents(g)) for g in generations]
+        return [self.decoder.decode(self._final_latents(g)) for g in generations]
 
     def _final_latents(self, generation: Generation) -> Tensor:
         estimate = self.realcustom_config.method.final_latents == "clean_estimate"
@@ -359,21 +368,8 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
 
     @torch.no_grad()
     def preview(self, generations: Sequence[Generation]) -> list[Image.Image]:
-        """Current estimate of the finished pictures."""
-        return [self._decode(g.latents if g.predicted_clean is None else g.predicted_clean) for g in generations]
-
-    def _decode(self, latents: Tensor, output_type: str = "pil"):
-        config = self.vae.config
-        if self.vae.dtype == torch.float16 and getattr(config, "force_upcast", False):
-            self.vae.to(torch.float32)  # SDXL's own VAE overflows in fp16
-        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        latents = latents / config.scaling_factor
-        if mean is not None and std is not None:
-            mean, std = (latents.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
-            latents = latents * std + mean
-        pixels = self.vae.decode(latents[None].to(self.vae.dtype), return_dict=False)[0]
-        pictures = self.image_processor.postprocess(pixels.float(), output_type=output_type)
-        return pictures[0]
+        """Current estimate of the finished pictures, at a glance (see `LatentDecoder.glance`)."""
+        return [self.decoder.glance(g.latents if g.predicted_clean is None else g.predicted_clean) for g in generations]
 
     # ---- the diffusers-style call ------------------------------------------------------------------------------
 
@@ -463,14 +459,8 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
             return self.decode(generations)
         if output_type == "latent":
             return torch.stack([self._final_latents(g) for g in generations])
-        pictures = [self._decode(self._final_latents(g), output_type) for g in generations]
+        pictures = [self.decoder.decode(self._final_latents(g), output_type) for g in generations]
         return torch.stack(pictures) if output_type == "pt" else np.stack(pictures)
-
-
-def _spatial_compression(vae) -> int:
-    """Pixels per latent, by the attribute of the newer autoencoders or from the levels of the classic one."""
-    ratio = getattr(vae, "spatial_compression_ratio", None)
-    return int(ratio) if ratio else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def _text_bytes(text: TextCondition) -> int:

@@ -1,5 +1,4 @@
-"""What a picture costs, in one unit for limits, queues and autoscaling; how fast a replica pays it off; and how much
-of its time may go into previews."""
+"""What a picture costs, in one unit for limits, queues and autoscaling, and how fast a replica pays it off."""
 
 import math
 
@@ -38,20 +37,3 @@ class Rate:
     def seconds(self, cost: float) -> float:
         """How long `cost` will take; 0 as long as nothing has been measured."""
         return cost / self.per_second if self.per_second else 0.0
-
-
-class Allowance:
-    """Seconds that may be spent: a share of those that were earned, and never more than `MEMORY_S` saved."""
-
-    def __init__(self) -> None:
-        self._left_s = 0.0
-
-    def earn(self, seconds: float, share: float) -> None:
-        self._left_s = min(MEMORY_S, self._left_s + share * seconds)
-
-    def spend(self, seconds: float) -> None:
-        self._left_s -= seconds
-
-    @property
-    def overdrawn(self) -> bool:
-        return self._left_s < 0

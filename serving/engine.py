@@ -14,7 +14,7 @@ from typing import Any
 
 from realcustom.request import Request
 
-from .cost import Allowance, Rate, picture_cost
+from .cost import Rate, picture_cost
 from .errors import InvalidRequest, Overloaded, ServerError, TimedOut, Unavailable
 from .events import Event, Progress, Queued, Result
 from .health import Health
@@ -37,9 +37,6 @@ class Engine:
         max_batch_size: pictures prepared or under way together.
         max_queued: pictures waiting beyond these; more are refused with `Overloaded`.
         preview_every: steps between previews.
-        preview_share: seconds of previews per second of steps while several pictures are under way. Beyond it, and
-            while others wait for a place, each gets its first one only, because the device decodes previews in the
-            time of everybody's steps.
         stall_timeout_s: see `check_health`.
         batch_sizes: numbers of pictures that may step together, so that programs compiled for a batch size are used
             again; a larger group takes turns. Empty allows any number.
@@ -55,7 +52,6 @@ class Engine:
         max_batch_size: int = 8,
         max_queued: int = 32,
         preview_every: int = 3,
-        preview_share: float = 0.1,
         stall_timeout_s: float = 300,
         batch_sizes: Sequence[int] = (),
         budget: Budget | None = None,
@@ -72,7 +68,6 @@ class Engine:
             max_batch_size=max_batch_size,
             max_queued=max_queued,
             preview_every=preview_every,
-            preview_share=preview_share,
             stall_timeout_s=stall_timeout_s,
         )
         self._waiting: deque[Job] = deque()
@@ -82,7 +77,7 @@ class Engine:
         self._finished: deque[Job] = deque()
         self._previews: deque[Job] = deque()
         self._decoding: Job | None = None
-        self._rate, self._pace, self._for_previews = Rate(), Pace(), Allowance()
+        self._rate, self._pace = Rate(), Pace()
         self._stepper = Stepper(
             pipeline,
             synchronize=synchronize or (lambda: None),
@@ -106,14 +101,12 @@ class Engine:
         max_batch_size: int,
         max_queued: int,
         preview_every: int,
-        preview_share: float,
         stall_timeout_s: float,
     ) -> None:
         """Change these while pictures are under way; the ones that are here already stay."""
         with self._condition:
             self._max_batch_size, self._max_queued = max_batch_size, max_queued
-            self._preview_every, self._preview_share = preview_every, preview_share
-            self._stall_timeout_s = stall_timeout_s
+            self._preview_every, self._stall_timeout_s = preview_every, stall_timeout_s
             self._condition.notify_all()
 
     async def stream(
@@ -352,7 +345,6 @@ class Engine:
     def _measure(self, group: Sequence[Job], done: float, seconds: float) -> None:
         with self._condition:
             self._pace.add(done, seconds)
-            self._for_previews.earn(seconds, self._preview_share)
             self._rate.add(sum(job.cost / job.generation.num_steps for job in group), seconds)
 
     def _after_step(self, job: Job) -> None:
@@ -366,16 +358,9 @@ class Engine:
         if generation.done:
             self._active.remove(job)
             self._finished.append(job)
-        elif job.preview_due(self._preview_every) and self._preview_affordable(job):
+        elif job.preview_due(self._preview_every) and not job.preview_pending:  # a slow device gets fewer, no backlog
             job.preview_pending = True
             self._previews.append(job)
-
-    def _preview_affordable(self, job: Job) -> bool:
-        if job.preview_pending:  # a slow decoder gets fewer, not a backlog
-            return False
-        if not job.preview_told or self._under_way() + len(self._waiting) == 1:
-            return True
-        return not self._waiting and not self._for_previews.overdrawn
 
     def _decode_next(self) -> None:
         with self._condition:
@@ -385,7 +370,6 @@ class Engine:
             job = self._decoding = (self._finished if final else self._previews).popleft()
             skip = job.told or (not final and job.generation.done)
         event: Event | Exception | None = None
-        start = time.monotonic()
         if not skip:
             try:
                 event = self._finish(job) if final else self._look(job)
@@ -396,8 +380,6 @@ class Engine:
         with self._condition:
             self._decoding = None
             job.preview_pending = False
-            if not final:
-                self._for_previews.spend(time.monotonic() - start)
             # A preview that comes after the last step would be older news than what the caller knows.
             if event is not None and (final or not job.generation.done):
                 if not final and not job.preview_told and not job.told:

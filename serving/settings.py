@@ -83,15 +83,12 @@ class Tuning(Limits):
         max_batch_size: pictures under way together in a replica, if their memory allows it.
         max_queued: pictures waiting in a replica, and again in front of the replicas; more are refused.
         preview_every: steps between previews.
-        preview_share: seconds of previews per second of steps while a replica has several pictures; beyond it, and
-            while others wait for a place, each picture gets its first preview only.
         stall_timeout_s: seconds after which a piece of work that does not end makes the replica unhealthy.
     """
 
     max_batch_size: int = Field(8, ge=1)
     max_queued: int = Field(32, ge=1)
     preview_every: int = Field(3, ge=1)
-    preview_share: float = Field(0.1, ge=0)
     stall_timeout_s: float = Field(300, gt=0)
 
     @property

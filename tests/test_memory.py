@@ -70,7 +70,7 @@ def test_large_pictures_are_decoded_in_tiles():
     for side in (24, 48):
         seen = []
         hook = pipeline.vae.decoder.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.numel()))
-        assert pipeline._decode(torch.zeros(4, side, side)).size == (4 * side, 4 * side)
+        assert pipeline.decoder.decode(torch.zeros(4, side, side)).size == (4 * side, 4 * side)
         hook.remove()
         sizes.append(max(seen))
     assert sizes[0] == sizes[1]

@@ -336,7 +336,7 @@ def test_a_half_precision_vae_that_overflows_decodes_in_single(force_upcast):
     pipeline = tiny_pipeline()
     pipeline.vae.register_to_config(force_upcast=force_upcast)
     pipeline.vae.to(torch.float16)
-    made = pipeline._decode(torch.zeros(4, 16, 16), "np")
+    made = pipeline.decoder.decode(torch.zeros(4, 16, 16), "np")
     assert np.isfinite(made).all()
     assert pipeline.vae.dtype == (torch.float32 if force_upcast else torch.float16)
 

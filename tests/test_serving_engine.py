@@ -208,36 +208,15 @@ def test_events_count_up_with_previews_and_masks(engine):
     assert seen and all(event.preview.size == (64, 64) and len(event.masks) == 1 for event in seen)
 
 
-@pytest.mark.parametrize("share,least,most", [(0.0, 1, 2), (1e6, 3, 30)])  # 2: at the end one of them may be alone
-def test_previews_take_their_share_of_the_time(watched, share, least, most):
-    """With others under way a picture gets its first preview, and further ones as far as their share goes; alone it
-    gets them in any case."""
-    engine = Engine(watched, max_batch_size=4, preview_every=1, preview_share=share)
+def test_previews_come_all_along_also_while_others_wait(watched):
+    engine = Engine(watched, max_batch_size=2, preview_every=3)
 
     async def run():
         watched.gate.clear()
-        together = [asyncio.create_task(previews(engine, seed)) for seed in (1, 2)]
-        await until(lambda: engine.stats()["active"] == 2)
+        everyone = [asyncio.create_task(previews(engine, seed)) for seed in range(3)]
+        await until(lambda: engine.stats()["active"] == 2 and engine.stats()["waiting"] == 1)
         watched.gate.set()
-        assert all(least <= number <= most for number in await asyncio.gather(*together))
-        assert await previews(engine, 3) >= 3
-
-    asyncio.run(run())
-    engine.close()
-
-
-def test_nobody_waits_for_more_than_the_first_preview_of_those_before(watched):
-    engine = Engine(watched, max_batch_size=1, preview_every=1, preview_share=1e6)
-
-    async def run():
-        watched.gate.clear()
-        first = asyncio.create_task(previews(engine, 1))
-        await until(lambda: engine.stats()["active"] == 1)
-        second = asyncio.create_task(previews(engine, 2))
-        await until(lambda: engine.stats()["waiting"] == 1)
-        watched.gate.set()
-        assert await first == 1
-        assert await second >= 3  # alone
+        assert all(3 <= number <= 9 for number in await asyncio.gather(*everyone))  # 9 are due
 
     asyncio.run(run())
     engine.close()
