@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
+from math import ceil, sqrt
 
 from PIL import Image
 
@@ -20,3 +21,19 @@ def side_by_side(pictures: Sequence[Image.Image], side: int = 220) -> Image.Imag
     for index, picture in enumerate(pictures):
         row.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (index * side, 0))
     return row
+
+
+def tiled(pictures: Sequence[Image.Image | None]) -> Image.Image:
+    """Pictures of one size in a grid as square as can be; one that is not there yet leaves its place empty.
+
+    A single picture is returned as it is.
+    """
+    first = next(picture for picture in pictures if picture is not None)
+    if len(pictures) == 1:
+        return first
+    columns = ceil(sqrt(len(pictures)))
+    grid = Image.new("RGB", (first.width * columns, first.height * ceil(len(pictures) / columns)), "white")
+    for index, picture in enumerate(pictures):
+        if picture is not None:
+            grid.paste(picture, (index % columns * first.width, index // columns * first.height))
+    return grid

@@ -9,11 +9,12 @@ from PIL import Image
 
 from serving.client import Client, InvalidRequest, ModelInfo, Overloaded, Request, ServerError, Subject, words_of
 
-from .looks import progress, side_by_side
+from .looks import progress, side_by_side, tiled
 from .making import make_pictures, no_word_chosen
 from .masks import lay_over
 
 SLOTS_AT_FIRST = 2  # that a page shows before more are asked for
+RESULTS_KEPT = 32  # views in the gallery, two of each picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +84,15 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
                     for label, name in (("Picture", "live"), ("Guidance masks", "masks"))
                 )  # fmt: skip
             gallery = gr.Gallery(
-                label="Results", columns=4, height="auto", object_fit="contain", format="png",
-                buttons=["download", "fullscreen"], elem_classes="enlarged", elem_id=f"{task.name}-gallery",
+                label="Results, newest first", columns=4, height="auto", object_fit="contain", format="png",
+                type="filepath", interactive=False, buttons=["download", "fullscreen"], elem_classes="enlarged",
+                elem_id=f"{task.name}-gallery",
             )  # fmt: skip
-            made_seed = gr.State(None)
+            made, made_seed = gr.State([]), gr.State(None)
             reuse = gr.Button("Use the seed of the first picture again", size="sm", interactive=False)
     _wire_words(prompt, slots, task)
     inputs = [prompt, *(part for s in slots for part in (s.image, s.words, s.phrase)), *controls.inputs]
-    outputs = [status, live, overlay, gallery, made_seed, reuse, generate, stop]
+    outputs = [status, live, overlay, made, made_seed, reuse, generate, stop]
 
     async def make(*values):
         try:
@@ -107,6 +109,10 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
         api_name=task.name.lower(),
     )  # fmt: skip
     event.then(ready, None, [generate, stop], queue=False, api_visibility="private")
+    event.success(
+        lambda new, earlier: [*new, *(earlier or [])][:RESULTS_KEPT], [made, gallery], gallery, queue=False,
+        show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
     # Said only after the event is cancelled: progress that was under way would otherwise be drawn over it.
     stop.click(None, cancels=[event], queue=False, api_visibility="private").then(
         lambda: (progress("Stopped.", 0), *ready()), None, [status, generate, stop], queue=False,
@@ -268,12 +274,14 @@ def _phrases(chosen, phrase: str | None, *, several: bool) -> list[str]:
 
 
 async def _updates(client: Client, request: Request, number: int) -> AsyncIterator[list]:
-    """Values of status, live picture, overlay, gallery, seed and its button as the pictures form."""
+    """Values of status, live picture, overlay, results, seed and its button as the pictures form."""
     async with aclosing(make_pictures(client, request, number)) as states:
         async for state in states:
-            latest = next((p for p in state.pictures if p.image is not None), None)
-            live: Image.Image | None = latest.image if latest else None
-            overlay = lay_over(latest.image, latest.masks) if latest else None
+            live: Image.Image | None = None
+            overlay: Image.Image | None = None
+            if any(p.image is not None for p in state.pictures):
+                live = tiled([p.image for p in state.pictures])
+                overlay = tiled([p.image and lay_over(p.image, p.masks) for p in state.pictures])
             shown_status = progress(state.status(), state.fraction)
             if state.done:
                 shown = []

@@ -144,6 +144,19 @@ def test_a_tab_makes_a_picture_that_depends_on_its_reference_inside_the_mask(pag
     assert not page.foreign, "the page must load nothing from elsewhere"
 
 
+def test_earlier_results_stay_in_the_gallery(page):
+    """A second press of the button puts its picture in front; the first one is still there."""
+    choose(page, "One2One", *CASES["One2One"])
+    first, _ = generate(page, "One2One")
+    page.fill("#One2One-prompt textarea", "a dog sleeps")
+    second, _ = generate(page, "One2One")
+    page.wait_for_function("document.querySelectorAll('#One2One-gallery img').length >= 4")
+    sources = page.evaluate("[...document.querySelectorAll('#One2One-gallery img')].map(image => image.src)")
+    shown = [Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB") for source in sources]
+    assert (np.asarray(shown[0]) == second).all() and (np.asarray(shown[2]) == first).all()
+    assert (first != second).any()
+
+
 def test_a_mistake_is_answered_with_a_sentence(page):
     page.fill("#One2One-prompt textarea", "a dog runs")
     page.click("#One2One-generate")

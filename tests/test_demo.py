@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny import picture, tiny_pipeline
 
-from demo.looks import progress, side_by_side
+from demo.looks import progress, side_by_side, tiled
 from demo.making import make_pictures
 from demo.masks import SUBJECT_COLOURS, lay_over
 from demo.tabs import Task, _read
@@ -129,3 +129,13 @@ def test_thumbnails_stand_side_by_side_in_order():
     for place, wanted in ((0, red), (32, blue)):
         shown = np.asarray(row.crop((place, 0, place + 32, 32))).astype(int)
         assert np.abs(shown - np.asarray(wanted.convert("RGB"))).mean() < 8
+
+
+def test_pictures_under_way_keep_their_places_in_the_grid():
+    """Two of three are there: each in its own place, the missing one white; one alone is shown as it is."""
+    red, blue = Image.new("RGB", (8, 6), "red"), Image.new("RGB", (8, 6), "blue")
+    grid = tiled([red, None, blue])
+    assert grid.size == (16, 12)
+    colours = [grid.getpixel(place) for place in ((1, 1), (9, 1), (1, 7), (9, 7))]
+    assert colours == [(255, 0, 0), (255, 255, 255), (0, 0, 255), (255, 255, 255)]
+    assert tiled([red]) is red
