@@ -14,7 +14,7 @@ from torch import Tensor
 
 KERNEL = 3  # latent positions per axis that a glance takes a pixel from
 DETAIL = 4  # pixels per latent position and axis that it makes, if f has as many
-NUM_PICTURES, LATENT_SIDE = 8, 32  # what it is fitted to
+NUM_PICTURES, LATENT_SIDE = 4, 32  # what it is fitted to
 
 
 class LatentDecoder:
