@@ -70,10 +70,10 @@ class Denoiser:
         _, relevance = self.predict(generations, texts, recorder=self._recorder(generations), output_wanted=False)
         self.set_masks(generations, relevance)
 
-    def _recorder(self, generations: Sequence[Generation], rows: Tensor | None = None) -> AttentionRecorder:
+    def _recorder(self, generations: Sequence[Generation]) -> AttentionRecorder:
         num_subjects = max(len(g.references) for g in generations)
         tokens = torch.stack([_pad_rows(g.target_tokens, num_subjects) for g in generations])  # [B, S, T]
-        return AttentionRecorder(self.attention.levels, self.method.mask_maps, tokens, rows)
+        return AttentionRecorder(self.attention.levels, self.method.mask_maps, tokens)
 
     def set_masks(self, generations: Sequence[Generation], relevance: Tensor) -> None:
         """Relevance [B, S, h, w] of every position to every subject becomes the masks in force."""
@@ -83,24 +83,28 @@ class Denoiser:
 
     def generation_branch(self, generations: Sequence[Generation]) -> list[Tensor]:
         """Text and subjects inside their masks, with classifier-free guidance (Eq. 16, 17, 19); outputs per picture."""
-        free = [g for g in generations if g.negative_text is not None]  # those with an unconditional row
-        rows = [*generations, *free]
-        texts = [g.text for g in generations] + [g.negative_text for g in free]
-        vision = self._visual_attention(generations, free)
-        recorder = None
-        if recorded := {row: g for row, g in enumerate(generations) if g.records_next_mask}:
-            rows_recorded = torch.tensor(list(recorded), device=generations[0].latents.device)
-            recorder = self._recorder(list(recorded.values()), rows_recorded)
-        outputs, relevance = self.predict(rows, texts, vision=vision, recorder=recorder)
+        recorded = [g for g in generations if g.records_next_mask]
+        conditional = [*recorded, *(g for g in generations if not g.records_next_mask)]
+        free = [g for g in conditional if g.negative_text is not None]  # those with an unconditional row
+        outputs, relevance = self.predict(
+            [*conditional, *free],
+            [g.text for g in conditional] + [g.negative_text for g in free],
+            vision=self._visual_attention(conditional, free),
+            recorder=self._recorder(recorded) if recorded else None,
+        )
         if relevance is not None:
-            self.set_masks(list(recorded.values()), relevance)
-        unconditional = dict(zip(map(id, free), outputs[len(generations) :], strict=True))
-        return [
-            output
-            if id(g) not in unconditional
-            else unconditional[id(g)] + g.request.guidance_scale * (output - unconditional[id(g)])
-            for g, output in zip(generations, outputs, strict=False)
-        ]
+            self.set_masks(recorded, relevance)
+        output = dict(zip(map(id, conditional), outputs, strict=False))
+        unconditional = dict(zip(map(id, free), outputs[len(conditional) :], strict=True))
+
+        def guided(generation: Generation) -> Tensor:
+            with_text = output[id(generation)]
+            if generation.negative_text is None:
+                return with_text
+            without = unconditional[id(generation)]
+            return without + generation.request.guidance_scale * (with_text - without)
+
+        return [guided(generation) for generation in generations]
 
     def _visual_attention(
         self, generations: Sequence[Generation], free: Sequence[Generation]

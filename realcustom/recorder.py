@@ -4,7 +4,8 @@ A product of an attention map with a few columns is attention with those columns
 computes both what Eq. 14 needs: cross-attention summed over the target words (columns mark the words), and
 self-attention times a relevance map (the column is the map).
 
-Legend: B recorded rows, S subjects, H heads, Q positions, T text tokens, d head width.
+Legend: R rows of a UNet call, the first B of them recorded, S subjects, H heads, Q positions, T text tokens, d head
+width.
 """
 
 from collections.abc import Sequence
@@ -20,12 +21,13 @@ def attention_times(query: Tensor, key: Tensor, columns: Tensor) -> Tensor:
     """Mean over heads of softmax(Q K^T) times `columns`, without the map.
 
     Args:
-        query: [B, H, Q, d].
-        key: [B, H, K, d].
+        query: [R, H, Q, d], of which the first B rows are used.
+        key: [R, H, K, d], likewise.
         columns: [B, K, S], S columns to multiply with.
     Returns:
         [B, Q, S] in fp32.
     """
+    query, key = query[: len(columns)], key[: len(columns)]
     width = query.shape[-1]
     outs = []
     for part in columns.split(width, dim=-1):  # fused kernels want values as wide as the keys
@@ -41,58 +43,49 @@ class CrossRecording:
 
     Args:
         columns: marks the tokens of each subject's words, [B, T, S].
-        rows: which rows of the UNet call are recorded, int64 [B]; None for all.
     """
 
-    def __init__(self, columns: Tensor, rows: Tensor | None) -> None:
-        self.columns, self.rows = columns, rows
+    def __init__(self, columns: Tensor) -> None:
+        self.columns = columns
         self.relevance: Tensor | None = None
 
     def take(self, query: Tensor, key: Tensor) -> None:
-        if self.rows is not None:
-            query, key = query[self.rows], key[self.rows]
         self.relevance = attention_times(query, key, self.columns).transpose(1, 2)
 
 
 class SelfRecording:
     """Queries and keys of one self-attention layer, from which M_self times anything can be computed."""
 
-    def __init__(self, rows: Tensor | None) -> None:
-        self.rows = rows
+    def __init__(self) -> None:
         self.query: Tensor | None = None
         self.key: Tensor | None = None
 
     def take(self, query: Tensor, key: Tensor) -> None:
-        if self.rows is not None:
-            query, key = query[self.rows], key[self.rows]
         self.query, self.key = query, key
 
 
 class AttentionRecorder:
-    """Collects what masks need from one UNet call.
+    """Collects what masks need from the first B rows of one UNet call.
 
     Args:
         levels: resolution level of every attention layer, by name.
         mask_maps: which maps a mask is built from, see `MethodConfig.mask_maps`.
         target_tokens: marks the tokens of each subject's words, [B, S, T] of 0 and 1.
-        rows: which rows of the call are recorded, int64 [B]; None for all.
 
     Attributes:
         layers: name -> recording, for `AttentionLayers.connected`.
     """
 
-    def __init__(
-        self, levels: dict[str, int], mask_maps: str, target_tokens: Tensor, rows: Tensor | None = None
-    ) -> None:
+    def __init__(self, levels: dict[str, int], mask_maps: str, target_tokens: Tensor) -> None:
         cross_levels, self_level = recorded_levels(levels, mask_maps)
         columns = target_tokens.transpose(1, 2)
         self.levels, self.num_subjects = levels, target_tokens.shape[1]
         self.layers: dict[str, CrossRecording | SelfRecording] = {}
         for name, level in levels.items():
             if name.endswith("attn2") and level in cross_levels:
-                self.layers[name] = CrossRecording(columns, rows)
+                self.layers[name] = CrossRecording(columns)
             elif name.endswith("attn1") and level == self_level:
-                self.layers[name] = SelfRecording(rows)
+                self.layers[name] = SelfRecording()
 
     @property
     def cross_maps(self) -> dict[str, tuple[int, Tensor]]:
