@@ -71,7 +71,7 @@ class Denoiser:
         self.set_masks(generations, relevance)
 
     def _recorder(self, generations: Sequence[Generation]) -> AttentionRecorder:
-        num_subjects = max(len(g.references) for g in generations)
+        num_subjects = max(2, *(len(g.references) for g in generations))  # one would be a program of its own
         tokens = torch.stack([_pad_rows(g.target_tokens, num_subjects) for g in generations])  # [B, S, T]
         return AttentionRecorder(self.attention.levels, self.method.mask_maps, tokens)
 

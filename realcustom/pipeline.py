@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -30,9 +30,21 @@ from .vision import VisionEncoders, VisionFeatures
 
 REFERENCE_CACHE_BYTES = 1 << 30  # about four references of SDXL in bf16
 TEXT_CACHE_BYTES = 1 << 28  # about ten prompts of SDXL in bf16
-# Numbers of subjects of pictures that step together: what makes `torch.compile` see every kind of call, each twice with
-# different batch sizes, after which it takes these as dynamic.
-WARM_UP_GROUPS = ((1,), (2,), (1, 1), (2, 1, 1), (1, 1, 1), (2, 2), (0,), (0, 0), (0, 0, 0), (1, 0, 2))
+# Pictures that step together, each as its number of subjects and where its masks come from: what makes `torch.compile`
+# see every kind of call, each twice with different batch sizes, after which it takes these as dynamic.
+EXACT, FAST = get_args(MaskSource)
+WARM_UP_GROUPS: tuple[tuple[tuple[int, MaskSource], ...], ...] = (
+    *(
+        tuple((number, EXACT) for number in numbers)
+        for numbers in ((1,), (2,), (1, 1), (2, 1, 1), (2, 2), (0,), (0, 0), (0, 0, 0), (1, 0, 2))
+    ),
+    ((1, FAST),),
+    ((2, FAST),),
+    ((1, FAST), (0, EXACT)),
+    ((2, FAST), (1, EXACT)),
+    ((1, FAST), (1, FAST)),
+    ((2, FAST), (1, FAST), (1, EXACT)),
+)
 
 
 @dataclass
@@ -207,14 +219,14 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         scales = (None, 1.0) if self._compiled else (None,)
         for (height, width), guidance_scale, group in product(sizes or [(None, None)], scales, groups):
             settings = dict(height=height, width=width, guidance_scale=guidance_scale, seed=0)
-            generations = [self._grey_generation(number, settings) for number in group]
+            generations = [self._grey_generation(number, mask_source=source, **settings) for number, source in group]
             self.step(generations)
             if group is groups[-1]:
                 self.preview(generations[:1])
                 self.decode(generations[:1])
         self.clear_caches()
 
-    def _grey_generation(self, num_subjects: int, settings: dict[str, Any]) -> Generation:
+    def _grey_generation(self, num_subjects: int, **settings) -> Generation:
         names = ("ball", "box")[: num_subjects if self.adapter is not None else 0]
         grey = Image.new("RGB", (64, 64), "grey")
         subjects = tuple(Subject(image=grey, target_phrase=name) for name in names)
