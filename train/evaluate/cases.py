@@ -45,7 +45,8 @@ class Case:
         individuals = [[random_instance(rng, kind, "held_out") for _ in range(CANDIDATES)] for kind in self.categories]
         self.references = [[make_reference(rng, (one,), on_scene=0.0) for one in kin] for kin in individuals]
         right = tuple(kin[0] for kin in individuals)
-        given = [right] if task == "One2Many" else [(one,) for one in right]
+        # A picture of both shows them in either order.
+        given = [right[:: rng.choice([1, -1])]] if task == "One2Many" else [(one,) for one in right]
         pictures = [make_reference(rng, shown, on_scene=0.0) for shown in given]
         self.given = pictures * number if task == "One2Many" else pictures
         self.truth = scene_ground(rng, SCENES[self.scene])
