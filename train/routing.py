@@ -13,7 +13,7 @@ from torch import Tensor
 from realcustom.attention import LayerVision, VisualAttention
 from realcustom.recorder import attention_times
 
-ROUTING_WEIGHT = 0.05  # of this loss beside the diffusion loss
+ROUTING_WEIGHT = 1.0  # of this loss beside the diffusion loss
 EPSILON = 1e-4  # attention below this counts as this much
 
 
