@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from train.data.pool import SamplePool
-from train.data.render import RenderPairs, RenderSamples, _cells, _in_crop, pack_caption, unpack_captions
+from train.data.render import RenderPairs, RenderSamples, pack_caption, unpack_captions
 from train.data.scenes import SCENES, draw_scene
 from train.data.sprite_world import SpriteWorld, make_reference
 from train.data.sprites import CATEGORIES, HELD_OUT, TRAINED, Instance, draw_instance
@@ -60,34 +60,6 @@ def test_pair_shows_another_view():
         pair = SpriteWorld().pair(index)
         assert pair.reference.tobytes() != pair.sample.picture.tobytes()
         assert all(phrase in pair.sample.caption.split() for phrase in pair.target_phrases)
-
-
-def test_references_of_two_say_where_each_is():
-    """In either order; what a box holds has its own subject's colours rather than the other one's."""
-    right, first_left = [], []
-    for index in range(80):
-        pair = SpriteWorld().pair(index, two_subjects=1.0)
-        if len(pair.target_phrases) == 2:
-            ground = np.asarray(pair.reference, float)
-            held = [ground[top:bottom, left:end].mean((0, 1)) for left, top, end, bottom in pair.reference_boxes]
-            own = [_mean_colour(subject, plain=ground[0, 0]) for subject in pair.sample.subjects]
-            right.append(np.abs(np.subtract(held, own)).sum() < np.abs(np.subtract(held, own[::-1])).sum())
-            first_left.append(pair.reference_boxes[0][0] < pair.reference_boxes[1][0])
-    assert np.mean(right) > 0.9 and 0.2 < np.mean(first_left) < 0.8
-
-
-def _mean_colour(subject: Instance, plain: np.ndarray) -> np.ndarray:
-    sprite = np.asarray(draw_instance(subject).convert("RGBA"), float)
-    alpha = sprite[..., 3:] / 255
-    return (sprite[..., :3] * alpha + plain * (1 - alpha)).mean((0, 1))
-
-
-def test_cells_of_a_cropped_reference():
-    """A box in the left upper quarter of an enlarged patch touches its cells, one beyond the patch none."""
-    crop = (32.0, 32.0, 96.0, 96.0)
-    boxes = [_in_crop(box, crop, 128) for box in ((36, 36, 60, 62), (0, 0, 30, 30))]
-    cells = _cells(boxes, 128)
-    assert (cells[:4, :4] == 1).all() and cells.sum() == 16
 
 
 @pytest.mark.parametrize("scene", SCENES)

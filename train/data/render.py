@@ -3,7 +3,6 @@
 Legend: n samples, S picture size in px.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +16,6 @@ from .scenes import SCENE_SIZE
 from .sprite_world import SpriteWorld, make_reference, random_instance
 
 CAPTION_BYTES = 96
-GRID = 8  # vision tokens of a reference per axis
 R_MAX_WORLD = 1.6  # a sprite fills its reference, so the paper's sqrt(10) would leave a patch of plain colour
 
 
@@ -76,9 +74,8 @@ class RenderPairs:
     """Samples with a reference, along the curriculum (Eq. 10-13), progress being index / `curriculum`.
 
     `pixels` uint8 [n, 3, S, S], `reference` uint8 [n, 3, 128, 128]; `caption` uint8 [n, CAPTION_BYTES]; `inside` uint8
-    [n, S / 4, S / 4], whose bit i is set where the i-th subject of the reference is in the picture, and `seen` uint8
-    [n, GRID, GRID], likewise in the reference. With `with_wrong` also `wrong`: a reference of another individual of the
-    same kind.
+    [n, S / 4, S / 4], 1 where the subjects of the reference are. With `with_wrong` also `wrong`: a reference of another
+    individual of the same kind.
     """
 
     size: int = 128
@@ -89,23 +86,20 @@ class RenderPairs:
 
     def __call__(self, indices: Sequence[int]) -> Entry:
         world = SpriteWorld(self.seed, self.split)
-        entry: dict[str, list] = {"pixels": [], "reference": [], "caption": [], "inside": [], "seen": []}
+        entry: dict[str, list] = {"pixels": [], "reference": [], "caption": [], "inside": []}
         if self.with_wrong:
             entry["wrong"] = []
         for i in indices:
             pair, rng, progress = world.pair(i), np.random.default_rng((self.seed, i)), i / self.curriculum
             other_view = rng.random() < multiview_probability(progress)
-            boxes = dict(zip((subject.category for subject in pair.sample.subjects), pair.sample.boxes))
-            shown = [boxes[phrase] for phrase in pair.target_phrases]
-            reference, seen = (
-                (pair.reference, pair.reference_boxes) if other_view else (pair.sample.picture, tuple(shown))
-            )
-            crop = _crop(reference.width, resize_ratio(progress, rng.random(), r_max=R_MAX_WORLD), *rng.random(2))
+            reference = pair.reference if other_view else pair.sample.picture
+            ratio = resize_ratio(progress, rng.random(), r_max=R_MAX_WORLD)
             entry["pixels"].append(pixels_of(pair.sample.picture, self.size))
-            entry["reference"].append(pixels_of(reference.resize(reference.size, Image.Resampling.BICUBIC, box=crop)))
+            entry["reference"].append(pixels_of(_resized_crop(reference, ratio, *rng.random(2))))
             entry["caption"].append(pack_caption(pair.sample.caption))
-            entry["inside"].append(_where(shown, self.size))
-            entry["seen"].append(_cells([_in_crop(box, crop, reference.width) for box in seen], reference.width))
+            subjects = zip(pair.sample.subjects, pair.sample.boxes)
+            shown = [box for subject, box in subjects if subject.category in pair.target_phrases]
+            entry["inside"].append((_where(shown, self.size) > 0).astype(np.uint8))
             if self.with_wrong:
                 strangers = tuple(random_instance(rng, name, self.split) for name in pair.target_phrases)
                 entry["wrong"].append(pixels_of(make_reference(rng, strangers)))
@@ -121,24 +115,8 @@ def _where(boxes: Sequence[tuple[int, int, int, int]], size: int) -> np.ndarray:
     return where[::every, ::every]
 
 
-def _cells(boxes: Sequence[tuple[float, float, float, float]], side: float) -> np.ndarray:
-    """Sets bit i in the cells of a grid over a picture of `side` px that box i touches, uint8 [GRID, GRID]."""
-    cells = np.zeros((GRID, GRID), np.uint8)
-    for subject, box in enumerate(boxes):
-        left, top, right, bottom = (edge * GRID / side for edge in box)
-        if left < right and top < bottom:
-            cells[int(top) : math.ceil(bottom), int(left) : math.ceil(right)] |= 1 << subject
-    return cells
-
-
-def _crop(width: int, ratio: float, down: float, right: float) -> tuple[float, float, float, float]:
-    """The box of a patch of 1 / `ratio` of the side; enlarged to the old size it is Eq. 12's resized reference."""
-    side = width / ratio
-    left, top = right * (width - side), down * (width - side)
-    return left, top, left + side, top + side
-
-
-def _in_crop(box: Sequence[float], crop: Sequence[float], width: int) -> tuple[float, float, float, float]:
-    """Where a box lies in the enlarged patch, clipped to it; empty if it is outside."""
-    scale = width / (crop[2] - crop[0])
-    return tuple(min(max((edge - crop[i % 2]) * scale, 0.0), float(width)) for i, edge in enumerate(box))
+def _resized_crop(picture: Image.Image, ratio: float, down: float, right: float) -> Image.Image:
+    """A patch of 1 / `ratio` of the side, enlarged to the old size: `curriculum.resized_crop` for PIL pictures."""
+    side = picture.width / ratio
+    left, top = right * (picture.width - side), down * (picture.height - side)
+    return picture.resize(picture.size, Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))

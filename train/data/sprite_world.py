@@ -55,13 +55,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class ReferencePair:
-    """A sample, a reference picture of some of its subjects, the words of the caption it stands for, and the box of
-    each of these in the reference."""
+    """A sample, a reference picture of some of its subjects, and the words of the caption it stands for."""
 
     sample: Sample
     reference: Image.Image
     target_phrases: tuple[str, ...]
-    reference_boxes: tuple[tuple[int, int, int, int], ...]
 
 
 def random_instance(rng: np.random.Generator, category: str, split: Split = "train") -> Instance:
@@ -160,16 +158,12 @@ def make_sample(
 
 def make_reference(rng: np.random.Generator, subjects: tuple[Instance, ...], on_scene: float = 0.2) -> Image.Image:
     """The individuals once more in another view: mostly on a plain ground, with `on_scene` probability in a scene."""
-    return reference_with_boxes(rng, subjects, on_scene)[0]
-
-
-def reference_with_boxes(rng: np.random.Generator, subjects: tuple[Instance, ...], on_scene: float = 0.2):
-    """As `make_reference`; and the box of each subject."""
     if rng.random() < on_scene:
         ground = scene_ground(rng, SCENES[int(rng.integers(len(SCENES)))])
     else:
         ground = _plain_ground(rng)
-    return ground, compose(rng, subjects, ground, large=True)
+    compose(rng, subjects, ground, large=True)
+    return ground
 
 
 class SpriteWorld:
@@ -202,6 +196,5 @@ class SpriteWorld:
         else:
             shown = (sample.subjects[int(rng.integers(len(sample.subjects)))],)
         order = rng.permutation(len(shown))  # who stands left in the reference says nothing about the sample
-        reference, boxes = reference_with_boxes(rng, tuple(shown[i] for i in order))
-        boxes = tuple(boxes[i] for i in np.argsort(order))
-        return ReferencePair(sample, reference, tuple(s.category for s in shown), boxes)
+        reference = make_reference(rng, tuple(shown[i] for i in order))
+        return ReferencePair(sample, reference, tuple(s.category for s in shown))

@@ -1,10 +1,9 @@
 """Stage `adapter`: RealCustom++ itself. Projector and W_Ki, W_Vi learn; text-to-image model and vision encoders are
 frozen.
 
-Visual attention is unmasked in training (Sec. 3.2): the model must find out which words a reference belongs to. Three
-departures, all because the training is short: noisy steps, where appearance is decided, are drawn more often; the loss
-counts more where the reference's subjects are; and places are told which part of a reference is theirs (`routing.py`).
-Picture sizes take turns as in stage `base`.
+Visual attention is unmasked in training (Sec. 3.2): the model must find out which words a reference belongs to. Two
+departures, both because the training is short: noisy steps, where appearance is decided, are drawn more often, and the
+loss counts more where the reference's subjects are. Picture sizes take turns as in stage `base`.
 
 Legend: B batch, N vision tokens, C vision channels.
 """
@@ -25,15 +24,13 @@ from realcustom.vision import VisionFeatures
 from ..captions import CaptionCache
 from ..checkpoint import checkpoint_state, load_average
 from ..data.pool import Entry, SamplePool
-from ..data.render import CAPTION_BYTES, GRID, RenderPairs, unpack_captions
+from ..data.render import CAPTION_BYTES, RenderPairs, unpack_captions
 from ..diffusion import diffusion_loss, sample_latents, subject_weight
-from ..grounding import places_of
 from ..latents import LatentCodec
 from ..loop import LoopConfig, run_loop
 from ..networks import LATENT_FACTOR, PICTURE_SIZE, VISION_WIDTH, build_scheduler
 from ..pictures import save_grid, to_signed
 from ..precision import autocast, differentiable_attention
-from ..routing import ROUTING_WEIGHT, WatchedVision
 from .base import TextToImage, first_falling_step, load_base, size_and_turn
 from .vision import load_vision
 
@@ -82,17 +79,13 @@ class AdapterTask:
         """Pictures -> what the pool stores."""
         features = {name: values.half().cpu().numpy() for name, values in vars(self.features(raw["reference"])).items()}
         latents = self.codec.encode(to_signed(raw["pixels"])).half().cpu().numpy()
-        return {**features, "latents": latents, **{name: raw[name] for name in ("caption", "inside", "seen")}}
+        return {**features, "latents": latents, "caption": raw["caption"], "inside": raw["inside"]}
 
-    def tensors(self, entry: Entry) -> tuple[Tensor, VisionFeatures, Tensor, Tensor]:
-        """Clean latents, features, and where each subject is: in the picture [B, S, h, w], in the reference
-        [B, S, GRID, GRID]."""
+    def tensors(self, entry: Entry) -> tuple[Tensor, VisionFeatures, Tensor]:
+        """Clean latents, features, weight of each place [B, 1, h, w]."""
         load = lambda values: torch.from_numpy(np.asarray(values, dtype=np.float32)).to(self.device)
         features = VisionFeatures(**{name: load(entry[name]) for name in FEATURES})
-        inside, seen = (
-            places_of(torch.from_numpy(np.array(entry[name])).to(self.device)) for name in ("inside", "seen")
-        )
-        return load(entry["latents"]), features, inside, seen
+        return load(entry["latents"]), features, subject_weight(load(entry["inside"]))
 
     def loss(self, unet, vision, clean: Tensor, weight: Tensor, captions: list[str], noise: Tensor, steps: Tensor):
         """Weighted velocity loss per sample, [B]; `vision` None is the base model alone."""
@@ -127,7 +120,6 @@ def train_adapter(out: Path, device: str = "cpu", compiled: bool = False, **opti
                 "latents": ((4, side, side), "float16"),
                 "caption": ((CAPTION_BYTES,), "uint8"),
                 "inside": ((side, side), "uint8"),
-                "seen": ((GRID, GRID), "uint8"),
             }
             # The curriculum runs over the half-size pairs; the fewer full-size ones are all of its last kind.
             half = size < PICTURE_SIZE
@@ -143,14 +135,11 @@ def train_adapter(out: Path, device: str = "cpu", compiled: bool = False, **opti
         pool = pool_for(size, turn)
         pool.refresh(turn)
         entry = pool.batch(turn, torch.rand(config.batch_size, generator=generator).numpy())
-        clean, features, places, seen = task.tensors(entry)
+        clean, features, weight = task.tensors(entry)
         noise, steps = draw_noisy(clean, generator)
         with task.autocast():
-            vision = WatchedVision(everywhere(adapter(features)), seen)
-        captions, weight = unpack_captions(entry["caption"]), subject_weight(places.amax(1))
-        loss = task.loss(task.unet, vision, clean, weight, captions, noise, steps).mean()
-        routing = vision.loss(places)
-        return loss + ROUTING_WEIGHT * routing, {"routing": float(routing.detach())}
+            vision = everywhere(adapter(features))
+        return task.loss(task.unet, vision, clean, weight, unpack_captions(entry["caption"]), noise, steps).mean(), {}
 
     @cache
     def held_out() -> tuple[Entry, Entry, VisionFeatures]:
@@ -160,8 +149,7 @@ def train_adapter(out: Path, device: str = "cpu", compiled: bool = False, **opti
 
     def preview(step: int) -> dict[str, float]:
         raw, encoded, wrong = held_out()
-        clean, features, places, _ = task.tensors(encoded)
-        weight = subject_weight(places.amax(1))
+        clean, features, weight = task.tensors(encoded)
         noise, steps = draw_noisy(clean, torch.Generator().manual_seed(1))
         captions = unpack_captions(encoded["caption"])
         numbers = {}
