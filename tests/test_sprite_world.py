@@ -62,6 +62,25 @@ def test_pair_shows_another_view():
         assert all(phrase in pair.sample.caption.split() for phrase in pair.target_phrases)
 
 
+def test_references_of_two_show_them_in_either_order():
+    """Told by colours: which half of the reference is nearer to the left subject of the sample."""
+    left = []
+    for index in range(80):
+        pair = SpriteWorld().pair(index, two_subjects=1.0)
+        if len(pair.target_phrases) == 2:
+            reference = np.asarray(pair.reference, float)
+            halves = [half.mean((0, 1)) for half in (reference[:, :64], reference[:, 64:])]
+            own = [_mean_colour(subject, plain=reference[0, 0]) for subject in pair.sample.subjects]
+            left.append(np.abs(np.subtract(halves, own)).sum() < np.abs(np.subtract(halves, own[::-1])).sum())
+    assert len(left) > 20 and 0.2 < np.mean(left) < 0.8
+
+
+def _mean_colour(subject: Instance, plain: np.ndarray) -> np.ndarray:
+    sprite = np.asarray(draw_instance(subject).convert("RGBA"), float)
+    alpha = sprite[..., 3:] / 255
+    return (sprite[..., :3] * alpha + plain * (1 - alpha)).mean((0, 1))
+
+
 @pytest.mark.parametrize("scene", SCENES)
 def test_scene_variants_differ(scene):
     assert draw_scene(scene, 0).size == (128, 128)
