@@ -49,7 +49,7 @@ class Controls:
     guidance: gr.Slider
     steps: gr.Slider
     fast: gr.Checkbox
-    seed: gr.Number
+    seed: gr.Textbox
     negative: gr.Textbox
     number: gr.Slider
 
@@ -118,7 +118,7 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
         lambda: (progress("Stopped.", 0), *ready()), None, [status, generate, stop], queue=False,
         api_visibility="private",
     )  # fmt: skip
-    reuse.click(lambda seed: seed, made_seed, controls.seed, queue=False, api_visibility="private")
+    reuse.click(str, made_seed, controls.seed, queue=False, api_visibility="private")
     if task.examples:
         _build_examples(task, prompt, slots)
 
@@ -201,9 +201,8 @@ def _build_controls(task: Task, info: ModelInfo) -> Controls:
             info="Approximate: no pass of their own, they follow the picture one step behind",
         )  # fmt: skip
         with gr.Row():
-            seed = gr.Number(
-                label="Seed", info="Empty draws one", precision=0, minimum=0, value=None, elem_id=f"{task.name}-seed"
-            )
+            # Not a `gr.Number`: shown empty for the first time, Gradio's becomes 0.
+            seed = gr.Textbox(label="Seed", info="Empty draws one", max_lines=1, elem_id=f"{task.name}-seed")
             number = gr.Slider(1, min(4, limits.max_images), 1, step=1, label="Pictures")
         negative = gr.Textbox(label="Negative prompt", placeholder="what should not be there")
     return Controls(
@@ -259,9 +258,16 @@ def _read(task: Task, values: tuple) -> tuple[Request, int]:
         early_stop_step=min(int(stop), int(steps)),
         guidance_scale=float(guidance),
         mask_source="generation_branch" if fast else "guidance_branch",
-        seed=None if seed is None else int(seed),
+        seed=_seed(seed),
     )
     return request, int(number)
+
+
+def _seed(text: str | None) -> int | None:
+    text = (text or "").strip()
+    if text and not text.isdecimal():
+        raise InvalidRequest(f"The seed is {text!r}; write a whole number from 0 up, or nothing to draw one.")
+    return int(text) if text else None
 
 
 def _phrases(chosen, phrase: str | None, *, several: bool) -> list[str]:

@@ -144,6 +144,23 @@ def test_a_tab_makes_a_picture_that_depends_on_its_reference_inside_the_mask(pag
     assert not page.foreign, "the page must load nothing from elsewhere"
 
 
+def test_a_seed_that_nobody_gave_is_drawn(page):
+    """Looking at the settings gives none; the button under the results brings the last one into the field."""
+    page.click("#One2One-settings button")
+    page.wait_for_selector("#One2One-seed input")
+    page.wait_for_timeout(500)
+    assert page.input_value("#One2One-seed input") == ""
+    page.fill("#One2One-prompt textarea", "a dog runs")
+    page.set_input_files("#One2One-image-0 input[type=file]", png(picture("red")))
+    page.click("#One2One-words-0 label:has-text('dog')")
+    page.click("#One2One-generate")
+    page.wait_for_function("document.querySelector('#One2One-status').innerText.includes('Done. Seed')")
+    drawn = page.inner_text("#One2One-status").split("Seed ")[1].split(".")[0]
+    page.click("text=Use the seed of the first picture again")
+    page.wait_for_function(f"document.querySelector('#One2One-seed input').value === '{drawn}'")
+    assert int(drawn) > 1000
+
+
 def test_earlier_results_stay_in_the_gallery(page):
     """A second press of the button puts its picture in front; the first one is still there."""
     choose(page, "One2One", *CASES["One2One"])

@@ -15,7 +15,7 @@ from demo.tabs import Task, _read
 from serving.client import InvalidRequest, Request, Subject
 from serving.engine import Engine
 
-SETTINGS = (0.5, 2, 3.0, 4, True, 7, "", 2)  # scope, T_stop, CFG, steps, fast masks, seed, negative prompt, pictures
+SETTINGS = (0.5, 2, 3.0, 4, True, "7", "", 2)  # scope, T_stop, CFG, steps, fast masks, seed, negative prompt, pictures
 ONE = Task(name="One", says="", num_slots=1, many_words=False)
 MANY = Task(name="Many", says="", num_slots=1, many_words=True)
 SLOTS = Task(name="Slots", says="", num_slots=2, many_words=False)
@@ -60,6 +60,15 @@ def test_empty_slots_are_left_out():
 def test_what_is_missing_is_said(values, says):
     with pytest.raises(InvalidRequest, match=says):
         _read(ONE, (*values, *SETTINGS))
+
+
+def test_no_seed_draws_one_and_what_is_none_is_refused():
+    values = ["a dog runs", picture(), "dog", "", *SETTINGS]
+    read = lambda seed: _read(ONE, (*values[:9], seed, *values[10:]))[0]
+    assert read("").seed is None and read(None).seed is None and read(" 12 ").seed == 12
+    for wrong in ("-1", "1.5", "lucky"):
+        with pytest.raises(InvalidRequest, match=f"seed is '{wrong}'.*whole number"):
+            read(wrong)
 
 
 def dog(seed=1) -> Request:
