@@ -23,13 +23,13 @@ def side_by_side(pictures: Sequence[Image.Image], side: int = 220) -> Image.Imag
     return row
 
 
-def tiled(pictures: Sequence[Image.Image | None]) -> Image.Image:
+def tiled(pictures: Sequence[Image.Image | None]) -> Image.Image | None:
     """Pictures of one size in a grid as square as can be; one that is not there yet leaves its place empty.
 
-    A single picture is returned as it is.
+    A single picture is returned as it is; None as long as there is none.
     """
-    first = next(picture for picture in pictures if picture is not None)
-    if len(pictures) == 1:
+    first = next((picture for picture in pictures if picture is not None), None)
+    if first is None or len(pictures) == 1:
         return first
     columns = ceil(sqrt(len(pictures)))
     grid = Image.new("RGB", (first.width * columns, first.height * ceil(len(pictures) / columns)), "white")

@@ -281,12 +281,13 @@ def _phrases(chosen, phrase: str | None, *, several: bool) -> list[str]:
 
 async def _updates(client: Client, request: Request, number: int) -> AsyncIterator[list]:
     """Values of status, live picture, overlay, results, seed and its button as the pictures form."""
+    drawn: list[Image.Image | None] = []
     async with aclosing(make_pictures(client, request, number)) as states:
         async for state in states:
-            live: Image.Image | None = None
-            overlay: Image.Image | None = None
-            if any(p.image is not None for p in state.pictures):
-                live = tiled([p.image for p in state.pictures])
+            live = overlay = gr.skip()  # unless there is something new to see: most updates only count steps
+            views = [p.image for p in state.pictures]
+            if not drawn or any(view is not old for view, old in zip(views, drawn, strict=True)):
+                live, drawn = tiled(views), views
                 overlay = tiled([p.image and lay_over(p.image, p.masks) for p in state.pictures])
             shown_status = progress(state.status(), state.fraction)
             if state.done:

@@ -49,10 +49,6 @@ class LatentDecoder:
         size = (latents.shape[-1] * self.factor, latents.shape[-2] * self.factor)
         return self._processor.postprocess(pixels)[0].resize(size, Image.Resampling.BICUBIC)
 
-    def forget(self) -> None:
-        """Fit `glance` anew when it is next needed: the autoencoder has changed."""
-        self.__dict__.pop("_glance", None)
-
     @property
     def _detail(self) -> int:
         return min(DETAIL, self.factor)
@@ -72,7 +68,7 @@ class LatentDecoder:
         wanted = F.pixel_unshuffle(coarse, self._detail).movedim(1, -1).flatten(0, 2).double()
         *weight, bias = torch.linalg.lstsq(around, wanted, driver="gelsd").solution.float()
         weight = torch.stack(weight, dim=1).unflatten(1, (-1, KERNEL, KERNEL))
-        return weight.to(first.device), bias.to(first.device)
+        return weight, bias
 
     def _encode(self, pixels: Tensor) -> Tensor:
         encoded = self.vae.encode(pixels)

@@ -142,7 +142,6 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
     def to(self, *args, **options) -> "RealCustomPipeline":
         """As in diffusers; what is cached on the former device, or in the former type, is forgotten."""
         self.clear_caches()
-        self.decoder.forget()
         return super().to(*args, **options)
 
     @property

@@ -31,6 +31,10 @@ _TWO = ("{0} and {1} {scene}", "{0} and {1} {scene}", "a photo of {0} and {1} {s
 _NO_SCENE = ("{0}", "a photo of {0}", "one {0.noun}")
 
 
+def with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 class _Named(str):
     """A noun that formats with its article, and without as `.noun`."""
 
@@ -39,7 +43,7 @@ class _Named(str):
         return str.__str__(self)
 
     def __format__(self, spec: str) -> str:
-        return f"{'an' if self[0] in 'aeiou' else 'a'} {self.noun}"
+        return with_article(self.noun)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from PIL import Image
 from realcustom.request import Request, Subject
 
 from ..data.scenes import SCENES
-from ..data.sprite_world import compose, make_reference, random_instance, scene_ground
+from ..data.sprite_world import compose, make_reference, random_instance, scene_ground, with_article
 from ..data.sprites import TRAINED
 
 Task = Literal["One2One", "One2Many", "Many2Many"]
@@ -54,8 +54,7 @@ class Case:
 
     @property
     def prompt(self) -> str:
-        named = (f"{'an' if category[0] in 'aeiou' else 'a'} {category}" for category in self.categories)
-        return f"{' and '.join(named)} {SCENES[self.scene]}"
+        return f"{' and '.join(map(with_article, self.categories))} {SCENES[self.scene]}"
 
     def request(self, **settings) -> Request:
         """`settings` are those of a way to make it, see `report.WAYS`."""

@@ -18,11 +18,10 @@ from ..data.pool import Entry, SamplePool
 from ..data.render import pixels_of
 from ..data.scenes import SCENES
 from ..data.sprite_world import Split, compose, make_reference, random_instance, scene_ground
-from ..data.sprites import TRAINED
 from ..loop import LoopConfig, run_loop
 from ..pictures import to_signed
 from ..precision import autocast
-from .cases import another_kind, half
+from .cases import KINDS, another_kind, half
 
 GROUP = 8  # individuals of one category that a batch holds together, so that telling them apart is what is learned
 
@@ -40,17 +39,16 @@ class RenderJudged:
 
     def __call__(self, indices: Sequence[int]) -> Entry:
         entry: dict[str, list] = {"picture": [], "reference": [], "scene": [], "category": []}
-        names = list(TRAINED)
         for i in indices:
             rng = np.random.default_rng((self.seed, self.split == "held_out", i))
-            category = i // GROUP % len(names)
-            individual = random_instance(rng, names[category], self.split)
+            category = i // GROUP % len(KINDS)
+            individual = random_instance(rng, KINDS[category], self.split)
             scene = int(rng.integers(len(SCENES)))
             ground = scene_ground(rng, SCENES[scene])
             if i % 3:
                 compose(rng, (individual,), ground)
             else:
-                other = random_instance(rng, another_kind(rng, names[category]), self.split)
+                other = random_instance(rng, another_kind(rng, KINDS[category]), self.split)
                 side = int(rng.integers(2))
                 compose(rng, (individual, other) if side == 0 else (other, individual), ground)
                 ground = half(ground, side)
@@ -85,7 +83,7 @@ class Judges(nn.Module):
         super().__init__()
         self.individual = ConvNet(64)
         self.scene = ConvNet(len(SCENES))
-        self.category = ConvNet(len(TRAINED))
+        self.category = ConvNet(len(KINDS))
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Unit vectors, [B, 64]."""

@@ -41,8 +41,8 @@ def make_pictures(pipeline: RealCustomPipeline, cases: list[Case], way: str, bat
     pictures = []
     for start in range(0, len(cases), batch_size):
         some = cases[start : start + batch_size]
-        ones = [torch.ones(len(case.given), 8, 8) if way == "mask of ones" else None for case in some]
-        generations = [pipeline.prepare(c.request(**WAYS[way]), masks=m) for c, m in zip(some, ones, strict=True)]
+        ones = torch.ones(len(cases[0].given), 8, 8) if way == "mask of ones" else None
+        generations = [pipeline.prepare(case.request(**WAYS[way]), masks=ones) for case in some]
         while not generations[0].done:
             pipeline.step(generations)
         pictures += pipeline.decode(generations)
@@ -81,9 +81,10 @@ def evaluate(model: Path, out: Path, num_individuals: int = 200, device: str = "
     results: dict[str, dict[str, dict[str, float]]] = {}
     for task in TASKS:
         ways = tuple(WAYS) if task == "One2One" else MAIN_WAYS
-        cases = [Case(i, task) for i in range(num_individuals if task == "One2One" else num_individuals // 2)]
+        number = 1 if task == "One2One" else 2
+        cases = [Case(i, task) for i in range(num_individuals // number)]
         results[task] = {"real pictures (upper bound)": judge(judges, cases, [case.truth for case in cases])}
-        rows = [[case.given[subject] for case in cases] for subject in range(1 if task != "Many2Many" else 2)]
+        rows = [[case.given[subject] for case in cases] for subject in range(2 if task == "Many2Many" else 1)]
         for way in ways:
             rows.append(make_pictures(pipeline, cases, way))
             results[task][way] = judge(judges, cases, rows[-1])
