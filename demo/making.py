@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from PIL import Image
@@ -85,13 +85,19 @@ async def make_pictures(client: Client, request: Request, number: int) -> AsyncI
         except Exception as error:
             heard.put_nowait(error)
 
+    async def beat() -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            heard.put_nowait(None)
+
     tasks = [asyncio.create_task(follow(p, r)) for p, r in zip(state.pictures, request.variations(number))]
+    tasks.append(asyncio.create_task(beat()))
     try:
         done = False
         while not done:
-            with suppress(asyncio.TimeoutError):
-                if (error := await asyncio.wait_for(heard.get(), HEARTBEAT_S)) is not None:
-                    raise error
+            # Not `wait_for`: before Python 3.12 it loses a cancellation that meets an event, and with it the Stop.
+            if (error := await heard.get()) is not None:
+                raise error
             while not heard.empty():  # several events at once are one update of the page
                 if (error := heard.get_nowait()) is not None:
                     raise error

@@ -128,22 +128,22 @@ class Engine:
         """
         full = request.with_defaults(self._pipeline.sampling)
         cost = picture_cost(full, self._pipeline.sampling)
-        job = Job(full, previews, asyncio.get_running_loop(), cost, request_id)
+        loop = asyncio.get_running_loop()
+        job = Job(full, previews, loop, cost, request_id)
         self._enter(job)
+        # Not `wait_for`: before Python 3.12 it loses a cancellation that meets an event.
+        deadline = None if timeout_s is None else loop.call_later(timeout_s, self._expire, job, timeout_s)
         try:
             while True:
-                left = None if timeout_s is None else job.arrived + timeout_s - time.monotonic()
-                try:
-                    event = await asyncio.wait_for(job.events.get(), left)
-                except asyncio.TimeoutError:
-                    event = TimedOut(f"the picture was not finished within {timeout_s:.3g} s.")
-                    job.outcome = "timed_out"
+                event = await job.events.get()
                 if isinstance(event, Exception):
                     raise event
                 yield event
                 if isinstance(event, Result):
                     return
         finally:
+            if deadline is not None:
+                deadline.cancel()
             self._leave(job)
 
     def stats(self) -> dict[str, float]:
@@ -224,6 +224,10 @@ class Engine:
             self._condition.notify_all()
         about = {"request_id": job.request_id, "outcome": job.outcome, "seconds": round(seconds, 3)}
         logger.info("picture %s after %.2f s and %d steps", job.outcome, seconds, job.step_told, extra=about)
+
+    def _expire(self, job: Job, timeout_s: float) -> None:
+        with self._condition:
+            job.tell(TimedOut(f"the picture was not finished within {timeout_s:.3g} s."))
 
     def _tell_positions(self) -> None:
         for position, job in enumerate(self._waiting):

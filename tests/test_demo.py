@@ -12,7 +12,7 @@ from demo.looks import progress, side_by_side, tiled
 from demo.making import make_pictures
 from demo.masks import SUBJECT_COLOURS, lay_over
 from demo.tabs import Task, _read
-from serving.client import InvalidRequest, Request, Subject
+from serving.client import InvalidRequest, Queued, Request, Subject
 from serving.engine import Engine
 
 SETTINGS = (0.5, 2, 3.0, 4, True, "7", "", 2)  # scope, T_stop, CFG, steps, fast masks, seed, negative prompt, pictures
@@ -104,6 +104,39 @@ def test_stopping_frees_the_engine(engine):
         return False
 
     assert asyncio.run(run())
+
+
+@pytest.mark.parametrize("ticks", range(8))
+def test_stopping_is_heard_whenever_it_comes(ticks):
+    """Also in the very moment in which an event wakes the page: some turns of the event loop after it was sent."""
+
+    class Steady:
+        def __init__(self):
+            self.sent = asyncio.Event()
+
+        async def stream(self, request, previews):
+            await self.sent.wait()
+            yield Queued(0)
+            await asyncio.sleep(60)
+
+    async def run():
+        client = Steady()
+
+        async def watch():
+            async with aclosing(make_pictures(client, dog(), 1)) as states:
+                async for _ in states:
+                    pass
+
+        watching = asyncio.create_task(watch())
+        await asyncio.sleep(0.05)
+        client.sent.set()
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        watching.cancel()
+        done, _ = await asyncio.wait({watching}, timeout=5)
+        assert done and watching.cancelled()
+
+    asyncio.run(run())
 
 
 def test_an_error_of_one_picture_reaches_the_page(engine):
