@@ -114,7 +114,7 @@ def test_pool_is_the_same_after_a_restart(tmp_path):
         unbroken.refresh(step)
     resumed = SamplePool(tmp_path / "b", fields, render, **options)
     resumed._store(range(4, 12), render(range(4, 12)))
-    resumed.fill(3)  # nothing is missing
+    resumed.refresh(3)  # nothing is missing
     for name in fields:
         assert (unbroken.batch(3, draws)[name] == resumed.batch(3, draws)[name]).all()
         assert (unbroken.groups(3, draws, 2)[name] == resumed.groups(3, draws, 2)[name]).all()
@@ -123,11 +123,18 @@ def test_pool_is_the_same_after_a_restart(tmp_path):
 def test_a_pool_with_a_new_field_begins_anew(tmp_path):
     """Entries written before a field existed are made again: none is left with zeros in it."""
     fields = {"a": ((), "int64")}
-    SamplePool(tmp_path, fields, partial(_ones, names="a"), start=4, capacity=8, per_step=1).fill(0, processes=1)
+    SamplePool(tmp_path, fields, partial(_ones, names="a"), start=4, capacity=8, per_step=1).refresh(0)
     fields["b"] = ((), "int64")
     pool = SamplePool(tmp_path, fields, partial(_ones, names="ab"), start=4, capacity=8, per_step=1)
-    pool.fill(0, processes=1)
+    pool.refresh(0)
     assert (pool.batch(0, np.arange(4) / 4)["b"] == 1).all()
+
+
+def test_a_pool_whose_files_are_gone_is_whole_again(tmp_path):
+    """In mid-run (here a warm start at step 100) nothing that a batch can draw is empty; workers make it."""
+    pool = SamplePool(tmp_path, {"a": ((), "int64")}, partial(_ones, names="a"), start=4, capacity=150, per_step=1)
+    pool.refresh(100)
+    assert len(drawn := pool.batch(100, np.arange(104) / 104)["a"]) == 104 and (drawn == 1).all()
 
 
 def _ones(indices, names):

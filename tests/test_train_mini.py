@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from train.precision import differentiable_attention
 from train.stages.adapter import draw_noisy, everywhere
 from train.stages.base import FULL_SIZE_EVERY, PREVIEW_PROMPTS, TextToImage, draw_noise, size_and_turn
 from train.stages.vae import vae_loss
-from train.stages.vision import MINI_VISION, RenderViews, VisionTeacher, vision_loss
+from train.stages.vision import MINI_VISION, VIEWS, RenderViews, VisionTeacher, views_as_tensors, vision_loss
 from train.tokenizer import load_tokenizer
 
 
@@ -114,9 +115,7 @@ def test_vae_keeps_sizes_and_loss_has_gradients():
 def test_vision_teacher_trains_what_the_projector_reads():
     """The deep layer of both encoders gets gradients, and features have the shapes the projector expects."""
     torch.manual_seed(0)
-    model, raw = VisionTeacher(), RenderViews()(range(4))
-    entry = {name: torch.from_numpy(raw[name].copy()).float() / 255 for name in ("first", "second", "portrait")}
-    entry["category"] = torch.from_numpy(raw["category"])
+    model, entry = VisionTeacher(), views_as_tensors(RenderViews()(range(4)), "cpu")
     loss, _ = vision_loss(model, entry, torch.Generator().manual_seed(0))
     loss.backward()
     assert model.siglip.encoder.layers[MINI_VISION.siglip_deep].mlp.fc1.weight.grad.abs().max() > 0
@@ -126,6 +125,25 @@ def test_vision_teacher_trains_what_the_projector_reads():
         (4, 64, 192),
         (4, 256, 192),
     ]
+
+
+def test_views_of_two_mark_one_of_them():
+    """The marked tokens lie on one side where two subjects share a view, and about the middle where one is alone."""
+    sides = set()
+    for inside in np.concatenate([views[f"{view}_inside"] for views in [RenderViews()(range(40))] for view in VIEWS]):
+        columns = np.flatnonzero(inside.any(0))
+        sides.add("left" if columns.max() < 4 else "right" if columns.min() > 3 else "middle")
+    assert sides == {"left", "right", "middle"}
+
+
+def test_portrait_asks_the_individuals_tokens_alone():
+    """What other tokens say makes no difference to it, what its own say does."""
+    torch.manual_seed(0)
+    model, deep = VisionTeacher(), torch.randn(1, 64, 192)
+    inside = torch.arange(64)[None] < 20
+    portrait = model.portrait(deep, inside)
+    assert torch.allclose(portrait, model.portrait(deep + ~inside[..., None] * torch.randn(192), inside), atol=1e-6)
+    assert not torch.allclose(portrait, model.portrait(deep + inside[..., None] * torch.randn(192), inside), atol=1e-2)
 
 
 def test_a_unet_compiled_whole_sees_one_reference_without_recompiling():

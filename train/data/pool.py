@@ -14,6 +14,8 @@ import numpy as np
 log = logging.getLogger(__name__)
 
 Entry = dict[str, np.ndarray]  # field -> [n, ...]
+CHUNK = 64  # samples that are rendered, encoded and stored together
+PROCESSES = 2
 
 
 class SamplePool:
@@ -62,26 +64,20 @@ class SamplePool:
             self.arrays[name][slots] = values
         self.index[slots] = np.asarray(indices) + 1
 
-    def fill(self, step: int, processes: int = 2, chunk: int = 64) -> None:
-        """Bring the pool to what it must hold at `step`, with several processes."""
+    def refresh(self, step: int) -> None:
+        """Bring the pool to what it must hold at `step`: the step's own fresh samples, or, after a start or restart,
+        whatever is missing, which is made by several processes."""
         last = self._last(step)
         wanted = np.arange(max(0, last - self.capacity), last)
         missing = wanted[self.index[wanted % self.capacity] != wanted + 1].tolist()
-        if not missing:
-            return
-        chunks = [missing[i : i + chunk] for i in range(0, len(missing), chunk)]
-        log.info("rendering %d samples", len(missing))
-        with get_context("spawn").Pool(processes) as workers:
-            for indices, entry in zip(chunks, workers.imap(self.render, chunks)):
-                self._store(indices, entry)
-
-    def refresh(self, step: int) -> None:
-        """Add the fresh samples of `step`."""
-        last = self._last(step)
-        if step and self.per_step:
-            indices = list(range(last - self.per_step, last))
-            if (self.index[np.asarray(indices) % self.capacity] != np.asarray(indices) + 1).any():
-                self._store(indices, self.render(indices))
+        chunks = [missing[i : i + CHUNK] for i in range(0, len(missing), CHUNK)]
+        if len(chunks) == 1:
+            self._store(missing, self.render(missing))
+        elif chunks:
+            log.info("rendering %d samples", len(missing))
+            with get_context("spawn").Pool(PROCESSES) as workers:
+                for indices, entry in zip(chunks, workers.imap(self.render, chunks)):
+                    self._store(indices, entry)
 
     def batch(self, step: int, draws: np.ndarray) -> Entry:
         """Entries picked by `draws`, numbers in [0, 1), out of what the pool holds at `step`."""

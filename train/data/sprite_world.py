@@ -116,7 +116,10 @@ def scene_ground(rng: np.random.Generator, scene: str) -> Image.Image:
     return ground.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else ground.copy()
 
 
-def _plain_ground(rng: np.random.Generator) -> Image.Image:
+def reference_ground(rng: np.random.Generator, on_scene: float = 0.2) -> Image.Image:
+    """What a reference is drawn on: mostly a plain ground, with `on_scene` probability a scene."""
+    if rng.random() < on_scene:
+        return scene_ground(rng, SCENES[int(rng.integers(len(SCENES)))])
     return Image.new("RGB", (SCENE_SIZE, SCENE_SIZE), tuple(rng.integers(150, 256, 3).tolist()))
 
 
@@ -161,11 +164,8 @@ def make_sample(
 
 
 def make_reference(rng: np.random.Generator, subjects: tuple[Instance, ...], on_scene: float = 0.2) -> Image.Image:
-    """The individuals once more in another view: mostly on a plain ground, with `on_scene` probability in a scene."""
-    if rng.random() < on_scene:
-        ground = scene_ground(rng, SCENES[int(rng.integers(len(SCENES)))])
-    else:
-        ground = _plain_ground(rng)
+    """The individuals once more in another view."""
+    ground = reference_ground(rng, on_scene)
     compose(rng, subjects, ground, large=True)
     return ground
 

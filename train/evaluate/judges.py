@@ -122,7 +122,6 @@ def train_judges(out: Path, device: str = "cpu", **options) -> None:
         "category": ((), "int64"),
     }
     pool = SamplePool(out / "pool", fields, RenderJudged(), start=4096, capacity=8192, per_step=GROUP)
-    pool.fill(0)
 
     def tensors(entry: Entry) -> dict[str, Tensor]:
         pictures = {name: to_signed(entry[name]).to(device) for name in ("picture", "reference")}

@@ -127,7 +127,6 @@ def train_adapter(out: Path, device: str = "cpu", compiled: bool = False, **opti
             folder = config.out / f"pool_{size}_vision_{task.vision_step}"  # features of other encoders are of no use
             options = dict(start=2000, capacity=10_000, per_step=8)
             pools[size] = SamplePool(folder, fields, render, task.encode, **options)
-            pools[size].fill(turn)
         return pools[size]
 
     def loss_of_step(step: int, generator: torch.Generator):

@@ -141,7 +141,6 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
             folder = config.out / f"pool_{size}"
             render = RenderSamples(size=size)
             pools[size] = SamplePool(folder, fields, render, encode, start=8000, capacity=60_000, per_step=6)
-            pools[size].fill(turn)
         return pools[size]
 
     def loss_of_step(step: int, generator: torch.Generator):

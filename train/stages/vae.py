@@ -49,7 +49,6 @@ def train_vae(out: Path, device: str = "cpu", **options) -> None:
     pool = SamplePool(
         out / "pool", {"pixels": ((3, 128, 128), "uint8")}, RenderPictures(), start=4000, capacity=6000, per_step=2
     )
-    pool.fill(0)
 
     def batch(step: int, generator: torch.Generator) -> Tensor:
         pool.refresh(step)

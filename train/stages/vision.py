@@ -2,10 +2,11 @@
 
 Three wishes, one loss each: two views of one individual lie closer together than two individuals of a kind (last
 block), the deep features can redraw the individual upright, whatever its pose in the picture (appearance), and each
-deep token can redraw its own patch (structure). Global views and local crops are trained alike, as the projector reads
-both.
+deep token can redraw its own patch (structure). The first two ask only the tokens that lie on the individual, and half
+of the views show a second one: so tokens tell of what they lie on and nothing else, without which a picture of two
+subjects (One2Many) would mix them. Global views and local crops are trained alike, as the projector reads both.
 
-Legend: B pictures, N = 64 tokens, C channels of both encoders together.
+Legend: B pictures, N = 64 tokens (8 x 8), C channels of both encoders together.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ from realcustom.vision import VisionEncoders
 from ..checkpoint import load_average
 from ..data.pool import Entry, SamplePool
 from ..data.render import pixels_of
-from ..data.sprite_world import SpriteWorld, make_reference, random_instance
+from ..data.scenes import SCENE_SIZE
+from ..data.sprite_world import SpriteWorld, compose, random_instance, reference_ground
 from ..data.sprites import TRAINED, draw_instance
 from ..loop import LoopConfig, run_loop
 from ..networks import VISION_SIZE, VISION_WIDTH, build_vision_encoders
@@ -32,31 +34,58 @@ from ..pictures import save_grid, to_signed
 from ..precision import autocast
 
 BATCH_SIZE = 24
+GROUP = 8  # individuals of one kind that a batch holds together, so that telling them apart is what is learned
 THUMBNAIL = 32  # px
 TEMPERATURE = 0.1
+VIEWS = ("first", "second")
+GRID = 8  # tokens per side of a view
+FIELDS = {
+    "first": ((3, SCENE_SIZE, SCENE_SIZE), "uint8"),
+    "second": ((3, SCENE_SIZE, SCENE_SIZE), "uint8"),
+    "first_inside": ((GRID, GRID), "uint8"),
+    "second_inside": ((GRID, GRID), "uint8"),
+    "portrait": ((3, THUMBNAIL, THUMBNAIL), "uint8"),
+    "category": ((), "int64"),
+}
 MINI_VISION = VisionConfig(siglip_shallow=(0, 1, 2), siglip_deep=3, dino_shallow=(0, 1, 2), dino_deep=3)
 
 
 @dataclass(frozen=True)
 class RenderViews:
-    """Two views of an individual and its upright portrait: `first`, `second` [n, 3, 128, 128], `portrait` [n, 3, 32,
-    32], all uint8, and `category` int64 [n]."""
+    """Two views of an individual, each with a stranger of another kind beside it in half of the cases, and its upright
+    portrait: `first`, `second` [n, 3, 128, 128], `first_inside`, `second_inside` [n, 8, 8] (1: the individual's
+    tokens), `portrait` [n, 3, 32, 32], all uint8, and `category` int64 [n]."""
 
     seed: int = 3
     split: str = "train"
 
     def __call__(self, indices: Sequence[int]) -> Entry:
-        entry: dict[str, list] = {"first": [], "second": [], "portrait": [], "category": []}
+        entry: dict[str, list] = {name: [] for name in FIELDS}
         names = list(TRAINED)
         for i in indices:
             rng = SpriteWorld(self.seed, self.split)._rng(i, 2)
-            category = int(rng.integers(len(names)))
+            category = i // GROUP % len(names)
+            another = (category + rng.integers(1, len(names))) % len(names)
             individual = random_instance(rng, names[category], self.split)
-            for view in ("first", "second"):
-                entry[view].append(pixels_of(make_reference(rng, (individual,), on_scene=0.35)))
+            stranger = random_instance(rng, names[another], self.split)
+            for view in VIEWS:
+                shown = ((individual,), (individual,), (individual, stranger), (stranger, individual))[rng.integers(4)]
+                ground = reference_ground(rng, on_scene=0.35)
+                boxes = compose(rng, shown, ground, large=True)
+                entry[view].append(pixels_of(ground))
+                entry[f"{view}_inside"].append(_tokens_in(boxes[shown.index(individual)]))
             entry["portrait"].append(pixels_of(_portrait(draw_instance(individual)), THUMBNAIL))
             entry["category"].append(category)
         return {name: np.stack(values) for name, values in entry.items()}
+
+
+def _tokens_in(box: tuple[int, int, int, int]) -> np.ndarray:
+    """uint8 [8, 8], 1 where a token's patch is at least half in the box (px of the picture)."""
+    left, top, right, bottom = (int(side * GRID / SCENE_SIZE + 0.5) for side in box)
+    inside = np.zeros((GRID, GRID), np.uint8)
+    inside[top:bottom, left:right] = 1
+    assert inside.any(), f"{box} is smaller than a patch"
+    return inside
 
 
 def _portrait(sprite: Image.Image) -> Image.Image:
@@ -88,16 +117,15 @@ class VisionTeacher(nn.Module):
     def encoders(self) -> VisionEncoders:
         return VisionEncoders(self.siglip, self.dino, MINI_VISION, MethodConfig())
 
-    def tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, 64, 64] in [0, 1] -> deep tokens [B, N, C] and one vector of the last block [B, C]."""
-        deep, last = self.encoders()._features(pixels, ((MINI_VISION.siglip_deep, MINI_VISION.dino_deep), (4, 4)))
-        return deep, last.mean(1)
+    def tokens(self, pixels: Tensor) -> list[Tensor]:
+        """[B, 3, 64, 64] in [0, 1] -> tokens of the deep layer and of the last block, each [B, N, C]."""
+        return self.encoders()._features(pixels, ((MINI_VISION.siglip_deep, MINI_VISION.dino_deep), (4, 4)))
 
-    def portrait(self, deep: Tensor) -> Tensor:
-        """Deep tokens -> [B, 3, 32, 32]."""
+    def portrait(self, deep: Tensor, inside: Tensor) -> Tensor:
+        """Deep tokens, asked where `inside` [B, N] is true -> [B, 3, 32, 32]."""
         tokens = self.normalize(deep)
         places = self.places.to(tokens.dtype).expand(len(deep), -1, -1)
-        seen = places + self.ask(places, tokens, tokens, need_weights=False)[0]
+        seen = places + self.ask(places, tokens, tokens, key_padding_mask=~inside, need_weights=False)[0]
         return _fold(self.redraw(seen))
 
     def patches(self, deep: Tensor) -> Tensor:
@@ -110,23 +138,31 @@ def _fold(tokens: Tensor) -> Tensor:
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(-1, (8, 8)), 4)
 
 
+def views_as_tensors(entry: Entry, device: str) -> dict[str, Tensor]:
+    """What `RenderViews` gives: pictures in [0, 1], `*_inside` bool."""
+    pictures = {name: (to_signed(entry[name]) / 2 + 0.5).to(device) for name in (*VIEWS, "portrait")}
+    inside = {f"{view}_inside": torch.from_numpy(entry[f"{view}_inside"]).bool().to(device) for view in VIEWS}
+    return {**pictures, **inside, "category": torch.from_numpy(entry["category"]).to(device)}
+
+
 def vision_loss(model: VisionTeacher, entry: dict[str, Tensor], generator: torch.Generator):
-    """Entry: as `RenderViews`, pictures in [0, 1]."""
+    """Entry: as of `views_as_tensors`."""
     views = F.avg_pool2d(torch.cat([entry["first"], entry["second"]]), 2)
     top, left = torch.randint(0, 65, (2,), generator=generator).tolist()
     crops = entry["first"][..., top : top + VISION_SIZE, left : left + VISION_SIZE]
     pictures = torch.cat([views, crops])
-    deep, summary = model.tokens(pictures)
+    deep, last = model.tokens(pictures)
     count = len(crops)
+    inside = torch.cat([entry["first_inside"], entry["second_inside"]]).flatten(1)
+    summary = (last[: 2 * count] * inside[..., None]).sum(1) / inside.sum(1, keepdim=True)
     patches = (model.patches(deep).float() - F.avg_pool2d(pictures, 2)).abs().mean()
-    portrait = model.portrait(deep[: 2 * count]).float() - entry["portrait"].repeat(2, 1, 1, 1)
+    portrait = model.portrait(deep[: 2 * count], inside).float() - entry["portrait"].repeat(2, 1, 1, 1)
     portrait = portrait.abs().mean() + 2 * portrait.pow(2).mean()
-    embedded = F.normalize(model.embed(summary[: 2 * count]).float(), dim=-1)
+    embedded = F.normalize(model.embed(summary).float(), dim=-1)
     similarity = embedded[:count] @ embedded[count:].T / TEMPERATURE
     same = torch.arange(count, device=similarity.device)
     contrast = (F.cross_entropy(similarity, same) + F.cross_entropy(similarity.T, same)) / 2
-    names = entry["category"].repeat(3)
-    kind = F.cross_entropy(model.classify(summary).float()[: 2 * count], names[: 2 * count])
+    kind = F.cross_entropy(model.classify(summary).float(), entry["category"].repeat(2))
     loss = 2 * patches + 3 * portrait + 0.3 * contrast + 0.2 * kind
     right = (similarity.argmax(1) == same).float().mean()
     numbers = {"patches": patches, "portrait": portrait, "contrast": contrast, "kind": kind, "found": right}
@@ -145,26 +181,16 @@ def train_vision(out: Path, device: str = "cpu", **options) -> None:
     )
     torch.manual_seed(1)
     model = VisionTeacher().to(device)
-    fields = {
-        "first": ((3, 128, 128), "uint8"),
-        "second": ((3, 128, 128), "uint8"),
-        "portrait": ((3, THUMBNAIL, THUMBNAIL), "uint8"),
-        "category": ((), "int64"),
-    }
-    pool = SamplePool(out / "pool", fields, RenderViews(), start=3000, capacity=12_000, per_step=6)
-    pool.fill(0)
-
-    def tensors(entry: Entry) -> dict[str, Tensor]:
-        as_float = {name: (to_signed(entry[name]) / 2 + 0.5).to(device) for name in ("first", "second", "portrait")}
-        return {**as_float, "category": torch.from_numpy(entry["category"]).to(device)}
+    pool = SamplePool(out / "pool", FIELDS, RenderViews(), start=3008, capacity=12_000, per_step=GROUP)
 
     def loss_of_step(step: int, generator: torch.Generator):
         pool.refresh(step)
-        entry = tensors(pool.batch(step, torch.rand(config.batch_size, generator=generator).numpy()))
+        groups = torch.rand(config.batch_size // GROUP, generator=generator).double().numpy()
+        entry = views_as_tensors(pool.groups(step, groups, GROUP), device)
         with autocast(device):
             return vision_loss(model, entry, generator)
 
-    held_out = tensors(RenderViews(split="held_out")(range(64)))
+    held_out = views_as_tensors(RenderViews(split="held_out")(range(64)), device)
 
     def preview(step: int) -> dict[str, float]:
         loss, numbers = vision_loss(model, held_out, torch.Generator().manual_seed(0))
@@ -173,7 +199,7 @@ def train_vision(out: Path, device: str = "cpu", **options) -> None:
             F.avg_pool2d(held_out["first"][:16], 4),
             model.patches(deep),
             held_out["portrait"][:16],
-            model.portrait(deep),
+            model.portrait(deep, held_out["first_inside"][:16].flatten(1)),
         ]
         save_grid(torch.cat(rows).float() * 2 - 1, out / "pictures.png", columns=16)
         return {f"held_out_{name}": round(value, 4) for name, value in {"loss": float(loss), **numbers}.items()}
