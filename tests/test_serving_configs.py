@@ -47,13 +47,16 @@ def test_the_rayservice_has_room_for_its_replicas():
     (head,), (worker,) = (
         group["template"]["spec"]["containers"] for group in (cluster["headGroupSpec"], workers)
     )  # fmt: skip
-    assert head["image"] == worker["image"] and head["env"] == worker["env"]
+    environment = {entry["name"]: entry["value"] for entry in worker["env"]}
+    assert head["image"] == worker["image"] and all(entry in worker["env"] for entry in head["env"])
     for resources in (head["resources"], worker["resources"]):
         assert resources["requests"] == resources["limits"]
     placed = settings.placed()
     limits = worker["resources"]["limits"]
     assert int(limits["nvidia.com/gpu"]) >= placed.num_gpus and int(limits["cpu"]) >= placed.num_cpus
-    assert workers["template"]["spec"]["terminationGracePeriodSeconds"] > settings.drain_timeout_s
+    drain_s = float(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+    assert workers["template"]["spec"]["terminationGracePeriodSeconds"] > drain_s > settings.drain_timeout_s
+    assert "lifecycle" not in worker  # see the comment in the file
 
 
 def test_the_dashboard_asks_for_metrics_that_exist():
