@@ -29,7 +29,7 @@ from serving.settings import Settings
 
 KINDS = tuple(TITLES)
 SIZES = (64, 96, 128)  # px
-NUM_REFERENCES = 24  # fewer than the cache keeps: that it fills is no leak
+NUM_REFERENCES, NUM_PROMPTS = 24, 100  # fewer than the caches keep: that they fill is no leak
 
 
 def request(draw: np.random.Generator) -> Request:
@@ -40,7 +40,7 @@ def request(draw: np.random.Generator) -> Request:
         noise = np.random.default_rng(int(draw.integers(NUM_REFERENCES))).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         subjects.append(Subject(image=Image.fromarray(noise), target_phrase=name))
     return Request(
-        prompt=f"a dog and a cat on the beach {draw.integers(1000)}",
+        prompt=f"a dog and a cat on the beach {draw.integers(NUM_PROMPTS)}",
         subjects=tuple(subjects),
         height=int(draw.choice(SIZES)),
         width=int(draw.choice(SIZES)),
