@@ -223,7 +223,8 @@ async def play(make: Callable[[Request, Timing], Awaitable[None]], wanted: Seque
 def capacity(side: str, pipeline: RealCustomPipeline, max_batch_size: int, seconds: float) -> float:
     """Pictures per second of a side that always has enough of them waiting for a full batch.
 
-    Counted up to the last one that is finished within `seconds`: after that nobody comes any more, and batches empty.
+    Counted from the first full batch's end to the last end within `seconds`: before, places fill, and after, nobody
+    comes any more. So as much is under way, and not counted, at the end as at the beginning.
     """
     maker = build(side, pipeline, max_batch_size)
     wanted = iter(requests(10_000, pipeline, seed=1))
@@ -237,11 +238,15 @@ def capacity(side: str, pipeline: RealCustomPipeline, max_batch_size: int, secon
                 finished.append(time.perf_counter() - start)
 
         await asyncio.gather(*(keep_busy() for _ in range(2 * max_batch_size)))
-        return [at for at in finished if at < seconds] or finished
+        return finished
 
     finished = asyncio.run(run())
     maker.close()
-    return len(finished) / finished[-1]
+    begin = finished[max_batch_size - 1]
+    counted = [at for at in finished if begin < at < seconds]
+    if not counted:
+        raise ValueError(f"{seconds:.0f} s are too short for two batches of {max_batch_size}; ask for more --seconds.")
+    return len(counted) / (counted[-1] - begin)
 
 
 def capacities(pipeline: RealCustomPipeline, flags: argparse.Namespace) -> dict[str, float]:
