@@ -13,6 +13,7 @@ from PIL import Image
 from .scenes import NUM_VARIANTS, SCENE_SIZE, SCENES, draw_scene
 from .sprites import HELD_OUT, TRAINED, Instance, draw_instance
 
+KINDS = tuple(TRAINED)
 NUM_TRAINED_INSTANCES = 20_000  # per category
 Split = Literal["train", "held_out"]
 
@@ -69,6 +70,10 @@ class ReferencePair:
 def random_instance(rng: np.random.Generator, category: str, split: Split = "train") -> Instance:
     first = 0 if split == "train" else HELD_OUT
     return Instance(category, first + int(rng.integers(0, NUM_TRAINED_INSTANCES)))
+
+
+def another_kind(rng: np.random.Generator, kind: str) -> str:
+    return str(rng.choice([other for other in KINDS if other != kind]))
 
 
 def _corners(
@@ -149,7 +154,7 @@ def make_sample(
     split: Split = "train",
     two_subjects: float = 0.27,
     without_scene: float = 0.03,
-    categories: tuple[str, ...] = tuple(TRAINED),
+    categories: tuple[str, ...] = KINDS,
 ) -> Sample:
     """One text-image sample; `two_subjects` and `without_scene` are probabilities."""
     number = 2 if rng.random() < two_subjects else 1

@@ -8,19 +8,21 @@ from PIL import Image
 from realcustom.request import Request, Subject
 
 from ..data.scenes import SCENES
-from ..data.sprite_world import compose, make_reference, random_instance, scene_ground, with_article
-from ..data.sprites import TRAINED
+from ..data.sprite_world import (
+    KINDS,
+    another_kind,
+    compose,
+    make_reference,
+    random_instance,
+    scene_ground,
+    with_article,
+)
 
 Task = Literal["One2One", "One2Many", "Many2Many"]
 TASKS: tuple[Task, ...] = get_args(Task)
 CANDIDATES = 10
-KINDS = tuple(TRAINED)
 HALF = 0.56  # side of the square around one of two subjects, in sides of the picture
 HALF_TOP = 0.31  # its upper edge: subjects that share a picture stand in its lower half
-
-
-def another_kind(rng: np.random.Generator, kind: str) -> str:
-    return str(rng.choice([other for other in KINDS if other != kind]))
 
 
 class Case:

@@ -17,11 +17,11 @@ from ..checkpoint import load_average
 from ..data.pool import Entry, SamplePool
 from ..data.render import pixels_of
 from ..data.scenes import SCENES
-from ..data.sprite_world import Split, compose, make_reference, random_instance, scene_ground
+from ..data.sprite_world import KINDS, Split, another_kind, compose, make_reference, random_instance, scene_ground
 from ..loop import LoopConfig, run_loop
 from ..pictures import to_signed
 from ..precision import autocast
-from .cases import KINDS, another_kind, half
+from .cases import half
 
 GROUP = 8  # individuals of one category that a batch holds together, so that telling them apart is what is learned
 

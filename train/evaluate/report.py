@@ -19,8 +19,9 @@ from torch import Tensor
 from realcustom.pipeline import RealCustomPipeline
 
 from ..data.render import pixels_of
+from ..data.sprite_world import KINDS
 from ..pictures import save_grid, to_signed
-from .cases import KINDS, TASKS, Case
+from .cases import TASKS, Case
 from .judges import load_judges
 
 log = logging.getLogger(__name__)

@@ -26,8 +26,8 @@ from ..checkpoint import load_average
 from ..data.pool import Entry, SamplePool
 from ..data.render import pixels_of
 from ..data.scenes import SCENE_SIZE
-from ..data.sprite_world import SpriteWorld, compose, random_instance, reference_ground
-from ..data.sprites import TRAINED, draw_instance
+from ..data.sprite_world import KINDS, SpriteWorld, another_kind, compose, random_instance, reference_ground
+from ..data.sprites import draw_instance
 from ..loop import LoopConfig, run_loop
 from ..networks import VISION_SIZE, VISION_WIDTH, build_vision_encoders
 from ..pictures import save_grid, to_signed
@@ -61,13 +61,11 @@ class RenderViews:
 
     def __call__(self, indices: Sequence[int]) -> Entry:
         entry: dict[str, list] = {name: [] for name in FIELDS}
-        names = list(TRAINED)
         for i in indices:
             rng = SpriteWorld(self.seed, self.split)._rng(i, 2)
-            category = i // GROUP % len(names)
-            another = (category + rng.integers(1, len(names))) % len(names)
-            individual = random_instance(rng, names[category], self.split)
-            stranger = random_instance(rng, names[another], self.split)
+            category = i // GROUP % len(KINDS)
+            individual = random_instance(rng, KINDS[category], self.split)
+            stranger = random_instance(rng, another_kind(rng, KINDS[category]), self.split)
             for view in VIEWS:
                 shown = ((individual,), (individual,), (individual, stranger), (stranger, individual))[rng.integers(4)]
                 ground = reference_ground(rng, on_scene=0.35)
@@ -105,7 +103,7 @@ class VisionTeacher(nn.Module):
         self.dino.set_attn_implementation("eager")
         width = 2 * VISION_WIDTH
         self.embed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 96))
-        self.classify = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(TRAINED)))
+        self.classify = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(KINDS)))
         self.redraw_patch = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * 16))  # 4 x 4 px of a 32 px copy
         self.normalize = nn.LayerNorm(width)
         self.places = nn.Parameter(torch.randn(64, width) * 0.1)  # 8 x 8 places of the portrait
