@@ -4,6 +4,7 @@ All layers of the text and vision encoders share the weights of one layer. They 
 nothing measured depends on their values, and in float32 the whole of SDXL fits a machine with 24 GB that way.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from realcustom import RealCustomAdapter, RealCustomConfig, RealCustomPipeline
+from realcustom import Generation, RealCustomAdapter, RealCustomConfig, RealCustomPipeline
 
 TOKENIZER = Path(__file__).parents[1] / "assets/mini/tokenizer"  # any CLIP tokenizer will do for random weights
 TEXT_LENGTH = 77
@@ -114,6 +115,24 @@ def random_pipeline(family: str, device: str = "cpu", dtype: torch.dtype | None 
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def let_masks_lie_together(pipeline: RealCustomPipeline) -> None:
+    """Give the masks of random weights the shape that those of trained weights have; all else is computed as ever.
+
+    Random weights look everywhere. A strewn mask of 20% of the positions touches 60% of those at half the resolution,
+    one that lies together little more than 20%, and visual attention costs by the position.
+    """
+    choose = pipeline.denoiser.set_masks
+
+    def choose_around_centres(generations: Sequence[Generation], relevance: torch.Tensor) -> None:
+        num_subjects, height, width = relevance.shape[1:]
+        y = torch.linspace(-1, 1, height, device=relevance.device)[:, None]
+        x = torch.linspace(0, 2 * num_subjects, width, device=relevance.device)  # side by side, centres at 1, 3, ...
+        distances = [y**2 + (x - centre) ** 2 for centre in range(1, 2 * num_subjects, 2)]
+        choose(generations, (1 / (1 + torch.stack(distances))).expand_as(relevance))
+
+    pipeline.denoiser.set_masks = choose_around_centres
 
 
 def _materialize(module: nn.Module, device: str, repeated: bool) -> None:

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.full_size import FAMILIES, default_dtype, random_pipeline
+from benchmarks.full_size import FAMILIES, default_dtype, let_masks_lie_together, random_pipeline
 from benchmarks.workbench import Workbench, peak_bytes, request, side_by_side
 from realcustom import RealCustomPipeline, Request
 from realcustom.mask import MaskedPositions
@@ -100,22 +100,25 @@ def parts(bench: Workbench, rounds: int) -> dict[str, float]:
 
 
 def approximations(bench: Workbench, rounds: int, num_pictures: int) -> dict[str, dict[str, float]]:
-    """Time against plain text-to-image, and how far the final masks are those of the exact mode with the same seeds."""
+    """Time against plain text-to-image, and how far the final masks are those of the exact mode with the same seeds.
+
+    Args:
+        num_pictures: for the masks; 0 leaves them out, as random weights' tell nothing.
+    """
     ways = {name: partial(bench.ours, **changes) for name, changes in APPROXIMATIONS.items()}
     bench.generations()
     taken = side_by_side({"plain": bench.text_to_image, **ways}, bench.device, rounds)
+    report = {name: {"ours / plain": taken[name] / taken["plain"]} for name in APPROXIMATIONS}
+    if not num_pictures:
+        return report
     masks = {
         name: [mask > 0 for g in bench.ours(num_pictures, **changes) for mask in g.guidance_masks]
         for name, changes in APPROXIMATIONS.items()
     }
     overlap = lambda one, two: float((one & two).sum() / (one | two).sum())
-    return {
-        name: {
-            "ours / plain": taken[name] / taken["plain"],
-            "mask IoU": statistics.mean(map(overlap, masks["exact"], masks[name])),
-        }
-        for name in APPROXIMATIONS
-    }
+    for name in APPROXIMATIONS:
+        report[name]["mask IoU"] = statistics.mean(map(overlap, masks["exact"], masks[name]))
+    return report
 
 
 def _cpu_attention(query, key, value, *_, out_shape=None, **__) -> int:
@@ -178,7 +181,8 @@ def machine(device: str) -> str:
 def measure(flags: argparse.Namespace) -> dict:
     """The report, printed section by section as it grows."""
     dtype = getattr(torch, flags.dtype) if flags.dtype else default_dtype(flags.device)
-    shapes_suffice = flags.model in FAMILIES and set(flags.only) == {"operations"}
+    weights_are_random = flags.model in FAMILIES
+    shapes_suffice = weights_are_random and set(flags.only) == {"operations"}
     pipeline = load(flags.model, "meta" if shapes_suffice else flags.device, dtype)
     sampling = pipeline.sampling
     steps = flags.steps or sampling.num_inference_steps
@@ -187,6 +191,9 @@ def measure(flags: argparse.Namespace) -> dict:
     benches = {"eager": Workbench(pipeline, asked)}
     for how in flags.compiled:
         benches[f"compiled {how}"] = Workbench(pipeline, asked, compiled=how)
+    if weights_are_random:
+        for bench in benches.values():
+            let_masks_lie_together(bench.pipeline)
     report: dict = {}
 
     def add(section: str, values: object) -> None:
@@ -211,7 +218,8 @@ def measure(flags: argparse.Namespace) -> dict:
         for how, bench in benches.items():
             add(f"parts, {how}", parts(bench, flags.rounds))
     if "approximations" in flags.only:
-        add("approximations", approximations(list(benches.values())[-1], flags.rounds, flags.overlap_pictures))
+        overlap_pictures = 0 if weights_are_random else flags.overlap_pictures
+        add("approximations", approximations(list(benches.values())[-1], flags.rounds, overlap_pictures))
     return report
 
 
