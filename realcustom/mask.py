@@ -46,10 +46,14 @@ def average_maps(maps: Sequence[Tensor], size: tuple[int, int], normalization: s
     Returns:
         [S, h, w].
     """
-    resized = torch.stack([resize_map(m, size) for m in maps])  # [layers, S, h, w]
     if normalization == "min_max_per_layer":
-        resized = _min_max(resized)
-    return resized.mean(dim=0)
+        return _min_max(torch.stack([resize_map(m, size) for m in maps])).mean(dim=0)
+    alike: dict[torch.Size, list[Tensor]] = {}
+    for m in maps:
+        alike.setdefault(m.shape, []).append(m)
+    # A sum may be resized as well as what it sums: once per resolution, of which SDXL's 60 layers have one.
+    sums = [resize_map(torch.stack(group).sum(dim=0), size) for group in alike.values()]
+    return torch.stack(sums).sum(dim=0) / len(maps)
 
 
 def _min_max(values: Tensor) -> Tensor:
