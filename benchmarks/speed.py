@@ -81,6 +81,8 @@ def parts(bench: Workbench, rounds: int) -> dict[str, float]:
     """Seconds of each part of the work on one picture, and of a step of each kind."""
     pipeline, denoiser = bench.pipeline, bench.pipeline.denoiser
     (generation,) = bench.generations()
+    two_steps = dict(num_inference_steps=2, early_stop_step=2)  # the first of them records for the second
+    (recording,) = bench.generations(mask_source="generation_branch", **two_steps)
 
     def prepare_new() -> None:
         pipeline.clear_caches()
@@ -88,12 +90,16 @@ def parts(bench: Workbench, rounds: int) -> dict[str, float]:
 
     denoiser.guidance_branch([generation])
     relevance = generation.guidance_masks[None]
+    recording.set_masks(generation.guidance_masks)
+    assert recording.records_next_mask
     works = {
         "prepare, new prompt and reference": prepare_new,
         "prepare, known prompt and reference": bench.generations,
         "guidance branch with mask": lambda: denoiser.guidance_branch([generation]),
         "of which choosing the positions": lambda: denoiser.set_masks([generation], relevance),
         "generation branch": lambda: denoiser.generation_branch([generation]),
+        "generation branch, recording the next mask": lambda: denoiser.generation_branch([recording]),
+        "plain text-to-image of one step": lambda: bench.text_to_image(num_inference_steps=1, early_stop_step=1),
         "decode": lambda: pipeline.decode([generation]),
     }
     return {f"{name} s": value for name, value in side_by_side(works, bench.device, rounds).items()}

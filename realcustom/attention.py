@@ -149,6 +149,7 @@ class AttentionLayers:
             if name.endswith("attn2"):
                 self._text_layers.setdefault(_transformer(name), []).append(name)
         self.compiled_whole = False
+        self._text_together: tuple[tuple[KeysValues, ...], KeysValues] = ((), {})
         self._lock = threading.RLock()  # a connection is to one call at a time
 
     def remove(self) -> None:
@@ -184,6 +185,8 @@ class AttentionLayers:
             try:
                 for name, processor in self._processors.items():
                     processor.recording = (recordings or {}).get(name)
+                if self.compiled_whole and len(text) > 1:
+                    text = [self._together(tuple(text))]
                 copies = max(len(text), 0 if vision is None else len(vision.keys_values)) > 1
                 for transformer, layers in self._text_layers.items():
                     if copies and not self.compiled_whole:
@@ -198,6 +201,12 @@ class AttentionLayers:
                     processor.text = processor.vision = processor.recording = None
                 for hook in hooks:
                     hook.remove()
+
+    def _together(self, texts: tuple[KeysValues, ...]) -> KeysValues:
+        """Several texts as one batch, copied once for all the steps that the same pictures make together."""
+        if list(map(id, texts)) != list(map(id, self._text_together[0])):
+            self._text_together = (texts, {name: _stack(texts, name) for name in texts[0]})
+        return self._text_together[1]
 
     def _show(self, layers: list[str], text: Sequence[KeysValues], vision: VisualAttention | None) -> None:
         for name in layers:

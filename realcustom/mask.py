@@ -48,9 +48,9 @@ def average_maps(maps: Sequence[Tensor], size: tuple[int, int], normalization: s
     """
     if normalization == "min_max_per_layer":
         return _min_max(torch.stack([resize_map(m, size) for m in maps])).mean(dim=0)
-    alike: dict[torch.Size, list[Tensor]] = {}
+    alike: dict[tuple[int, int], list[Tensor]] = {}
     for m in maps:
-        alike.setdefault(m.shape, []).append(m)
+        alike.setdefault(tuple(m.shape[-2:]), []).append(m)
     # A sum may be resized as well as what it sums: once per resolution, of which SDXL's 60 layers have one.
     sums = [resize_map(torch.stack(group).sum(dim=0), size) for group in alike.values()]
     return torch.stack(sums).sum(dim=0) / len(maps)
