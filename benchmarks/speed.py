@@ -81,8 +81,8 @@ def parts(bench: Workbench, rounds: int) -> dict[str, float]:
     """Seconds of each part of the work on one picture, and of a step of each kind."""
     pipeline, denoiser = bench.pipeline, bench.pipeline.denoiser
     (generation,) = bench.generations()
-    two_steps = dict(num_inference_steps=2, early_stop_step=2)  # the first of them records for the second
-    (recording,) = bench.generations(mask_source="generation_branch", **two_steps)
+    # The first of its two steps records for the second.
+    (recording,) = bench.generations(mask_source="generation_branch", num_inference_steps=2, early_stop_step=2)
 
     def prepare_new() -> None:
         pipeline.clear_caches()

@@ -204,9 +204,11 @@ class AttentionLayers:
 
     def _together(self, texts: tuple[KeysValues, ...]) -> KeysValues:
         """Several texts as one batch, copied once for all the steps that the same pictures make together."""
-        if list(map(id, texts)) != list(map(id, self._text_together[0])):
-            self._text_together = (texts, {name: _stack(texts, name) for name in texts[0]})
-        return self._text_together[1]
+        before, together = self._text_together
+        if list(map(id, texts)) != list(map(id, before)):
+            together = {name: _stack(texts, name) for name in texts[0]}
+            self._text_together = (texts, together)
+        return together
 
     def _show(self, layers: list[str], text: Sequence[KeysValues], vision: VisualAttention | None) -> None:
         for name in layers:

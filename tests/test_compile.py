@@ -41,6 +41,14 @@ def test_a_compiled_pipeline_makes_the_same_picture(compiled):
         assert torch.allclose(latents(compiled, request), latents(plain, request), atol=1e-4)
 
 
+def test_a_compiled_pipeline_shows_each_picture_its_own_text(compiled):
+    """Texts that were put together for one group of pictures are not those of the next group of that size."""
+    plain = tiny_pipeline()
+    for prompt in (PROMPT, "the dog", PROMPT):
+        request = Request(prompt=prompt, subjects=(dog(),), seed=1)
+        assert torch.allclose(latents(compiled, request), latents(plain, request), atol=1e-4)
+
+
 def test_a_warm_pipeline_never_recompiles(compiled):
     """After warming up, any mix of batch sizes, subjects, scopes, guidance and sources of masks runs on the programs
     there are."""
