@@ -22,11 +22,15 @@ class Workbench:
 
     Args:
         pipeline: its UNet is not touched; both sides get one of their own around the same tensors.
-        compiled: `torch.compile` both sides alike: the transformer "blocks", the "whole" UNet, or None.
+        compiled: `torch.compile` both sides: the transformer "blocks", the "whole" UNet as each side's users do, the
+            "unguarded" whole UNet, diffusers' side too without the guards that ours does without, or None.
     """
 
     def __init__(
-        self, pipeline: RealCustomPipeline, request: Request, compiled: Literal["blocks", "whole"] | None = None
+        self,
+        pipeline: RealCustomPipeline,
+        request: Request,
+        compiled: Literal["blocks", "whole", "unguarded"] | None = None,
     ) -> None:
         self.request = request.with_defaults(pipeline.sampling)
         self.device = pipeline.unet.device
@@ -36,11 +40,13 @@ class Workbench:
             force_zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt,
         )
         self.plain = stock_pipeline(pipeline)
-        if compiled:
-            whole = compiled == "whole"
-            self.pipeline.compile(whole=whole)
-            compile_plain = self.plain.unet.compile if whole else self.plain.unet.compile_repeated_blocks
-            compile_plain(fullgraph=True)
+        if compiled == "blocks":
+            self.pipeline.compile()
+            self.plain.unet.compile_repeated_blocks(fullgraph=True)
+        elif compiled:
+            self.pipeline.compile(whole=True)
+            no_guards = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+            self.plain.unet.compile(fullgraph=True, options=no_guards if compiled == "unguarded" else None)
         for side in (self.pipeline, self.plain):
             side.set_progress_bar_config(disable=True)
 

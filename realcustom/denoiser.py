@@ -3,6 +3,7 @@
 Legend: R rows of a UNet call, B generations, S subjects, T text tokens, h x w positions of a level.
 """
 
+import itertools
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,6 +17,8 @@ from .generation import Generation
 from .mask import MaskedPositions, guidance_masks
 from .recorder import AttentionRecorder
 from .text import TextCondition
+
+_compilations = itertools.count()
 
 
 class Denoiser:
@@ -31,16 +34,36 @@ class Denoiser:
         # branch all behind the last layer that it records.
         self.skips_layers = True
         self._call = self._call_unet
+        self._programs = ""  # the name of those that may serve; no two UNets, and no two compilations of one, share any
 
-    def compile(self, **options) -> None:
+    def compile(self, mode: str | None = None, **options) -> None:
         """Make one program of each kind of UNet call; see `RealCustomPipeline.compile`."""
         if not self.skips_layers:
             raise ValueError(
                 "the UNet is brought over layer by layer (memory 'low') and cannot be compiled whole; "
                 "compile its blocks, or use memory 'high' or 'medium'."
             )
-        self._call = torch.compile(self._call_unet, fullgraph=True, **options)
+        of_mode = torch._inductor.list_mode_options(mode) if mode else {}  # torch takes a mode or options, not both
+        of_backend = {"guard_filter_fn": self._guards_of_calls, **of_mode, **options.pop("options", {})}
+        self._call = torch.compile(self._call_unet, fullgraph=True, options=of_backend, **options)
+        self._programs = str(next(_compilations))
         self.attention.compiled_whole = True
+
+    def _guards_of_calls(self, guards) -> list[bool]:
+        """Which of a new program's guards every call checks, to see whether the program serves it.
+
+        Those on what the call brings stay: tensors, recordings, and what the processors are connected to. Thousands on
+        the UNet's own modules, which cost up to 4% of a small UNet's call, go; the programs' name stands for them. They
+        stay under a LoRA, whose scale and layers may change at any time.
+        """
+        if self._has_lora:
+            return [True] * len(guards)
+        of_calls = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
+        return [kept or ".processor." in guard.name for kept, guard in zip(of_calls, guards, strict=True)]
+
+    @property
+    def _has_lora(self) -> bool:
+        return hasattr(self.unet, "peft_config")
 
     @torch.no_grad()
     def prepare_text(self, text: TextCondition) -> TextCondition:
@@ -158,6 +181,7 @@ class Denoiser:
                 recorder,
                 self.sizes(rows[0]),
                 output_wanted,
+                f"{self._programs} LoRA" if self._has_lora else self._programs,
             )
 
     def _call_unet(
@@ -169,8 +193,10 @@ class Denoiser:
         recorder: AttentionRecorder | None,
         sizes: Sequence[tuple[int, int]],
         output_wanted: bool,
+        programs: str,
     ) -> tuple[Tensor | None, Tensor | None]:
         """All of a call that is tensors alone; compiled, it computes nothing that it does not return."""
+        torch._check(programs is not None)  # its guards compare what a program has read
         with suppress(LeftEarly):
             output = self.unet(
                 sample, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False

@@ -194,14 +194,15 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         Args:
             whole: one program for a UNet call in place of one for all blocks of a shape: faster steps, and many times
                 longer to make. Texts and references of pictures that step together are then copied for all layers at
-                once.
+                once. New weights and LoRAs take effect as ever; after any other change of the UNet's modules, such as a
+                hook or FreeU, compile anew.
             options: of `torch.compile`, such as `mode="max-autotune-no-cudagraphs"`.
         Raises:
             ValueError: the UNet is brought over layer by layer (memory tier "low") and cannot be one program.
         """
-        # There are programs for one row and for several, with and without references, recording and not; and for
-        # blocks all that at each level.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # There are programs for one row and for several, with and without references, recording and not; for blocks
+        # all that at each level, for whole UNets all that of each.
+        torch._dynamo.config.recompile_limit += 64
         if whole:
             self.denoiser.compile(**options)
         else:

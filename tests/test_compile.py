@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_pipeline import PROMPT, cat, dog, latents, run
 from tiny import tiny_pipeline
 from torch._dynamo.backends.common import aot_autograd
@@ -58,6 +59,66 @@ def test_a_warm_pipeline_never_recompiles(compiled):
         for count in range(1, 6):
             for mix in (exact[:count], exact[-count:], approximate[:count], approximate[count:] + exact[:count]):
                 run(compiled, [compiled.prepare(request) for request in mix])
+
+
+def test_programs_are_of_one_unet_as_it_was_when_compiled():
+    """Few guards are left on the modules of a UNet compiled whole; no program serves another UNet for that, whose
+    tensors have the same shapes, nor the same UNet when it is compiled again."""
+    torch._dynamo.reset()
+    request = Request(prompt=PROMPT, subjects=(dog(),), seed=1)
+    first, second, plain = (tiny_pipeline() for _ in range(3))
+    for pipeline in (first, second):
+        pipeline.compile(whole=True, backend="aot_eager")
+    before = latents(first, request)
+    for changed in (second, plain):
+        _halve_an_attention(changed)
+    expected = latents(plain, request)
+    assert (expected - before).abs().max() > 1e-2
+    assert torch.allclose(latents(second, request), expected, atol=1e-4)
+    _halve_an_attention(first)
+    first.compile(whole=True, backend="aot_eager")
+    assert torch.allclose(latents(first, request), expected, atol=1e-4)
+
+
+def _halve_an_attention(pipeline) -> None:
+    """A change that no tensor of the UNet tells of."""
+    pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.rescale_output_factor = 2.0
+
+
+def test_a_lora_takes_effect_after_compiling(compiled, tmp_path):
+    """Loaded, scaled, switched off and unloaded: each shows in the next picture, as if nothing were compiled."""
+    plain = tiny_pipeline()
+    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q"
+    width = plain.unet.get_submodule(layer.removeprefix("unet.")).in_features
+    torch.manual_seed(0)
+    state = {f"{layer}.lora_A.weight": torch.randn(4, width) * 3, f"{layer}.lora_B.weight": torch.randn(width, 4) * 3}
+    save_file(state, tmp_path / "lora.safetensors")
+    request = Request(prompt=PROMPT, subjects=(dog(),), seed=1)
+    changes = (
+        lambda p: None,
+        lambda p: p.load_lora_weights(tmp_path / "lora.safetensors", adapter_name="style"),
+        lambda p: p.set_adapters("style", 0.3),
+        lambda p: p.disable_lora(),
+        lambda p: p.unload_lora_weights(),
+    )
+    pictures = []
+    for change in changes:
+        for pipeline in (plain, compiled):
+            change(pipeline)
+        pictures.append(latents(plain, request))
+        assert torch.allclose(latents(compiled, request), pictures[-1], atol=1e-4)
+    before, loaded, scaled, off, unloaded = pictures
+    assert (loaded - before).abs().max() > 1e-2 and (scaled - loaded).abs().max() > 1e-2
+    assert torch.allclose(off, before, atol=1e-5) and torch.allclose(unloaded, before, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"mode": "default"}, {"options": {"max_autotune": False}}])
+def test_options_of_torch_compile_go_with_compiling_whole(options):
+    torch._dynamo.reset()
+    pipeline, plain = tiny_pipeline(), tiny_pipeline()
+    pipeline.compile(whole=True, **options)
+    request = Request(prompt=PROMPT, seed=1, guidance_scale=1.0, num_inference_steps=1)
+    assert torch.allclose(latents(pipeline, request), latents(plain, request), atol=1e-4)
 
 
 def test_a_guidance_branch_compiled_whole_computes_nothing_behind_the_last_recorded_layer():
