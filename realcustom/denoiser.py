@@ -5,7 +5,6 @@ Legend: R rows of a UNet call, B generations, S subjects, T text tokens, h x w p
 
 import itertools
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -197,10 +196,12 @@ class Denoiser:
     ) -> tuple[Tensor | None, Tensor | None]:
         """All of a call that is tensors alone; compiled, it computes nothing that it does not return."""
         torch._check(programs is not None)  # its guards compare what a program has read
-        with suppress(LeftEarly):
+        try:
             output = self.unet(
                 sample, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False
             )[0]
+        except LeftEarly:
+            output = None
         relevance = recorder and recorder.relevance(sizes, self.method.mask_normalization)
         return output.float() if output_wanted else None, relevance
 
