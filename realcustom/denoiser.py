@@ -43,7 +43,7 @@ class Denoiser:
                 "compile its blocks, or use memory 'high' or 'medium'."
             )
         of_mode = torch._inductor.list_mode_options(mode) if mode else {}  # torch takes a mode or options, not both
-        of_backend = {"guard_filter_fn": self._guards_of_calls, **of_mode, **options.pop("options", {})}
+        of_backend = {"guard_filter_fn": self._guards_of_calls, **of_mode, **(options.pop("options", None) or {})}
         self._call = torch.compile(self._call_unet, fullgraph=True, options=of_backend, **options)
         self._programs = str(next(_compilations))
         self.attention.compiled_whole = True
