@@ -25,14 +25,14 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
 def connect(flags: argparse.Namespace):
     """A client of the server the flags name; without one, of a Ray Serve of our own on this machine."""
     if flags.url:
-        from serving.client import HttpClient
+        from serving.clients import HttpClient
 
         return HttpClient(flags.url, api_key=flags.api_key)
     if flags.address:
-        from serving.local import join
+        from serving.clients.local import join
 
         return join(flags.address)
-    from serving.local import start
+    from serving.clients.local import start
     from serving.settings import Settings
 
     given = {"model": flags.model, "memory": flags.memory}

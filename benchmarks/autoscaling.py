@@ -2,8 +2,8 @@
 
     python benchmarks/autoscaling.py      # 4 minutes; writes benchmarks/results/autoscaling.{json,md,png}
 
-Open loop: pictures are asked for by a Poisson process, at a low rate, then at more than one replica can make, then at
-the low rate again. Every answer is checked against its seed's picture. Each node has room for one replica.
+Open loop: images are asked for by a Poisson process, at a low rate, then at more than one replica can make, then at
+the low rate again. Every answer is checked against its seed's image. Each node has room for one replica.
 """
 
 import argparse
@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.chaos import Answer, judge, requests
 from benchmarks.report import save
 from serving.build import REPLICA
-from serving.client import Client
-from serving.local import NAME, start
+from serving.clients import Client
+from serving.clients.local import NAME, start
 from serving.settings import Settings
 
 NUM_NODES = 3
@@ -40,7 +40,7 @@ def running() -> int:
 
 
 async def capacity(client: Client, number: int = 16) -> float:
-    """Pictures per second of one replica that is always busy."""
+    """Images per second of one replica that is always busy."""
     wanted = requests()
     await client.generate(wanted[0])
     start_ = time.perf_counter()
@@ -49,9 +49,9 @@ async def capacity(client: Client, number: int = 16) -> float:
 
 
 async def record(client: Client, phases: list[tuple[float, float]]) -> dict:
-    """Play the phases (rate, seconds), and watch until all pictures are there and one replica is left."""
+    """Play the phases (rate, seconds), and watch until all images are there and one replica is left."""
     wanted = requests()
-    pictures = [np.asarray((await client.generate(request)).image).astype(int) for request in wanted]
+    images = [np.asarray((await client.generate(request)).image).astype(int) for request in wanted]
     draw, begin = np.random.default_rng(0), time.monotonic()
     asked: list[asyncio.Task[Answer]] = []
     samples: list[dict[str, float]] = []
@@ -69,7 +69,7 @@ async def record(client: Client, phases: list[tuple[float, float]]) -> dict:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             index = draw.integers(len(wanted))
-            asked.append(asyncio.create_task(judge(client, wanted[index], pictures[index], "whole", DEADLINE_S)))
+            asked.append(asyncio.create_task(judge(client, wanted[index], images[index], "whole", DEADLINE_S)))
             await asyncio.sleep(min(draw.exponential(1 / rate), max(0.0, end - time.monotonic())))
     answers = await asyncio.gather(*asked)
     watching.cancel()
@@ -100,13 +100,13 @@ def plot(report: dict, path: Path) -> None:
     at = [sample["at_s"] for sample in report["samples"]]
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
     top.plot(at, [sample["outstanding"] for sample in report["samples"]], color="tab:orange")
-    top.set_ylabel("pictures outstanding")
+    top.set_ylabel("images outstanding")
     bottom.step(at, [sample["replicas"] for sample in report["samples"]], where="post", color="tab:blue")
     bottom.set(ylabel="replicas", xlabel="seconds", yticks=range(NUM_NODES + 1))
     edge = 0.0
     for phase in report["phases"]:
         for axis in (top, bottom):
-            axis.axvline(edge, color="grey", linewidth=0.5)
+            axis.axvline(edge, color="gray", linewidth=0.5)
         top.annotate(f"{phase['rate_per_s']:.2g}/s", (edge, 1), xycoords=("data", "axes fraction"), va="top")
         edge += phase["seconds"]
     figure.savefig(path, dpi=120)
@@ -118,8 +118,8 @@ def table(report: dict) -> str:
     outcomes = ", ".join(f"{number} {outcome}" for outcome, number in report["outcomes"].items())
     times = report["moments"]
     return (
-        f"{report['model']}, one replica makes {report['capacity_per_s']:.2f} pictures/s; asked for: "
-        f"{low['rate_per_s']:.2f}, then {high['rate_per_s']:.2f}, then {low['rate_per_s']:.2f} pictures/s. "
+        f"{report['model']}, one replica makes {report['capacity_per_s']:.2f} images/s; asked for: "
+        f"{low['rate_per_s']:.2f}, then {high['rate_per_s']:.2f}, then {low['rate_per_s']:.2f} images/s. "
         f"{report['requests']} requests: {outcomes}.\n\n"
         f"After the load rose: a second replica after {times['second_replica_s']:.1f} s, all {NUM_NODES} after "
         f"{times['all_replicas_s']:.1f} s (starting and loading included). After it fell: one again after "

@@ -1,11 +1,11 @@
-"""Pictures keep coming while processes of the server are killed: every answer is checked against its seed's picture.
+"""Images keep coming while processes of the server are killed: every answer is checked against its seed's image.
 
     python benchmarks/chaos.py      # 5 minutes; writes benchmarks/results/chaos.{json,md}
     python benchmarks/chaos.py --kinds replica ingress proxy controller --every 10
 
-Open loop: pictures are asked for by a Poisson process through both doors (HTTP and Ray handle), whole or streamed, and
-some callers leave in mid-picture. Meanwhile a process is killed (SIGKILL) every few seconds. Each answer must be the
-picture that its request gave before the killing began, or a clear error; never a wrong picture, never silence.
+Open loop: images are asked for by a Poisson process through both doors (HTTP and Ray handle), whole or streamed, and
+some callers leave in mid-image. Meanwhile a process is killed (SIGKILL) every few seconds. Each answer must be the
+image that its request gave before the killing began, or a clear error; never a wrong image, never silence.
 """
 
 import argparse
@@ -25,18 +25,18 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.report import save
-from serving.client import (
+from serving.clients import (
     Client,
     HttpClient,
     InvalidRequest,
-    Overloaded,
     Progress,
+    QueueFull,
     Request,
     Result,
     ServerError,
     Subject,
 )
-from serving.local import NAME, start
+from serving.clients.local import NAME, start
 from serving.settings import Settings
 
 TITLES = {  # how the command lines of Ray Serve's processes begin
@@ -45,7 +45,7 @@ TITLES = {  # how the command lines of Ray Serve's processes begin
     "proxy": "ray::ProxyActor",
     "controller": "ray::ServeController",
 }
-MAX_DIFFERENCE = 1  # of 8-bit pixels: other neighbours, other order of a float sum
+MAX_DIFFERENCE = 1  # of 8-bit pixels: other neighbors, other order of a float sum
 SILENCE_S = 30  # this long after its deadline, a request without an answer counts as forgotten
 STYLES = ("whole", "stream", "leave")
 
@@ -72,11 +72,11 @@ class Answer:
 
 
 def requests() -> list[Request]:
-    """A few different ones: subjects, sizes, settings. Their seeds make each picture a known one."""
+    """A few different ones: subjects, sizes, settings. Their seeds make each image a known one."""
     prompt = "a dog and a cat on the beach"
     dog, cat = (
-        Subject(image=Image.new("RGB", (64, 64), colour), target_phrase=phrase)
-        for colour, phrase in (("red", "dog"), ("blue", "cat"))
+        Subject(image=Image.new("RGB", (64, 64), color), target_phrase=phrase)
+        for color, phrase in (("red", "dog"), ("blue", "cat"))
     )
     return [
         Request(prompt=prompt, subjects=(dog,), seed=1),
@@ -89,7 +89,7 @@ def requests() -> list[Request]:
 
 
 async def ask(client: Client, request: Request, style: str, deadline_s: float) -> Image.Image | None:
-    """The picture; None if the caller has left, which style "leave" does at the second step."""
+    """The image; None if the caller has left, which style "leave" does at the second step."""
     if style == "whole":
         return (await client.generate(request, timeout_s=deadline_s)).image
     async with aclosing(client.stream(request, timeout_s=deadline_s)) as events:
@@ -114,7 +114,7 @@ async def judge(client: Client, request: Request, expected: np.ndarray, style: s
             message = "" if outcome == "right" else f"seed {request.seed}: pixels differ by up to {difference}"
     except asyncio.TimeoutError:
         outcome = "silent"
-    except (InvalidRequest, Overloaded, ServerError) as error:
+    except (InvalidRequest, QueueFull, ServerError) as error:
         outcome, message = type(error).__name__, str(error)
     return Answer(outcome, time.monotonic() - start, message)
 
@@ -130,12 +130,12 @@ async def chaos(
     deadline_s: float,
     seed: int = 0,
 ) -> tuple[list[Answer], Counter[str]]:
-    """Let pictures come, `rate` per second for `seconds`, and kill one process of one of `kinds` every `every_s`.
+    """Let images come, `rate` per second for `seconds`, and kill one process of one of `kinds` every `every_s`.
 
     Returns:
         An answer to every request, and how many processes of each kind were killed.
     """
-    pictures = [np.asarray((await clients[0].generate(request)).image).astype(int) for request in wanted]
+    images = [np.asarray((await clients[0].generate(request)).image).astype(int) for request in wanted]
     draw = np.random.default_rng(seed)
     killed: Counter[str] = Counter()
 
@@ -152,7 +152,7 @@ async def chaos(
     while time.monotonic() < end:
         index = draw.integers(len(wanted))
         client, style = clients[draw.integers(len(clients))], STYLES[draw.choice(3, p=[0.45, 0.45, 0.1])]
-        coming = judge(client, wanted[index], pictures[index], style, deadline_s)
+        coming = judge(client, wanted[index], images[index], style, deadline_s)
         answers.append(asyncio.create_task(coming))
         await asyncio.sleep(draw.exponential(1 / rate))
     killing.cancel()
@@ -181,7 +181,7 @@ def table(report: dict) -> str:
         "|---|---|",
         *(f"| {outcome} | {number} |" for outcome, number in sorted(report["outcomes"].items())),
         "",
-        f"Right pictures took {report['seconds']['p50']} s (p50), {report['seconds']['p95']} s (p95), at most "
+        f"Right images took {report['seconds']['p50']} s (p50), {report['seconds']['p95']} s (p95), at most "
         f"{report['seconds']['p100']} s.",
         *(f"\n{number} x: {message}" for message, number in report["messages"].items()),
     ]
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--model", default="assets/mini")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--rate", type=float, default=0.5, help="pictures asked for per second")
+    parser.add_argument("--rate", type=float, default=0.5, help="images asked for per second")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--every", type=float, default=5, help="seconds between two kills")
     parser.add_argument("--kinds", nargs="+", choices=TITLES, default=["replica"])

@@ -128,7 +128,7 @@ def let_masks_lie_together(pipeline: RealCustomPipeline) -> None:
     def choose_around_centres(generations: Sequence[Generation], relevance: torch.Tensor) -> None:
         num_subjects, height, width = relevance.shape[1:]
         y = torch.linspace(-1, 1, height, device=relevance.device)[:, None]
-        x = torch.linspace(0, 2 * num_subjects, width, device=relevance.device)  # side by side, centres at 1, 3, ...
+        x = torch.linspace(0, 2 * num_subjects, width, device=relevance.device)  # side by side, centers at 1, 3, ...
         distances = [y**2 + (x - centre) ** 2 for centre in range(1, 2 * num_subjects, 2)]
         choose(generations, (1 / (1 + torch.stack(distances))).expand_as(relevance))
 

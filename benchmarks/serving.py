@@ -3,16 +3,16 @@
     python benchmarks/serving.py                         # minutes per load; writes benchmarks/results/serving.{json,md}
     python benchmarks/serving.py --seconds 5 --loads 0.8 # a first look
 
-Open loop: pictures arrive by a Poisson process, or in bursts, whether or not earlier ones are done, so that waiting is
+Open loop: images arrive by a Poisson process, or in bursts, whether or not earlier ones are done, so that waiting is
 counted in full. Capacity is what a side makes with full batches; loads are fractions of that of `Engine`, the same
-arrivals for all sides. Below capacity every side's throughput is the arrivals', less the wait for the last picture.
+arrivals for all sides. Below capacity every side's throughput is the arrivals', less the wait for the last image.
 Each load's arrivals are played to one side after the other in turns, within one process.
 
-- step: `serving.engine.Engine`, pictures join and leave between steps.
+- step: `serving.engine.Engine`, images join and leave between steps.
 - request: Ray Serve's `@serve.batch` around whole generations: a batch is collected, made to its end, then the next.
 - patient: whole generations, too, but a batch closes only when the device is free: the best that request-level batching
   can do. `@serve.batch` closes one after a fixed wait, and while the device is busy the next ones close small.
-- single: one picture after the other.
+- single: one image after the other.
 """
 
 import argparse
@@ -38,9 +38,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.report import save
 from realcustom import RealCustomPipeline, Request, Subject
-from serving.engine import Engine
-from serving.events import Progress
-from serving.observer import Observer
+from serving.engine.engine import Engine
+from serving.engine.observer import Observer
+from serving.protocol.events import Progress
 
 SIDES = ("step", "request", "patient", "single")
 CAPACITY_TURNS = 4
@@ -49,7 +49,7 @@ BATCH_WAIT_S = 0.05  # how long @serve.batch collects, also while an earlier bat
 
 @dataclass
 class Timing:
-    """Of one picture: when it came, was first seen, and was finished; seconds."""
+    """Of one image: when it came, was first seen, and was finished; seconds."""
 
     arrived: float
     previewed: float | None = None
@@ -58,16 +58,16 @@ class Timing:
 
 @dataclass
 class BatchSizes(Observer):
-    """Pictures in each step."""
+    """Images in each step."""
 
     sizes: list[int] = field(default_factory=list)
 
-    def step(self, *, pictures: int, **_) -> None:
-        self.sizes.append(pictures)
+    def step(self, *, images: int, **_) -> None:
+        self.sizes.append(images)
 
 
 class StepSide:
-    """Pictures join and leave between steps."""
+    """Images join and leave between steps."""
 
     def __init__(self, pipeline, max_batch_size: int) -> None:
         self.batches = BatchSizes()
@@ -87,7 +87,7 @@ class StepSide:
 class Whole:
     """Whole generations: a batch is made to its end before the next one starts; no previews on the way.
 
-    Pictures of a batch with fewer steps wait for those with more, as in any server that calls a pipeline.
+    Images of a batch with fewer steps wait for those with more, as in any server that calls a pipeline.
     """
 
     def __init__(self, pipeline) -> None:
@@ -105,7 +105,7 @@ class Whole:
         while under_way := [g for g in under_way if not g.done]:
             for size in {g.size for g in under_way}:
                 group = [g for g in under_way if g.size == size]
-                self.batches.step(pictures=len(group))
+                self.batches.step(images=len(group))
                 self._pipeline.step(group)
         self._pipeline.decode(generations)
 
@@ -114,7 +114,7 @@ class Whole:
 
 
 class RequestSide(Whole):
-    """Batches of `@serve.batch`; of one picture, with a `max_batch_size` of 1."""
+    """Batches of `@serve.batch`; of one image, with a `max_batch_size` of 1."""
 
     def __init__(self, pipeline, max_batch_size: int) -> None:
         super().__init__(pipeline)
@@ -171,15 +171,15 @@ def build(side: str, pipeline, max_batch_size: int):
 
 
 def requests(number: int, pipeline: RealCustomPipeline, seed: int) -> list[Request]:
-    """Pictures as people ask for them: one or two subjects from a few references, some with fewer steps."""
+    """Images as people ask for them: one or two subjects from a few references, some with fewer steps."""
     draw = np.random.default_rng(seed)
-    colours = ("red", "green", "blue", "gold")
+    colors = ("red", "green", "blue", "gold")
     steps = pipeline.sampling.num_inference_steps
     made = []
     for index in range(number):
         phrases = ("dog", "cat")[: draw.integers(1, 3)]
         subjects = tuple(
-            Subject(image=Image.new("RGB", (64, 64), colours[draw.integers(4)]), target_phrase=phrase)
+            Subject(image=Image.new("RGB", (64, 64), colors[draw.integers(4)]), target_phrase=phrase)
             for phrase in phrases
         )
         made.append(
@@ -208,7 +208,7 @@ def bursts(rate: float, seconds: float, size: int) -> list[float]:
 
 
 async def play(make: Callable[[Request, Timing], Awaitable[None]], wanted: Sequence[Request], times: Sequence[float]):
-    """Let the requests arrive at their times, and wait for the last picture."""
+    """Let the requests arrive at their times, and wait for the last image."""
     start = time.perf_counter()
 
     async def one(request: Request, at: float) -> Timing:
@@ -221,7 +221,7 @@ async def play(make: Callable[[Request, Timing], Awaitable[None]], wanted: Seque
 
 
 def capacity(side: str, pipeline: RealCustomPipeline, max_batch_size: int, seconds: float) -> float:
-    """Pictures per second of a side that always has enough of them waiting for a full batch.
+    """Images per second of a side that always has enough of them waiting for a full batch.
 
     Counted from the first full batch's end to the last end within `seconds`: before, places fill, and after, nobody
     comes any more. So as much is under way, and not counted, at the end as at the beginning.
@@ -263,11 +263,11 @@ def capacities(pipeline: RealCustomPipeline, flags: argparse.Namespace) -> dict[
 def summary(rounds: Sequence[Sequence[Timing]], sizes: Sequence[int]) -> dict[str, float]:
     timings = [timing for one in rounds for timing in one]
     latencies = np.array([t.finished - t.arrived for t in timings])
-    # Without previews on the way, the first look is the finished picture.
+    # Without previews on the way, the first look is the finished image.
     previews = [(t.previewed or t.finished) - t.arrived for t in timings]
     span = sum(max(t.finished for t in one) - min(t.arrived for t in one) for one in rounds)
     return {
-        "pictures": len(timings),
+        "images": len(timings),
         "throughput_per_s": len(timings) / span,
         **{f"p{q}_s": float(np.percentile(latencies, q)) for q in (50, 95, 99)},
         "first_preview_s": statistics.median(previews),
@@ -310,7 +310,7 @@ def measure(flags: argparse.Namespace) -> dict:
                 timings[side].append(asyncio.run(play(maker.make, wanted, times)))
                 sizes[side] += maker.batches.sizes
                 maker.close()
-                print(f"{name}, round {round_ + 1}, {side}: {len(times)} pictures", file=sys.stderr)
+                print(f"{name}, round {round_ + 1}, {side}: {len(times)} images", file=sys.stderr)
         report["loads"][name] = {side: summary(timings[side], sizes[side]) for side in SIDES}
     return report
 
@@ -319,11 +319,11 @@ def table(report: dict) -> str:
     """The report as Markdown."""
     machine = report["machine"]
     capacities = ", ".join(f"{side} {rate:.2f}" for side, rate in report["capacity_per_s"].items())
-    columns = ["load", "side", "number", "pictures/s", "p50 s", "p95 s", "p99 s", "first preview s", "mean batch"]
+    columns = ["load", "side", "number", "images/s", "p50 s", "p95 s", "p99 s", "first preview s", "mean batch"]
     columns += ["p95 / request", "p95 / patient"]
     lines = [
         f"{report['model']}, {machine['device']}, {machine['threads']} threads, batch at most "
-        f"{report['max_batch_size']}. Capacity with full batches, pictures/s: {capacities}.",
+        f"{report['max_batch_size']}. Capacity with full batches, images/s: {capacities}.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
@@ -331,7 +331,7 @@ def table(report: dict) -> str:
     for load, sides in report["loads"].items():
         for side, numbers in sides.items():
             lines.append(
-                f"| {load} | {side} | {numbers['pictures']} | {numbers['throughput_per_s']:.2f} "
+                f"| {load} | {side} | {numbers['images']} | {numbers['throughput_per_s']:.2f} "
                 f"| {numbers['p50_s']:.2f} | {numbers['p95_s']:.2f} | {numbers['p99_s']:.2f} "
                 f"| {numbers['first_preview_s']:.2f} | {numbers['mean_batch']:.1f} "
                 f"| {numbers['p95_s'] / sides['request']['p95_s']:.2f} "

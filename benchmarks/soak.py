@@ -2,8 +2,8 @@
 
     python benchmarks/soak.py      # 3,000 requests; writes benchmarks/results/soak.{json,md}
 
-Small pictures of changing sizes, references and settings through HTTP, several at a time: most are waited for, some
-left in mid-picture, some refused because they are wrong. Resident memory of each kind of process is read as it goes.
+Small images of changing sizes, references and settings through HTTP, several at a time: most are waited for, some
+left in mid-image, some refused because they are wrong. Resident memory of each kind of process is read as it goes.
 Caches fill first; what grows after the first quarter, and keeps growing, would be a leak.
 """
 
@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.chaos import TITLES, processes
 from benchmarks.report import save
-from serving.client import HttpClient, InvalidRequest, Progress, Request, Result, Subject
-from serving.local import start
+from serving.clients import HttpClient, InvalidRequest, Progress, Request, Result, Subject
+from serving.clients.local import start
 from serving.settings import Settings
 
 KINDS = tuple(TITLES)
@@ -33,7 +33,7 @@ NUM_REFERENCES, NUM_PROMPTS = 24, 100  # fewer than the caches keep: that they f
 
 
 def request(draw: np.random.Generator) -> Request:
-    """A picture that costs little and differs from its neighbours."""
+    """An image that costs little and differs from its neighbors."""
     names = ("dog", "cat")[: draw.integers(0, 3)]
     subjects = []
     for name in names:

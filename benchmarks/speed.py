@@ -1,7 +1,7 @@
 """Subject-driven generation against plain diffusers text-to-image on the same UNet: time, memory and operations.
 
     python benchmarks/speed.py                                     # the shipped model on this machine
-    python benchmarks/speed.py --model sdxl --size 512 --steps 2 --rounds 2 --compiled --only memory pictures
+    python benchmarks/speed.py --model sdxl --size 512 --steps 2 --rounds 2 --compiled --only memory images
     python benchmarks/speed.py --model sdxl --device cuda --batch 1 2 4 8
 
 Both sides are timed in turns (A B A B ...) in one run; what counts is the ratio of the medians. Both run eagerly and
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.full_size import FAMILIES, default_dtype, let_masks_lie_together, random_pipeline
 from benchmarks.workbench import Workbench, peak_bytes, request, side_by_side
 from realcustom import RealCustomPipeline, Request
-from realcustom.mask import MaskedPositions
+from realcustom.mask import SparseMask
 
 APPROXIMATIONS = {
     "exact": {},
@@ -37,8 +37,8 @@ APPROXIMATIONS = {
 }
 
 
-def pictures(benches: dict[str, Workbench], number: int, rounds: int) -> dict[str, float]:
-    """Whole pictures, every step of them, `number` together; text and references are known."""
+def time_images(benches: dict[str, Workbench], number: int, rounds: int) -> dict[str, float]:
+    """Whole images, every step of them, `number` together; text and references are known."""
     ways = {
         f"{side} {how}": partial(work, number)
         for how, bench in benches.items()
@@ -71,14 +71,14 @@ def memory(bench: Workbench, number: int) -> dict[str, float]:
         "plain MB": plain / 1e6,
         "ours MB": ours / 1e6,
         "ours / plain": ours / plain,
-        "keys and values of the references MB": bench.pipeline.references.num_bytes / 1e6,
-        "texts with their keys and values MB": bench.pipeline.texts.num_bytes / 1e6,
+        "keys and values of the references MB": bench.pipeline.reference_cache.num_bytes / 1e6,
+        "texts with their keys and values MB": bench.pipeline.text_cache.num_bytes / 1e6,
     }
 
 
 @torch.no_grad()
 def parts(bench: Workbench, rounds: int) -> dict[str, float]:
-    """Seconds of each part of the work on one picture, and of a step of each kind."""
+    """Seconds of each part of the work on one image, and of a step of each kind."""
     pipeline, denoiser = bench.pipeline, bench.pipeline.denoiser
     (generation,) = bench.generations()
     # The first of its two steps records for the second.
@@ -105,20 +105,20 @@ def parts(bench: Workbench, rounds: int) -> dict[str, float]:
     return {f"{name} s": value for name, value in side_by_side(works, bench.device, rounds).items()}
 
 
-def approximations(bench: Workbench, rounds: int, num_pictures: int) -> dict[str, dict[str, float]]:
+def approximations(bench: Workbench, rounds: int, num_images: int) -> dict[str, dict[str, float]]:
     """Time against plain text-to-image, and how far the final masks are those of the exact mode with the same seeds.
 
     Args:
-        num_pictures: for the masks; 0 leaves them out, as random weights' tell nothing.
+        num_images: for the masks; 0 leaves them out, as random weights' tell nothing.
     """
     ways = {name: partial(bench.ours, **changes) for name, changes in APPROXIMATIONS.items()}
     bench.generations()
     taken = side_by_side({"plain": bench.text_to_image, **ways}, bench.device, rounds)
     report = {name: {"ours / plain": taken[name] / taken["plain"]} for name in APPROXIMATIONS}
-    if not num_pictures:
+    if not num_images:
         return report
     masks = {
-        name: [mask > 0 for g in bench.ours(num_pictures, **changes) for mask in g.guidance_masks]
+        name: [mask > 0 for g in bench.ours(num_images, **changes) for mask in g.guidance_masks]
         for name, changes in APPROXIMATIONS.items()
     }
     overlap = lambda one, two: float((one & two).sum() / (one | two).sum())
@@ -134,7 +134,7 @@ def _cpu_attention(query, key, value, *_, out_shape=None, **__) -> int:
 
 @torch.no_grad()
 def operations(pipeline: RealCustomPipeline, asked: Request) -> dict[str, float]:
-    """Operations of one picture against plain text-to-image with as many steps; exact counts, no timing."""
+    """Operations of one image against plain text-to-image with as many steps; exact counts, no timing."""
     generation = pipeline.prepare(asked)
     plain = pipeline.prepare(Request(prompt=asked.prompt, height=asked.height, width=asked.width, seed=0))
     for name in ("text", "negative_text"):  # which plain text-to-image projects anew in every step
@@ -142,7 +142,7 @@ def operations(pipeline: RealCustomPipeline, asked: Request) -> dict[str, float]
             setattr(plain, name, replace(text, keys_values=None))
     counts, denoiser = {}, pipeline.denoiser
     if pipeline.unet.device.type == "meta":  # shapes do not tell where a mask is; its share of positions is γ_scope
-        generation.inside_masks = partial(_share_of_positions, generation.request.subjects[0].scope_ratio)
+        generation.sparse_masks = partial(_share_of_positions, generation.request.subjects[0].scope_ratio)
     works = {
         "guidance": lambda: denoiser.guidance_branch([generation]),
         "generation": lambda: denoiser.generation_branch([generation]),
@@ -159,16 +159,14 @@ def operations(pipeline: RealCustomPipeline, asked: Request) -> dict[str, float]
         "plain step TFLOP": counts["plain"] / 1e12,
         "guidance branch / plain step": counts["guidance"] / counts["plain"],
         "generation branch / plain step": counts["generation"] / counts["plain"],
-        "picture / plain picture": ours / (steps * counts["plain"]),
+        "image / plain image": ours / (steps * counts["plain"]),
         "floor in rows": (2 * steps + stop) / (2 * steps),
     }
 
 
-def _share_of_positions(share: float, size: tuple[int, int], way: str) -> MaskedPositions:
+def _share_of_positions(share: float, size: tuple[int, int], way: str) -> SparseMask:
     count = math.ceil(share * size[0] * size[1])
-    return MaskedPositions(
-        torch.empty(1, count, dtype=torch.int64, device="meta"), torch.empty(1, count, 1, device="meta")
-    )
+    return SparseMask(torch.empty(1, count, dtype=torch.int64, device="meta"), torch.empty(1, count, 1, device="meta"))
 
 
 def load(model: str, device: str, dtype: torch.dtype) -> RealCustomPipeline:
@@ -212,20 +210,20 @@ def measure(flags: argparse.Namespace) -> dict:
         f"{flags.model}, {asked.height} px, {steps} steps, T_stop {stop}, {flags.subjects} subject(s), {dtype}",
     )
     if "operations" in flags.only:
-        # Shapes alone cost no time; they cannot tell how several subjects share a picture, so there is one.
+        # Shapes alone cost no time; they cannot tell how several subjects share an image, so there is one.
         counted = random_pipeline(flags.model, "meta") if flags.model in FAMILIES else pipeline
         add("operations, one subject", operations(counted, replace(asked, subjects=asked.subjects[:1])))
     if "memory" in flags.only:
         add("memory beyond weights", memory(benches["eager"], flags.batch[0]))
-    if "pictures" in flags.only:
+    if "images" in flags.only:
         for number in flags.batch:
-            add(f"{number} together", pictures(benches, number, flags.rounds))
+            add(f"{number} together", time_images(benches, number, flags.rounds))
     if "parts" in flags.only:
         for how, bench in benches.items():
             add(f"parts, {how}", parts(bench, flags.rounds))
     if "approximations" in flags.only:
-        overlap_pictures = 0 if weights_are_random else flags.overlap_pictures
-        add("approximations", approximations(list(benches.values())[-1], flags.rounds, overlap_pictures))
+        overlap_images = 0 if weights_are_random else flags.overlap_images
+        add("approximations", approximations(list(benches.values())[-1], flags.rounds, overlap_images))
     return report
 
 
@@ -235,7 +233,7 @@ def _rounded(values):
     return float(f"{values:.4g}") if isinstance(values, float) else values
 
 
-SECTIONS = ("operations", "memory", "pictures", "parts", "approximations")
+SECTIONS = ("operations", "memory", "images", "parts", "approximations")
 
 
 def main() -> None:
@@ -247,11 +245,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="(default: the model's)")
     parser.add_argument("--early-stop-step", type=int, help="T_stop (default: the model's share of the steps)")
     parser.add_argument("--subjects", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="pictures that advance together")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="images that advance together")
     parser.add_argument(
         "--rounds", type=int, default=5, help="timed turns of each side; of more than two the first is not counted"
     )
-    parser.add_argument("--overlap-pictures", type=int, default=8, help="pictures for the masks' overlap")
+    parser.add_argument("--overlap-images", type=int, default=8, help="images for the masks' overlap")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections of the report")
     parser.add_argument(
         "--compiled",

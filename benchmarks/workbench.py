@@ -13,6 +13,7 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from realcustom import Generation, RealCustomPipeline, Request, Subject
+from realcustom.request import seed_variations
 
 PROMPT, PHRASES = "a dog on the beach", ("dog", "beach")
 
@@ -32,7 +33,7 @@ class Workbench:
         request: Request,
         compiled: Literal["blocks", "whole", "unguarded"] | None = None,
     ) -> None:
-        self.request = request.with_defaults(pipeline.sampling)
+        self.request = request.resolve(pipeline.sampling)
         self.device = pipeline.unet.device
         self.pipeline = RealCustomPipeline(
             **{**pipeline.components, "unet": same_tensors(pipeline.unet)},
@@ -52,17 +53,17 @@ class Workbench:
 
     def generations(self, number: int = 1, **changes) -> list[Generation]:
         request = replace(self.request, **changes)
-        return [self.pipeline.prepare(r) for r in request.variations(number)]
+        return [self.pipeline.prepare(r) for r in seed_variations(request, number)]
 
     def ours(self, number: int = 1, **changes) -> list[Generation]:
-        """Every step of `number` pictures; text and references are known from the first call on."""
+        """Every step of `number` images; text and references are known from the first call on."""
         generations = self.generations(number, **changes)
         while not generations[0].done:
             self.pipeline.step(generations)
         return generations
 
     def text_to_image(self, number: int = 1, **changes) -> None:
-        """As many steps of as many pictures by diffusers' own pipeline, without subjects."""
+        """As many steps of as many images by diffusers' own pipeline, without subjects."""
         (generation,) = self.generations(subjects=(), **changes)
         text, negative = generation.text, generation.negative_text
         side = generation.latents.shape[-1] * 8  # the stock class believes in 8 px per latent
@@ -87,10 +88,10 @@ class Workbench:
 
 
 def request(size: int, steps: int, stop: int, subjects: int) -> Request:
-    grey = Image.new("RGB", (64, 64), "grey")
+    gray = Image.new("RGB", (64, 64), "gray")
     return Request(
         prompt=PROMPT,
-        subjects=tuple(Subject(image=grey, target_phrase=phrase) for phrase in PHRASES[:subjects]),
+        subjects=tuple(Subject(image=gray, target_phrase=phrase) for phrase in PHRASES[:subjects]),
         height=size,
         width=size,
         num_inference_steps=steps,

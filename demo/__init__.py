@@ -1,1 +1,1 @@
-"""The browser demo: a Gradio page over any client of `serving.client`."""
+"""The browser demo: a Gradio page over any client of `serving.clients`."""

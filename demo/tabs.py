@@ -1,4 +1,4 @@
-"""The three tabs. They differ only in how many pictures and words a visitor can give."""
+"""The three tabs. They differ only in how many images and words a visitor can give."""
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -7,25 +7,25 @@ from dataclasses import dataclass, fields
 import gradio as gr
 from PIL import Image
 
-from serving.client import Client, InvalidRequest, ModelInfo, Overloaded, Request, ServerError, Subject, words_of
+from serving.clients import Client, InvalidRequest, ModelInfo, QueueFull, Request, ServerError, Subject, words_of
 
-from .looks import progress, side_by_side, tiled
-from .making import make_pictures, no_word_chosen
-from .masks import lay_over
+from .components import progress, side_by_side, tiled
+from .generation_state import generate_images, no_word_chosen
+from .mask_overlay import overlay_masks
 
 SLOTS_AT_FIRST = 2  # that a page shows before more are asked for
-RESULTS_KEPT = 32  # views in the gallery, two of each picture
+RESULTS_KEPT = 32  # views in the gallery, two of each image
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A tab: its name, what it says, its picture slots, whether a picture may become several words, and examples.
+    """A tab: its name, what it says, its image slots, whether an image may become several words, and examples.
 
-    An example is one picture per slot, the prompt, and the words of each slot; it fills no slot that is not shown.
+    An example is one image per slot, the prompt, and the words of each slot; it fills no slot that is not shown.
     """
 
     name: str
-    says: str
+    text: str
     num_slots: int
     many_words: bool
     examples: tuple[tuple[tuple[str, ...], str, tuple[tuple[str, ...], ...]], ...] = ()
@@ -33,7 +33,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """A picture and its words; words clicked, or a phrase typed for what clicks cannot name."""
+    """An image and its words; words clicked, or a phrase typed for what clicks cannot name."""
 
     image: gr.Image
     words: gr.Radio | gr.CheckboxGroup
@@ -60,7 +60,7 @@ class Controls:
 
 def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
     """Lay out one tab and wire it."""
-    gr.Markdown(task.says)
+    gr.Markdown(task.text)
     with gr.Row(equal_height=False):
         with gr.Column(scale=5):
             prompt = gr.Textbox(
@@ -81,7 +81,7 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
                         label=label, interactive=False, format="png", height=300, buttons=["download", "fullscreen"],
                         elem_classes="enlarged", elem_id=f"{task.name}-{name}",
                     )
-                    for label, name in (("Picture", "live"), ("Guidance masks", "masks"))
+                    for label, name in (("Image", "live"), ("Guidance masks", "masks"))
                 )  # fmt: skip
             gallery = gr.Gallery(
                 label="Results, newest first", columns=4, height="auto", object_fit="contain", format="png",
@@ -89,7 +89,7 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
                 elem_id=f"{task.name}-gallery",
             )  # fmt: skip
             made, made_seed = gr.State([]), gr.State(None)
-            reuse = gr.Button("Use the seed of the first picture again", size="sm", interactive=False)
+            reuse = gr.Button("Use the seed of the first image again", size="sm", interactive=False)
     _wire_words(prompt, slots, task)
     inputs = [prompt, *(part for s in slots for part in (s.image, s.words, s.phrase)), *controls.inputs]
     outputs = [status, live, overlay, made, made_seed, reuse, generate, stop]
@@ -100,7 +100,7 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
             async with aclosing(_updates(client, request, number)) as updates:
                 async for update in updates:
                     yield [*update, gr.Button(interactive=False), gr.Button(interactive=True)]
-        except (ValueError, Overloaded, ServerError) as error:
+        except (ValueError, QueueFull, ServerError) as error:
             raise gr.Error(str(error), duration=10) from error
 
     ready = lambda: (gr.Button(interactive=True), gr.Button(interactive=False))
@@ -183,7 +183,7 @@ def _build_controls(task: Task, info: ModelInfo) -> Controls:
     with gr.Accordion("Settings", open=False, elem_id=f"{task.name}-settings"):
         scope = gr.Slider(
             0.05, 1, sampling.scope_ratio, step=0.05, label="γ_scope", elem_id=f"{task.name}-scope",
-            info="Share of the picture a subject may influence",
+            info="Share of the image a subject may influence",
         )  # fmt: skip
         most_steps = min(limits.max_steps, 4 * sampling.num_inference_steps)
         stop = gr.Slider(
@@ -198,12 +198,12 @@ def _build_controls(task: Task, info: ModelInfo) -> Controls:
         )
         fast = gr.Checkbox(
             sampling.mask_source == "generation_branch", label="Fast masks", elem_id=f"{task.name}-fast",
-            info="Approximate: no pass of their own, they follow the picture one step behind",
+            info="Approximate: no pass of their own, they follow the image one step behind",
         )  # fmt: skip
         with gr.Row():
             # Not a `gr.Number`: shown empty for the first time, Gradio's becomes 0.
             seed = gr.Textbox(label="Seed", info="Empty draws one", max_lines=1, elem_id=f"{task.name}-seed")
-            number = gr.Slider(1, min(4, limits.max_images), 1, step=1, label="Pictures")
+            number = gr.Slider(1, min(4, limits.max_images), 1, step=1, label="Images")
         negative = gr.Textbox(label="Negative prompt", placeholder="what should not be there")
     return Controls(
         scope=scope, stop=stop, guidance=guidance, steps=steps, fast=fast, seed=seed, negative=negative, number=number
@@ -231,7 +231,7 @@ def _wire_words(prompt: gr.Textbox, slots: list[Slot], task: Task) -> None:
 
 
 def _read(task: Task, values: tuple) -> tuple[Request, int]:
-    """The page's values -> request and number of pictures; InvalidRequest says what is missing."""
+    """The page's values -> request and number of images; InvalidRequest says what is missing."""
     prompt, rest = values[0] or "", values[1:]
     scope, stop, guidance, steps, fast, seed, negative, number = rest[3 * task.num_slots :]
     words = words_of(prompt)
@@ -242,14 +242,14 @@ def _read(task: Task, values: tuple) -> tuple[Request, int]:
         if image is None and not phrases:
             continue
         if image is None:
-            raise InvalidRequest(f"Add a picture for {phrases[0]!r}.")
+            raise InvalidRequest(f"Add an image for {phrases[0]!r}.")
         if not phrases:
             raise no_word_chosen(words)
         subjects += [Subject(image=image, target_phrase=p, scope_ratio=scope) for p in phrases]
     if not prompt.strip():
         raise InvalidRequest("Write a prompt, for example 'a dog on the beach'.")
     if not subjects:
-        raise InvalidRequest("Add a picture of the subject.")
+        raise InvalidRequest("Add an image of the subject.")
     request = Request(
         prompt=prompt,
         subjects=tuple(subjects),
@@ -280,49 +280,49 @@ def _phrases(chosen, phrase: str | None, *, several: bool) -> list[str]:
 
 
 async def _updates(client: Client, request: Request, number: int) -> AsyncIterator[list]:
-    """Values of status, live picture, overlay, results, seed and its button as the pictures form."""
+    """Values of status, live image, overlay, results, seed and its button as the images form."""
     drawn: list[Image.Image | None] = []
-    async with aclosing(make_pictures(client, request, number)) as states:
+    async with aclosing(generate_images(client, request, number)) as states:
         async for state in states:
             live = overlay = gr.skip()  # unless there is something new to see: most updates only count steps
-            views = [p.image for p in state.pictures]
+            views = [p.image for p in state.images]
             if not drawn or any(view is not old for view, old in zip(views, drawn, strict=True)):
                 live, drawn = tiled(views), views
-                overlay = tiled([p.image and lay_over(p.image, p.masks) for p in state.pictures])
+                overlay = tiled([p.image and overlay_masks(p.image, p.masks) for p in state.images])
             shown_status = progress(state.status(), state.fraction)
             if state.done:
                 shown = []
-                for p in state.pictures:
-                    shown += [(p.image, f"seed {p.seed}"), (lay_over(p.image, p.masks), "masks")]
-                yield [shown_status, live, overlay, shown, state.pictures[0].seed, gr.Button(interactive=True)]
+                for p in state.images:
+                    shown += [(p.image, f"seed {p.seed}"), (overlay_masks(p.image, p.masks), "masks")]
+                yield [shown_status, live, overlay, shown, state.images[0].seed, gr.Button(interactive=True)]
             else:
                 yield [shown_status, live, overlay, gr.skip(), gr.skip(), gr.skip()]
 
 
 def _build_examples(task: Task, prompt: gr.Textbox, slots: list[Slot]) -> None:
-    """Examples fill in pictures, prompt and words; the words need the prompt's chips, so all are set together."""
+    """Examples fill in images, prompt and words; the words need the prompt's chips, so all are set together."""
 
-    assert all(len(pictures) <= SLOTS_AT_FIRST for pictures, _, _ in task.examples)
+    assert all(len(images) <= SLOTS_AT_FIRST for images, _, _ in task.examples)
 
     def fill(index: int):
-        pictures, text, words = task.examples[index]
+        images, text, words = task.examples[index]
         choices = list(dict.fromkeys(words_of(text)))
         values = [text]
         for i in range(task.num_slots):
             chosen = words[i] if i < len(words) else ()
             value = list(chosen) if task.many_words else (chosen[0] if chosen else None)
-            image = Image.open(pictures[i]).convert("RGB") if i < len(pictures) else None
+            image = Image.open(images[i]).convert("RGB") if i < len(images) else None
             values += [image, gr.update(choices=choices, value=value, visible=True), gr.update(value="", visible=True)]
         return values
 
     outputs = [prompt, *(part for s in slots for part in (s.image, s.words, s.phrase))]
     gr.Markdown("**Examples**")
     with gr.Row():
-        for index, (pictures, text, _) in enumerate(task.examples):
+        for index, (images, text, _) in enumerate(task.examples):
             with gr.Column(min_width=120, scale=0):
                 gr.Image(
-                    side_by_side([Image.open(path) for path in pictures]), show_label=False, height=110,
-                    width=110 * len(pictures), interactive=False, container=False, buttons=[],
+                    side_by_side([Image.open(path) for path in images]), show_label=False, height=110,
+                    width=110 * len(images), interactive=False, container=False, buttons=[],
                 )  # fmt: skip
                 gr.Button(text, size="sm", elem_id=f"{task.name}-example-{index}").click(
                     lambda index=index: fill(index), None, outputs, queue=False, api_visibility="private"

@@ -2,7 +2,7 @@
 
 import gradio as gr
 
-from .masks import SUBJECT_COLOURS
+from .mask_overlay import SUBJECT_COLORS
 
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 
@@ -15,11 +15,11 @@ THEME = gr.themes.Soft(
     radius_size=gr.themes.sizes.radius_lg,
 )
 
-_CHIP_COLOURS = "\n".join(
-    f".words-{i} label.selected {{ background: {colour} !important; border-color: {colour} !important; "
+_CHIP_COLORS = "\n".join(
+    f".words-{i} label.selected {{ background: {color} !important; border-color: {color} !important; "
     f"color: white !important; }}\n.words-{i} label.selected span {{ color: white !important; }}\n"
-    f".slot-{i} {{ border-top: 4px solid {colour} !important; }}"
-    for i, colour in enumerate(SUBJECT_COLOURS)
+    f".slot-{i} {{ border-top: 4px solid {color} !important; }}"
+    for i, color in enumerate(SUBJECT_COLORS)
 )
 
 CSS = f"""
@@ -35,5 +35,5 @@ CSS = f"""
 .stage-bar div {{ height: 100%; border-radius: 2px; background: var(--color-accent); transition: width 0.2s; }}
 .known {{ color: var(--body-text-color-subdued); font-size: 0.9em; }}
 footer {{ opacity: 0.6; }}
-{_CHIP_COLOURS}
+{_CHIP_COLORS}
 """

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from serving.client import Client, ModelInfo
+from serving.clients import Client, ModelInfo
 
 from .tabs import Task, build_tab
 
@@ -18,7 +18,7 @@ def _example(name: str) -> str:
 TASKS = (
     Task(
         name="One2One",
-        says="**One picture, one word.** The subject of your picture becomes one word of the prompt.",
+        text="**One image, one word.** The subject of your image becomes one word of the prompt.",
         num_slots=1,
         many_words=False,
         examples=(
@@ -29,14 +29,14 @@ TASKS = (
     ),
     Task(
         name="One2Many",
-        says="**One picture, several words.** Each word you click takes its own subject from the same picture.",
+        text="**One image, several words.** Each word you click takes its own subject from the same image.",
         num_slots=1,
         many_words=True,
         examples=(((_example("cat_and_car"),), "a cat and a car in the snow", (("cat", "car"),)),),
     ),
     Task(
         name="Many2Many",
-        says="**Several pictures, several words.** Every picture becomes a word of its own colour.",
+        text="**Several images, several words.** Every image becomes a word of its own color.",
         num_slots=3,
         many_words=False,
         examples=(
@@ -55,8 +55,8 @@ def build_demo(client: Client, info: ModelInfo) -> gr.Blocks:
     """Lay out the page for a loaded model. Give `demo.theme.THEME` and `CSS` to `launch`."""
     with gr.Blocks(title="RealCustom++", analytics_enabled=False, fill_width=False) as page:
         gr.Markdown(
-            "# RealCustom++\nGive a picture of a subject, write a prompt, and **click the word** the subject should "
-            "become. It appears only where that word lives in the picture; everything else follows the text."
+            "# RealCustom++\nGive an image of a subject, write a prompt, and **click the word** the subject should "
+            "become. It appears only where that word lives in the image; everything else follows the text."
         )
         if info.vocabulary:
             counts = " and ".join(f"{len(words)} {kind}" for kind, words in info.vocabulary.items())

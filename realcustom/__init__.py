@@ -1,4 +1,4 @@
-"""RealCustom++: the subject of a picture becomes one real word of a prompt.
+"""RealCustom++: the subject of an image becomes one real word of a prompt.
 
 Light names (`Request`, `Subject`, configurations) are imported here; everything that needs torch is loaded on first
 use, so that a client or a web page can build a request without loading a model library.
@@ -15,7 +15,7 @@ _LAZY = {
     "RealCustomAdapter": "adapter",
     "RealCustomOutput": "pipeline",
     "RealCustomPipeline": "pipeline",
-    "place": "memory",
+    "apply_memory_tier": "memory",
 }
 
 __all__ = ["MethodConfig", "RealCustomConfig", "Request", "SamplingDefaults", "Subject", *_LAZY]

@@ -57,7 +57,7 @@ def from_parts(
     parts, family = _load_base(base, base_config, variant, dtype)
     if parts.unet.config.in_channels != parts.vae.config.latent_channels:
         raise ValueError(
-            f"{base} takes {parts.unet.config.in_channels} channels where its pictures have "
+            f"{base} takes {parts.unet.config.in_channels} channels where its images have "
             f"{parts.vae.config.latent_channels}: it is made for inpainting or editing, not for text-to-image."
         )
     config = RealCustomConfig.preset(preset, family)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mask import MaskedPositions
+from .mask import SparseMask
 
 KeysValues = dict[str, tuple[Tensor, Tensor]]  # layer name -> keys and values, each [B, N, channels]
 
@@ -30,7 +30,7 @@ class LayerVision:
 
     key: Tensor
     value: Tensor
-    inside: MaskedPositions | None
+    inside: SparseMask | None
 
     def add_to(self, out: Tensor, query: Tensor) -> Tensor:
         """`out` [R, Q, C] plus the masked visual attention of every pair in its row; query [R, H, Q, d]."""
@@ -55,7 +55,7 @@ class VisualAttention:
     """
 
     keys_values: Sequence[KeysValues]
-    inside: Mapping[int, MaskedPositions] | None
+    inside: Mapping[int, SparseMask] | None
 
     def at(self, layer: str, level: int) -> LayerVision:
         key, value = _stack(self.keys_values, layer)
@@ -63,7 +63,7 @@ class VisualAttention:
 
 
 class LayerRecording(Protocol):
-    def take(self, query: Tensor, key: Tensor) -> None:
+    def record(self, query: Tensor, key: Tensor) -> None:
         """Keep what is needed of queries [R, H, Q, d] and keys [R, H, T, d]."""
 
 
@@ -115,14 +115,14 @@ class RealCustomAttnProcessor:
             attention_mask = attention_mask.view(len(key), attn.heads, -1, attention_mask.shape[-1])
         out = _merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask))
         if self.recording is not None:
-            self.recording.take(query, key)
+            self.recording.record(query, key)
         if self.vision is not None:
             out = self.vision.add_to(out, query)
         out = attn.to_out[1](attn.to_out[0](out))
         return out / attn.rescale_output_factor
 
 
-class LeftEarly(Exception):
+class StopForward(Exception):
     """Leaves the UNet behind the last layer that records; the rest of the pass would be thrown away."""
 
 
@@ -163,13 +163,13 @@ class AttentionLayers:
         return {name: (attn.to_k(embeds), attn.to_v(embeds)) for name, attn in attns.items()}
 
     @contextmanager
-    def connected(
+    def attention_context(
         self,
         *,
         text: Sequence[KeysValues] = (),
         vision: VisualAttention | None = None,
         recordings: Mapping[str, LayerRecording] | None = None,
-        leave_early: bool = False,
+        stop_after_recording: bool = False,
     ) -> Iterator[None]:
         """For the UNet calls inside: who sees which reference, and which layers record.
 
@@ -193,7 +193,7 @@ class AttentionLayers:
                         hooks += self._show_inside(transformer, text, vision)
                     else:
                         self._show(layers, text, vision)
-                if leave_early and not self.compiled_whole:
+                if stop_after_recording and not self.compiled_whole:
                     hooks.append(self._leave_behind(max(recordings, key=list(self.levels).index)))
                 yield
             finally:
@@ -203,7 +203,7 @@ class AttentionLayers:
                     hook.remove()
 
     def _together(self, texts: tuple[KeysValues, ...]) -> KeysValues:
-        """Several texts as one batch, copied once for all the steps that the same pictures make together."""
+        """Several texts as one batch, copied once for all the steps that the same images make together."""
         before, together = self._text_together
         if list(map(id, texts)) != list(map(id, before)):
             together = {name: _stack(texts, name) for name in texts[0]}
@@ -233,7 +233,7 @@ class AttentionLayers:
 
     def _leave_behind(self, layer: str):
         def leave(*_) -> None:
-            raise LeftEarly
+            raise StopForward
 
         return self._unet.get_submodule(_transformer(layer)).register_forward_hook(leave)
 

@@ -31,13 +31,13 @@ class MethodConfig:
         mask_resize: how masks reach smaller attention resolutions, "per_axis" or by the "height_factor" on both axes,
             which differs where the width is no multiple of 32 px.
         disjoint_masks: several subjects share out the positions (Alg. 1); otherwise each selects on its own.
-        local_views: the four local views of Eq. 7 are the "quadrants" of the enlarged picture, or "interleaved"
+        local_views: the four local views of Eq. 7 are the "quadrants" of the enlarged image, or "interleaved"
             subsamplings of it.
         reference_resize: "antialias" resizes references with antialiasing in floating point; "bilinear_uint8"
             repeats the release's chain (bilinear without antialiasing, truncated to 8 bits before the encoder).
         pooled_projection: the pooled text embedding passes through the text projection, as in stock SDXL.
         time_ids: order of the size condition, "height_first" as in stock SDXL or "width_first".
-        unconditional_vision: what the unconditional row of Eq. 17 sees: "none", or the "black_picture" inside the
+        unconditional_vision: what the unconditional row of Eq. 17 sees: "none", or the "black_image" inside the
             same masks.
         final_latents: what is decoded in the end: the "sample" after the last step, as diffusers does, or the last
             "clean_estimate", which the release's sampler need not step onto.
@@ -53,7 +53,7 @@ class MethodConfig:
     reference_resize: Literal["antialias", "bilinear_uint8"] = "antialias"
     pooled_projection: bool = True
     time_ids: Literal["height_first", "width_first"] = "height_first"
-    unconditional_vision: Literal["none", "black_picture"] = "none"
+    unconditional_vision: Literal["none", "black_image"] = "none"
     final_latents: Literal["sample", "clean_estimate"] = "sample"
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class MethodConfig:
             local_views=("quadrants", "interleaved"),
             reference_resize=("antialias", "bilinear_uint8"),
             time_ids=("height_first", "width_first"),
-            unconditional_vision=("none", "black_picture"),
+            unconditional_vision=("none", "black_image"),
             final_latents=("sample", "clean_estimate"),
         )
 
@@ -84,7 +84,7 @@ class MethodConfig:
                 reference_resize="bilinear_uint8",
                 pooled_projection=False,
                 time_ids="width_first",
-                unconditional_vision="black_picture",
+                unconditional_vision="black_image",
                 final_latents="clean_estimate",
             )
         raise ValueError(f"preset {name!r} does not exist; use 'paper' or 'release'.")
@@ -95,7 +95,7 @@ class SamplingDefaults:
     """What a request that says nothing is sampled with; defaults are the paper's for SDXL (Sec. 4.1).
 
     Attributes:
-        height, width: pixels of the picture.
+        height, width: pixels of the image.
         num_inference_steps: denoising steps.
         early_stop_step: T_stop; the guidance mask of this step stays in force for the later ones.
         guidance_scale: ω of Eq. 17; 1 runs no unconditional row.

@@ -1,4 +1,4 @@
-"""Latents -> pictures: through the autoencoder, or at a glance by one convolution.
+"""Latents -> images: through the autoencoder, or at a glance by one convolution.
 
 Legend: C latent channels, h x w latent size, f pixels per latent position and axis.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 KERNEL = 3  # latent positions per axis that a glance takes a pixel from
 DETAIL = 4  # pixels per latent position and axis that it makes, if f has as many
-NUM_PICTURES, LATENT_SIDE = 4, 32  # what it is fitted to
+NUM_IMAGES, LATENT_SIDE = 4, 32  # what it is fitted to
 
 
 class LatentDecoder:
@@ -32,14 +32,14 @@ class LatentDecoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> Image.Image | np.ndarray | Tensor:
-        """The picture of latents [C, h, w]; as "pil", "np" or "pt"."""
+        """The image of latents [C, h, w]; as "pil", "np" or "pt"."""
         self._upcast()
         pixels = self.vae.decode(self._unscaled(latents)[None].to(self.vae.dtype), return_dict=False)[0]
         return self._processor.postprocess(pixels.float(), output_type=output_type)[0]
 
     @torch.no_grad()
     def glance(self, latents: Tensor) -> Image.Image:
-        """What the picture of latents [C, h, w] is about to be, for a tiny part of `decode`'s time: a preview.
+        """What the image of latents [C, h, w] is about to be, for a tiny part of `decode`'s time: a preview.
 
         Nearly all that an autoencoder says about a pixel is linear in the latents around it.
         """
@@ -55,16 +55,16 @@ class LatentDecoder:
 
     @cached_property
     def _glance(self) -> tuple[Tensor, Tensor]:
-        """Weight [3 * detail², C, kernel, kernel] and bias of the convolution, by least squares on made-up pictures
+        """Weight [3 * detail², C, kernel, kernel] and bias of the convolution, by least squares on made-up images
         which the autoencoder encodes; no constants to look up for each autoencoder."""
         self._upcast()
-        pictures = _made_up_pictures(NUM_PICTURES, LATENT_SIDE * self.factor)
+        images = _synthetic_images(NUM_IMAGES, LATENT_SIDE * self.factor)
         first = next(self.vae.parameters())
-        encoded = [self._encode(picture[None].to(first.device, first.dtype)).float().cpu() for picture in pictures]
+        encoded = [self._encode(image[None].to(first.device, first.dtype)).float().cpu() for image in images]
         latents = F.pad(torch.cat(encoded), (KERNEL // 2,) * 4, mode="replicate")
         around = F.unfold(latents, KERNEL).transpose(1, 2).flatten(0, 1).double()  # [positions, C * kernel²]
         around = F.pad(around, (0, 1), value=1.0)
-        coarse = F.avg_pool2d(pictures, self.factor // self._detail)
+        coarse = F.avg_pool2d(images, self.factor // self._detail)
         wanted = F.pixel_unshuffle(coarse, self._detail).movedim(1, -1).flatten(0, 2).double()
         *weight, bias = torch.linalg.lstsq(around, wanted, driver="gelsd").solution.float()
         weight = torch.stack(weight, dim=1).unflatten(1, (-1, KERNEL, KERNEL))
@@ -95,15 +95,15 @@ def _spatial_compression(vae) -> int:
     return int(ratio) if ratio else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def _made_up_pictures(number: int, side: int) -> Tensor:
-    """Smooth colours that meet at hard edges, always the same; fp32 [N, 3, side, side] in [-1, 1]."""
+def _synthetic_images(number: int, side: int) -> Tensor:
+    """Smooth colors that meet at hard edges, always the same; fp32 [N, 3, side, side] in [-1, 1]."""
     generator = torch.Generator().manual_seed(0)
 
     def smooth() -> Tensor:
         octaves = [torch.randn(number, 3, 2**k, 2**k, generator=generator) * 2 ** (-k / 2) for k in range(1, 5)]
         return sum(F.interpolate(octave, size=(side, side), mode="bilinear") for octave in octaves).tanh()
 
-    pictures = smooth()
+    images = smooth()
     for _ in range(3):
-        pictures = torch.where(smooth()[:, :1] > 0, smooth(), pictures)
-    return pictures
+        images = torch.where(smooth()[:, :1] > 0, smooth(), images)
+    return images

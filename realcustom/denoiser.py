@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .attention import AttentionLayers, LeftEarly, VisualAttention, level_sizes
+from .attention import AttentionLayers, StopForward, VisualAttention, level_sizes
 from .config import MethodConfig
 from .generation import Generation
-from .mask import MaskedPositions, guidance_masks
+from .mask import SparseMask, guidance_masks
 from .recorder import AttentionRecorder
 from .text import TextCondition
 
@@ -31,13 +31,13 @@ class Denoiser:
         self.attention = AttentionLayers(unet)
         # Whether calls may leave out what is known or not needed: the keys and values of texts, and in the guidance
         # branch all behind the last layer that it records.
-        self.skips_layers = True
+        self.allow_early_exit = True
         self._call = self._call_unet
         self._programs = ""  # the name of those that may serve; no two UNets, and no two compilations of one, share any
 
     def compile(self, mode: str | None = None, **options) -> None:
         """Make one program of each kind of UNet call; see `RealCustomPipeline.compile`."""
-        if not self.skips_layers:
+        if not self.allow_early_exit:
             raise ValueError(
                 "the UNet is brought over layer by layer (memory 'low') and cannot be compiled whole; "
                 "compile its blocks, or use memory 'high' or 'medium'."
@@ -67,20 +67,20 @@ class Denoiser:
     @torch.no_grad()
     def prepare_text(self, text: TextCondition) -> TextCondition:
         """`text` as the UNet takes it, with its keys and values: they do not depend on the step."""
-        if not self.skips_layers:
+        if not self.allow_early_exit:
             return text
         embeds = text.embeds.to(self.unet.conv_in.weight.dtype)  # `unet.dtype` walks all modules
         return replace(text, keys_values=self.attention.text_keys_values(embeds[None]))
 
     @torch.no_grad()
     def step(self, generations: Sequence[Generation]) -> None:
-        """Advance every generation by one step, each at its own time step and with its own settings.
+        """Advance every generation by one step, each at its own timestep and with its own settings.
 
         Args:
-            generations: pictures of one size, none of them done.
+            generations: images of one size, none of them done.
         """
-        assert generations and len({g.size for g in generations}) == 1, "pictures of one size advance together"
-        assert not any(g.done for g in generations), "a finished picture has no next step"
+        assert generations and len({g.size for g in generations}) == 1, "images of one size advance together"
+        assert not any(g.done for g in generations), "a finished image has no next step"
         if guided := [g for g in generations if g.needs_guidance_branch]:
             self.guidance_branch(guided)
         for generation, noise in zip(generations, self.generation_branch(generations), strict=True):
@@ -104,7 +104,7 @@ class Denoiser:
             generation.set_masks(guidance_masks(r[: len(scopes)], scopes, self.method))
 
     def generation_branch(self, generations: Sequence[Generation]) -> list[Tensor]:
-        """Text and subjects inside their masks, with classifier-free guidance (Eq. 16, 17, 19); outputs per picture."""
+        """Text and subjects inside their masks, with classifier-free guidance (Eq. 16, 17, 19); outputs per image."""
         recorded = [g for g in generations if g.records_next_mask]
         conditional = [*recorded, *(g for g in generations if not g.records_next_mask)]
         free = [g for g in conditional if g.negative_text is not None]  # those with an unconditional row
@@ -120,11 +120,11 @@ class Denoiser:
         unconditional = dict(zip(map(id, free), outputs[len(conditional) :], strict=True))
 
         def guided(generation: Generation) -> Tensor:
-            with_text = output[id(generation)]
+            noise_text = output[id(generation)]
             if generation.negative_text is None:
-                return with_text
-            without = unconditional[id(generation)]
-            return without + generation.request.guidance_scale * (with_text - without)
+                return noise_text
+            noise_uncond = unconditional[id(generation)]
+            return noise_uncond + generation.request.guidance_scale * (noise_text - noise_uncond)
 
         return [guided(generation) for generation in generations]
 
@@ -139,8 +139,8 @@ class Denoiser:
         inside = {}
         for level in set(self.attention.levels.values()):
             height, width = self.sizes(generations[0])[level]
-            parts = [g.inside_masks((height, width), self.method.mask_resize) for _, g, _ in seen]
-            inside[level] = MaskedPositions.stack(parts, [row * height * width for row, _, _ in seen])
+            parts = [g.sparse_masks((height, width), self.method.mask_resize) for _, g, _ in seen]
+            inside[level] = SparseMask.stack(parts, [row * height * width for row, _, _ in seen])
         return VisualAttention(keys_values=[kv for _, _, references in seen for kv in references], inside=inside)
 
     def predict(
@@ -166,11 +166,11 @@ class Denoiser:
             }
         known = all(t.keys_values is not None for t in texts)
         keys_values = [t.keys_values for t in texts] if known else ()
-        with self.attention.connected(
+        with self.attention.attention_context(
             text=keys_values,
             vision=vision,
             recordings=recorder and recorder.layers,
-            leave_early=not output_wanted and self.skips_layers,
+            stop_after_recording=not output_wanted and self.allow_early_exit,
         ):
             return self._call(
                 torch.stack([g.model_input() for g in rows]).to(dtype),
@@ -200,7 +200,7 @@ class Denoiser:
             output = self.unet(
                 sample, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False
             )[0]
-        except LeftEarly:
+        except StopForward:
             output = None
         relevance = recorder and recorder.relevance(sizes, self.method.mask_normalization)
         return output.float() if output_wanted else None, relevance

@@ -1,4 +1,4 @@
-"""Generation: the state of one picture under way.
+"""Generation: the state of one image under way.
 
 Legend: S subjects, h x w positions of the largest attention resolution, T text tokens.
 """
@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from .attention import KeysValues
-from .mask import MaskedPositions, resize_by_height, resize_map
-from .request import Request
+from .mask import SparseMask, resize_by_height, resize_map
+from .request import ResolvedRequest
 from .text import TextCondition
 
 
@@ -26,13 +26,13 @@ def _draws_noise(scheduler: type) -> bool:
 
 @dataclass(eq=False, kw_only=True)
 class Generation:
-    """Everything one picture needs from step to step, and nothing of its neighbours.
+    """Everything one image needs from step to step, and nothing of its neighbors.
 
     Attributes:
-        request: with every default filled in.
+        request: what is generated.
         latents: current sample, fp32 [channels, height, width] at latent resolution.
         scheduler: its own scheduler object, with its own state.
-        generator: on the CPU, so that a seed means the same picture on every device.
+        generator: on the CPU, so that a seed means the same image on every device.
         text, negative_text: the latter is None when guidance_scale is 1.
         references: keys and values of each subject's reference.
         negative_references: what the unconditional row sees in their places; empty if nothing.
@@ -43,7 +43,7 @@ class Generation:
         predicted_clean: the scheduler's current estimate of the clean latent, for previews.
     """
 
-    request: Request
+    request: ResolvedRequest
     latents: Tensor
     scheduler: Any
     generator: torch.Generator | None
@@ -57,7 +57,7 @@ class Generation:
     masks_fixed: bool = False
     predicted_clean: Tensor | None = None
     step_index: int = 0
-    _inside_masks: dict[tuple[int, int], MaskedPositions] = field(default_factory=dict, repr=False)
+    _sparse_masks: dict[tuple[int, int], SparseMask] = field(default_factory=dict, repr=False)
 
     @property
     def num_steps(self) -> int:
@@ -69,7 +69,7 @@ class Generation:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of the picture in pixels; pictures of one size can advance together."""
+        """(height, width) of the image in pixels; images of one size can advance together."""
         return self.request.height, self.request.width
 
     @property
@@ -97,19 +97,19 @@ class Generation:
         """Put masks [S, h, w] in [0, 1] in force."""
         assert len(masks) == len(self.references), (masks.shape, len(self.references))
         self.guidance_masks = masks
-        self._inside_masks.clear()
+        self._sparse_masks.clear()
 
-    def inside_masks(self, size: tuple[int, int], way: str = "per_axis") -> MaskedPositions:
+    def sparse_masks(self, size: tuple[int, int], way: str = "per_axis") -> SparseMask:
         """Where the masks, resized to one attention resolution, are not zero; found once per mask, not per layer.
 
         Args:
             size: (h, w) of the resolution.
             way: see `MethodConfig.mask_resize`.
         """
-        if size not in self._inside_masks:
+        if size not in self._sparse_masks:
             resize = resize_by_height if way == "height_factor" else resize_map
-            self._inside_masks[size] = MaskedPositions.of(resize(self.guidance_masks, size).flatten(1))
-        return self._inside_masks[size]
+            self._sparse_masks[size] = SparseMask.from_dense(resize(self.guidance_masks, size).flatten(1))
+        return self._sparse_masks[size]
 
     def model_input(self) -> Tensor:
         return self.scheduler.scale_model_input(self.latents, self.timestep)
@@ -124,7 +124,7 @@ class Generation:
         self.step_index += 1
 
     def mask_images(self) -> list[Image.Image]:
-        """The masks as 8-bit grey pictures of the picture's size, one per subject; empty before the first mask."""
+        """The masks as 8-bit gray images of the image's size, one per subject; empty before the first mask."""
         if self.guidance_masks is None:
             return []
         masks = resize_map(self.guidance_masks.float().cpu(), self.size)

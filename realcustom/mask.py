@@ -36,7 +36,7 @@ def resize_by_height(values: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(values[:, None], scale_factor=factor, mode="bilinear", align_corners=False)[:, 0]
 
 
-def average_maps(maps: Sequence[Tensor], size: tuple[int, int], normalization: str) -> Tensor:
+def aggregate_attention_maps(maps: Sequence[Tensor], size: tuple[int, int], normalization: str) -> Tensor:
     """Cross-attention of the target words, resized to the largest map and averaged over layers.
 
     Args:
@@ -61,7 +61,7 @@ def _min_max(values: Tensor) -> Tensor:
     return (values - low) / (high - low + EPSILON)
 
 
-def normalise(relevance: Tensor, normalization: str) -> Tensor:
+def normalize(relevance: Tensor, normalization: str) -> Tensor:
     """Relevance [S, h, w] to [0, 1]; see `MethodConfig.mask_normalization` for the ways."""
     if normalization == "max":
         return relevance / (relevance.amax(dim=(-2, -1), keepdim=True) + EPSILON)
@@ -76,14 +76,14 @@ def scope_size(scope_ratio: float, num_positions: int) -> int:
     return max(1, int(num_positions * scope_ratio))
 
 
-def keep_scope(relevance: Tensor, scope_ratio: float) -> Tensor:
+def top_k_mask(relevance: Tensor, scope_ratio: float) -> Tensor:
     """Marks the `scope_ratio` most relevant positions of one map (top-K, Sec. 3.3.1); bool, shaped as `relevance`."""
     flat = relevance.flatten()
     kept = flat.topk(scope_size(scope_ratio, flat.numel())).indices
     return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, kept, True).view_as(relevance)
 
 
-def share_scopes(relevance: Tensor, scope_ratios: Sequence[float]) -> Tensor:
+def round_robin_top_k(relevance: Tensor, scope_ratios: Sequence[float]) -> Tensor:
     """Algorithm 1: the subjects take turns picking their best free position until each has its share.
 
     Positions never overlap. Where the shares sum to more than there are positions, the turns end with the last one.
@@ -121,27 +121,27 @@ def guidance_masks(relevance: Tensor, scope_ratios: Sequence[float], method: Met
     Args:
         relevance: [S, h, w], M of Eq. 14 or the averaged cross-attention.
         scope_ratios: γ_scope of each subject.
-        method: how to normalise and select.
+        method: how to normalize and select.
     Returns:
         [S, h, w] in [0, 1], 0 outside each subject's scope.
     """
-    relevance = normalise(relevance, method.mask_normalization)
+    relevance = normalize(relevance, method.mask_normalization)
     if method.mask_selection == "threshold":
         floor = 1 - relevance.new_tensor(list(scope_ratios))[:, None, None]
         kept = relevance > floor if method.mask_binary else relevance >= floor
     elif method.disjoint_masks and len(relevance) > 1:
-        kept = share_scopes(relevance, scope_ratios)
+        kept = round_robin_top_k(relevance, scope_ratios)
     else:
-        kept = torch.stack([keep_scope(r, ratio) for r, ratio in zip(relevance, scope_ratios, strict=True)])
+        kept = torch.stack([top_k_mask(r, ratio) for r, ratio in zip(relevance, scope_ratios, strict=True)])
     masks = kept.to(relevance.dtype) if method.mask_binary else relevance * kept
     if method.disjoint_masks and len(relevance) > 1 and method.mask_normalization == "max":
         # A subject may have lost its best position to another one, so Eq. 18 divides by what it kept.
-        masks = normalise(masks, "max")
+        masks = normalize(masks, "max")
     return masks
 
 
 @dataclass(frozen=True)
-class MaskedPositions:
+class SparseMask:
     """Where masks are not zero: all that visual attention has to compute (Eq. 16, 19).
 
     Attributes:
@@ -153,7 +153,7 @@ class MaskedPositions:
     weight: Tensor
 
     @classmethod
-    def of(cls, masks: Tensor) -> "MaskedPositions":
+    def from_dense(cls, masks: Tensor) -> "SparseMask":
         """From masks [S, Q]; on a GPU this waits for them."""
         inside = masks != 0  # NaN counts, so that it is not lost
         count = max(2, int(inside.sum(dim=1).max()))  # `torch.compile` makes another program for one
@@ -161,7 +161,7 @@ class MaskedPositions:
         return cls(index, masks.gather(1, index)[..., None])
 
     @classmethod
-    def stack(cls, parts: Sequence["MaskedPositions"], offsets: Sequence[int]) -> "MaskedPositions":
+    def stack(cls, parts: Sequence["SparseMask"], offsets: Sequence[int]) -> "SparseMask":
         """All subjects of `parts`, the positions of each part counted from its offset."""
         count = max(part.index.shape[1] for part in parts)
         index = [F.pad(p.index, (0, count - p.index.shape[1])) + start for p, start in zip(parts, offsets, strict=True)]

@@ -10,11 +10,11 @@ from torch import nn
 
 from .config import MemoryTier
 
-TILE = 512  # px, where the VAE's own tiles are larger: SDXL's are as large as its pictures
+TILE = 512  # px, where the VAE's own tiles are larger: SDXL's are as large as its images
 ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder", "image_encoder_2")
 
 
-def place(pipeline, device: str | torch.device, tier: MemoryTier = "high") -> None:
+def apply_memory_tier(pipeline, device: str | torch.device, tier: MemoryTier = "high") -> None:
     """Put a pipeline on a device for the rest of its life.
 
     Args:
@@ -63,7 +63,7 @@ def _offload_layers(pipeline, device: torch.device) -> None:
     apply_group_offloading(
         pipeline.unet, onload_device=device, offload_type="leaf_level", use_stream=on_gpu, record_stream=on_gpu
     )
-    pipeline.denoiser.skips_layers = False  # the layers are brought over in an order learned from whole passes
+    pipeline.denoiser.allow_early_exit = False  # the layers are brought over in an order learned from whole passes
 
 
 def resident_parts(tier: MemoryTier) -> tuple[str, ...]:

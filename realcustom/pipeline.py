@@ -1,7 +1,6 @@
 """RealCustomPipeline: prepare, step, decode, and the diffusers-style call over them."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -24,13 +23,14 @@ from .decoder import LatentDecoder
 from .denoiser import Denoiser
 from .generation import Generation
 from .lora import LoraLoader
-from .request import Request, Subject, to_rgb
+from .reference_image import ReferenceImage
+from .request import Request, ResolvedRequest, Subject, seed_variations
 from .text import TextCondition, TextEncoders
 from .vision import VisionEncoders, VisionFeatures
 
 REFERENCE_CACHE_BYTES = 1 << 30  # about four references of SDXL in bf16
 TEXT_CACHE_BYTES = 1 << 28  # about ten prompts of SDXL in bf16
-# Pictures that step together, each as its number of subjects and where its masks come from: what makes `torch.compile`
+# Images that step together, each as its number of subjects and where its masks come from: what makes `torch.compile`
 # see every kind of call, each twice with different batch sizes, after which it takes these as dynamic.
 EXACT, FAST = get_args(MaskSource)
 WARM_UP_GROUPS: tuple[tuple[tuple[int, MaskSource], ...], ...] = (
@@ -49,12 +49,12 @@ WARM_UP_GROUPS: tuple[tuple[tuple[int, MaskSource], ...], ...] = (
 
 @dataclass
 class RealCustomOutput(BaseOutput):
-    """Pictures and what explains them.
+    """Images and what explains them.
 
     Attributes:
-        images: PIL pictures, or what `output_type` asked for.
-        masks: per picture the final guidance mask of each subject, fp32 [S, h, w] in [0, 1]; None without subjects.
-        seeds: the seed of each picture; a picture drawn from a caller's generator has None.
+        images: PIL images, or what `output_type` asked for.
+        masks: per image the final guidance mask of each subject, fp32 [S, h, w] in [0, 1]; None without subjects.
+        seeds: the seed of each image; an image drawn from a caller's generator has None.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
@@ -122,8 +122,8 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         self.denoiser = Denoiser(unet, realcustom_config.method)
         self._compiled = False
         self.offload_hooks: dict[str, Any] = {}  # of components that are on the device only while in use, see memory.py
-        self.texts: Cache[TextCondition] = Cache(TEXT_CACHE_BYTES, _text_bytes)
-        self.references: Cache[KeysValues] = Cache(REFERENCE_CACHE_BYTES, _keys_values_bytes)
+        self.text_cache: Cache[TextCondition] = Cache(TEXT_CACHE_BYTES, _text_bytes)
+        self.reference_cache: Cache[KeysValues] = Cache(REFERENCE_CACHE_BYTES, _keys_values_bytes)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **options) -> "RealCustomPipeline":
@@ -183,17 +183,17 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
 
     def clear_caches(self) -> None:
         """Forget encoded texts and references; needed after changing weights in place."""
-        self.references.clear()
-        self.texts.clear()
+        self.reference_cache.clear()
+        self.text_cache.clear()
 
     def compile(self, *, whole: bool = False, **options) -> None:
         """Compile the UNet with `torch.compile`: its transformer blocks, or all of it.
 
-        Programs are made when first needed; `warm_up` makes them all. Batch sizes are dynamic, picture sizes are not.
+        Programs are made when first needed; `warm_up` makes them all. Batch sizes are dynamic, image sizes are not.
 
         Args:
             whole: one program for a UNet call in place of one for all blocks of a shape: faster steps, and many times
-                longer to make. Texts and references of pictures that step together are then copied for all layers at
+                longer to make. Texts and references of images that step together are then copied for all layers at
                 once. New weights and LoRAs take effect as ever; after any other change of the UNet's modules, such as a
                 hook or FreeU, compile anew.
             options: of `torch.compile`, such as `mode="max-autotune-no-cudagraphs"`.
@@ -210,7 +210,7 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         self._compiled = True
 
     def warm_up(self, sizes: Sequence[tuple[int, int]] = ()) -> None:
-        """Do each kind of work once, so that the first real picture does not wait and a broken model fails here.
+        """Do each kind of work once, so that the first real image does not wait and a broken model fails here.
 
         Args:
             sizes: (height, width) in px to be ready for; the default size if there are none.
@@ -219,17 +219,17 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         scales = (None, 1.0) if self._compiled else (None,)
         for (height, width), guidance_scale, group in product(sizes or [(None, None)], scales, groups):
             settings = dict(height=height, width=width, guidance_scale=guidance_scale, seed=0)
-            generations = [self._grey_generation(number, mask_source=source, **settings) for number, source in group]
+            generations = [self._gray_generation(number, mask_source=source, **settings) for number, source in group]
             self.step(generations)
             if group is groups[-1]:
                 self.preview(generations[:1])
                 self.decode(generations[:1])
         self.clear_caches()
 
-    def _grey_generation(self, num_subjects: int, **settings) -> Generation:
+    def _gray_generation(self, num_subjects: int, **settings) -> Generation:
         names = ("ball", "box")[: num_subjects if self.adapter is not None else 0]
-        grey = Image.new("RGB", (64, 64), "grey")
-        subjects = tuple(Subject(image=grey, target_phrase=name) for name in names)
+        gray = Image.new("RGB", (64, 64), "gray")
+        subjects = tuple(Subject(image=gray, target_phrase=name) for name in names)
         return self.prepare(Request(prompt="a ball and a box", subjects=subjects, **settings))
 
     # ---- prepare: everything that depends on the request alone -------------------------------------------------
@@ -237,14 +237,14 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
     @torch.no_grad()
     def prepare(
         self,
-        request: Request,
+        request: Request | ResolvedRequest,
         *,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
         masks: Tensor | None = None,
         scheduler=None,
     ) -> Generation:
-        """Text, references, noise and a scheduler of its own: a picture ready for its first step.
+        """Text, references, noise and a scheduler of its own: an image ready for its first step.
 
         Args:
             request: missing settings are filled from `sampling`.
@@ -256,9 +256,10 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
             ValueError: the size does not fit the model's grid, a phrase is beyond the text encoder's limit, or the
                 request has subjects and no adapter is loaded.
         """
-        request = request.with_defaults(self.sampling)
+        if isinstance(request, Request):
+            request = request.resolve(self.sampling)
         self._check(request)
-        device = self._execution_device  # walks all modules, so it is asked once a picture and not in every step
+        device = self._execution_device  # walks all modules, so it is asked once an image and not in every step
         scheduler = copy.deepcopy(scheduler if scheduler is not None else self.scheduler)
         scheduler.set_timesteps(request.num_inference_steps, device=device)
         generator = generator or torch.Generator("cpu").manual_seed(request.seed)
@@ -286,7 +287,7 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
             generation.masks_fixed = True
         return generation
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request: ResolvedRequest) -> None:
         for name in ("height", "width"):
             if getattr(request, name) % self.vae_scale_factor:
                 raise ValueError(
@@ -298,8 +299,8 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
                 "call load_realcustom or load a model that has them."
             )
 
-    def _time_ids(self, request: Request) -> Tensor:
-        """Original size, crop corner and target size; the picture is asked for as uncropped."""
+    def _time_ids(self, request: ResolvedRequest) -> Tensor:
+        """Original size, crop corner and target size; the image is asked for as uncropped."""
         size = (request.height, request.width)
         if self.realcustom_config.method.time_ids == "width_first":
             size = size[::-1]
@@ -322,9 +323,9 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
             self._offload("text_encoder", "text_encoder_2")
             return self.denoiser.prepare_text(condition)
 
-        return self.texts.get(text, make)
+        return self.text_cache.get(text, make)
 
-    def _negative_text(self, request: Request) -> TextCondition | None:
+    def _negative_text(self, request: ResolvedRequest) -> TextCondition | None:
         if request.guidance_scale <= 1:
             return None
         if request.negative_prompt or not self.config.force_zeros_for_empty_prompt:
@@ -335,31 +336,30 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
             pooled = None if text.pooled is None else torch.zeros_like(text.pooled)
             return self.denoiser.prepare_text(TextCondition(embeds=torch.zeros_like(text.embeds), pooled=pooled))
 
-        return self.texts.get(None, make)
+        return self.text_cache.get(None, make)
 
-    def _encode_reference(self, image: Image.Image) -> KeysValues:
-        """Keys and values of a reference in every layer, once per content of the picture."""
+    def _encode_reference(self, image: ReferenceImage) -> KeysValues:
+        """Keys and values of a reference in every layer, once per content of the image."""
 
         def make() -> KeysValues:
-            features = self._vision_encoders().encode([image])
+            features = self._vision_encoders().encode([image.to_pil()])
             self._offload("image_encoder", "image_encoder_2")
             tokens = {name: v.to(self.adapter.device, self.adapter.dtype) for name, v in vars(features).items()}
             return self.adapter(VisionFeatures(**tokens))
 
-        key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
-        return self.references.get(key, make)
+        return self.reference_cache.get(image.digest, make)
 
     def _offload(self, *names: str) -> None:
         for name in names:
             if name in self.offload_hooks:
                 self.offload_hooks[name].offload()
 
-    def _negative_references(self, request: Request) -> tuple[KeysValues, ...]:
-        """A black picture for each subject, where the method shows the unconditional row one."""
-        black = self.realcustom_config.method.unconditional_vision == "black_picture"
+    def _negative_references(self, request: ResolvedRequest) -> tuple[KeysValues, ...]:
+        """A black image for each subject, where the method shows the unconditional row one."""
+        black = self.realcustom_config.method.unconditional_vision == "black_image"
         if not (black and request.subjects) or request.guidance_scale <= 1:
             return ()
-        return (self._encode_reference(Image.new("RGB", (8, 8))),) * len(request.subjects)
+        return (self._encode_reference(ReferenceImage.from_pil(Image.new("RGB", (8, 8)))),) * len(request.subjects)
 
     # ---- step ----------------------------------------------------------------------------------------------------
 
@@ -371,7 +371,7 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
 
     @torch.no_grad()
     def decode(self, generations: Sequence[Generation]) -> list[Image.Image]:
-        """Finished pictures; of one size, decoded one by one so that each is the same in any company."""
+        """Finished images; of one size, decoded one by one so that each is the same in any company."""
         return [self.decoder.decode(self._final_latents(g)) for g in generations]
 
     def _final_latents(self, generation: Generation) -> Tensor:
@@ -380,7 +380,7 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
 
     @torch.no_grad()
     def preview(self, generations: Sequence[Generation]) -> list[Image.Image]:
-        """Current estimate of the finished pictures, at a glance (see `LatentDecoder.glance`)."""
+        """Current estimate of the finished images, at a glance (see `LatentDecoder.glance`)."""
         return [self.decoder.glance(g.latents if g.predicted_clean is None else g.predicted_clean) for g in generations]
 
     # ---- the diffusers-style call ------------------------------------------------------------------------------
@@ -409,16 +409,16 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         callback_on_step_end: Callable[["RealCustomPipeline", int, Tensor, dict], dict] | None = None,
         return_dict: bool = True,
     ) -> RealCustomOutput | tuple:
-        """Make pictures; see `Request` for the settings and their ranges.
+        """Make images; see `Request` for the settings and their ranges.
 
         Args:
-            prompt: text of the pictures.
+            prompt: text of the images.
             subjects: who becomes which words. For one subject, `image`, `target_phrase` and `scope_ratio` will do.
-            seed: picture i uses seed + i.
-            num_images_per_prompt: pictures made together.
-            generator: draws the noise in place of seeds; a list has one per picture.
+            seed: image i uses seed + i.
+            num_images_per_prompt: images made together.
+            generator: draws the noise in place of seeds; a list has one per image.
             output_type: "pil", "np", "pt", or "latent" for undecoded latents [N, channels, height, width].
-            callback_on_step_end: called with the pipeline, step index, time step and {"latents": [N, ...]} after
+            callback_on_step_end: called with the pipeline, step index, timestep and {"latents": [N, ...]} after
                 every step; latents it returns replace the current ones.
         Raises:
             ValueError: a setting out of range.
@@ -426,7 +426,7 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
         if image is not None or target_phrase is not None:
             if image is None or target_phrase is None or subjects:
                 raise ValueError("give image and target_phrase together, or else a list of subjects; not both.")
-            subjects = (Subject(image=to_rgb(image), target_phrase=target_phrase, scope_ratio=scope_ratio),)
+            subjects = (Subject(image=image, target_phrase=target_phrase, scope_ratio=scope_ratio),)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
         if num_images_per_prompt < 1:
@@ -443,10 +443,10 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
             mask_source=mask_source,
             mask_interval=mask_interval,
             seed=seed,
-        ).with_defaults(self.sampling)
+        ).resolve(self.sampling)
         generators = _one_each(generator, num_images_per_prompt)
         generations = [
-            self.prepare(r, generator=g) for r, g in zip(request.variations(num_images_per_prompt), generators)
+            self.prepare(r, generator=g) for r, g in zip(seed_variations(request, num_images_per_prompt), generators)
         ]
         with self.progress_bar(total=generations[0].num_steps) as bar:
             for index in range(generations[0].num_steps):
@@ -471,8 +471,8 @@ class RealCustomPipeline(DiffusionPipeline, LoraLoader):
             return self.decode(generations)
         if output_type == "latent":
             return torch.stack([self._final_latents(g) for g in generations])
-        pictures = [self.decoder.decode(self._final_latents(g), output_type) for g in generations]
-        return torch.stack(pictures) if output_type == "pt" else np.stack(pictures)
+        images = [self.decoder.decode(self._final_latents(g), output_type) for g in generations]
+        return torch.stack(images) if output_type == "pt" else np.stack(images)
 
 
 def _text_bytes(text: TextCondition) -> int:
@@ -488,5 +488,5 @@ def _one_each(generator, number: int) -> list:
     if generator is None or isinstance(generator, torch.Generator):
         return [generator] * number
     if len(generator) != number:
-        raise ValueError(f"generator has {len(generator)} entries for {number} pictures; give one per picture.")
+        raise ValueError(f"generator has {len(generator)} entries for {number} images; give one per image.")
     return list(generator)

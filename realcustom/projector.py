@@ -22,17 +22,17 @@ class DeepQueryAttention(nn.Module):
             raise ValueError(f"vision width {dim} is not a multiple of the head width {head_dim}.")
         self.num_heads = dim // head_dim
         self.norm_query = nn.LayerNorm(dim)
-        self.norm_answer = nn.LayerNorm(dim)
+        self.norm_context = nn.LayerNorm(dim)
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, deep: Tensor, answering: Tensor) -> Tensor:
+    def forward(self, deep: Tensor, context: Tensor) -> Tensor:
         """deep [B, N, C], answering [B, M, C] -> [B, N, C]."""
-        answering = self.norm_answer(answering)
+        context = self.norm_context(context)
         query, key, value = (
             tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, tokens, C / H]
-            for tokens in (self.to_q(self.norm_query(deep)), self.to_k(answering), self.to_v(answering))
+            for tokens in (self.to_q(self.norm_query(deep)), self.to_k(context), self.to_v(context))
         )
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mask import average_maps
+from .mask import aggregate_attention_maps
 
 
 def attention_times(query: Tensor, key: Tensor, columns: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class CrossRecording:
         self.columns = columns
         self.relevance: Tensor | None = None
 
-    def take(self, query: Tensor, key: Tensor) -> None:
+    def record(self, query: Tensor, key: Tensor) -> None:
         self.relevance = attention_times(query, key, self.columns).transpose(1, 2)
 
 
@@ -60,7 +60,7 @@ class SelfRecording:
         self.query: Tensor | None = None
         self.key: Tensor | None = None
 
-    def take(self, query: Tensor, key: Tensor) -> None:
+    def record(self, query: Tensor, key: Tensor) -> None:
         self.query, self.key = query, key
 
 
@@ -106,7 +106,7 @@ class AttentionRecorder:
             [B, S, h, w] at the largest level with attention.
         """
         maps = [m.flatten(0, 1).unflatten(-1, sizes[level]) for level, m in self.cross_maps.values()]
-        relevance = average_maps(maps, sizes[min(self.levels.values())], normalization)  # [B * S, h, w]
+        relevance = aggregate_attention_maps(maps, sizes[min(self.levels.values())], normalization)  # [B * S, h, w]
         relevance = relevance.unflatten(0, (-1, self.num_subjects))
         recorded = [r for r in self.layers.values() if isinstance(r, SelfRecording)]
         if not recorded:

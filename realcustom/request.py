@@ -1,95 +1,110 @@
-"""Request and Subject: what a person asks for, checked at construction; the schema behind every door."""
+"""Request and Subject: what a caller asks for. ResolvedRequest: the same with every setting filled in.
+
+Both are checked where they are constructed; the interfaces (Python, HTTP, Ray, demo) share them.
+"""
 
 from __future__ import annotations
 
 import math
 import secrets
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import TypeVar, get_args
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .config import MaskSource, SamplingDefaults
+from .reference_image import ReferenceImage
 from .words import find_phrase
 
 MAX_SEED = 2**63 - 1
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL picture as 8-bit RGB, upright: EXIF rotation applied, transparency laid on white, 16 bits scaled to 8."""
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"a subject's image must be a PIL picture, not {type(image).__name__}.")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bit(image)
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        layer = image.convert("RGBA")
-        ground = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(ground, layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Grey values of 16 bits, integers or floats to 8 bits: scaled by the range of their kind, then clipped."""
-    values = np.asarray(image, dtype=np.float64)
-    if image.mode == "F" and values.max(initial=0) <= 1:
-        top = 1.0
-    elif image.mode.startswith("I;16") or values.max(initial=0) > 255:
-        top = 65535.0
-    else:
-        top = 255.0
-    return Image.fromarray((values * (255 / top)).clip(0, 255).round().astype(np.uint8))
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False)
 class Subject:
-    """One subject: a picture and the real word(s) of the prompt that it becomes.
+    """A reference and the real words of the prompt that it becomes.
 
-    Attributes:
-        image: any PIL picture; kept as upright 8-bit RGB.
+    Args:
+        image: any PIL image, or one that has been normalized already.
         target_phrase: whole words of the prompt, in any case.
-        scope_ratio: γ_scope, fraction of positions it may influence, in (0, 1]; None takes the model's default.
+        scope_ratio: γ_scope, the fraction of positions the subject may influence, in (0, 1]; None takes the model's
+            default.
     Raises:
-        ValueError: not a picture, an empty picture or phrase, a ratio outside (0, 1].
+        ValueError: not an image, an empty image or phrase, a ratio outside (0, 1].
     """
 
-    image: Image.Image
+    image: ReferenceImage
     target_phrase: str
     scope_ratio: float | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "image", to_rgb(self.image))
-        if min(self.image.size) < 1:
-            raise ValueError(f"the subject's image is {self.image.size[0]}x{self.image.size[1]}; it has no pixels.")
-        if not isinstance(self.target_phrase, str) or not self.target_phrase.strip():
+    def __init__(
+        self, *, image: Image.Image | ReferenceImage, target_phrase: str, scope_ratio: float | None = None
+    ) -> None:
+        if not isinstance(image, ReferenceImage):
+            image = ReferenceImage.from_pil(image)
+        if not isinstance(target_phrase, str) or not target_phrase.strip():
             raise ValueError("target_phrase is empty; name the word of the prompt that the subject becomes.")
-        if self.scope_ratio is not None:
-            _check_number("scope_ratio", self.scope_ratio)
-            if not 0 < self.scope_ratio <= 1:
-                raise ValueError(f"scope_ratio is {self.scope_ratio}; it must lie in (0, 1], for example 0.25.")
+        if scope_ratio is not None:
+            _check_number("scope_ratio", scope_ratio)
+            if not 0 < scope_ratio <= 1:
+                raise ValueError(f"scope_ratio is {scope_ratio}; it must be in (0, 1], for example 0.25.")
+        object.__setattr__(self, "image", image)
+        object.__setattr__(self, "target_phrase", target_phrase)
+        object.__setattr__(self, "scope_ratio", scope_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSubject:
+    """A subject with its γ_scope; see `Subject`."""
+
+    image: ReferenceImage
+    target_phrase: str
+    scope_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRequest:
+    """A request in which nothing is left open. Made by `Request.resolve` at the entry point, checked there, then passed
+    on as it is. Attributes as in `Request`, with T_stop as a number of steps."""
+
+    prompt: str
+    subjects: tuple[ResolvedSubject, ...]
+    negative_prompt: str
+    height: int
+    width: int
+    num_inference_steps: int
+    early_stop_step: int
+    guidance_scale: float
+    mask_source: MaskSource
+    mask_interval: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.early_stop_step <= self.num_inference_steps, self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One picture to make. One2One, One2Many and Many2Many differ in `subjects` alone.
+    """One image to generate. One2One, One2Many and Many2Many differ only in `subjects`.
+
+    None takes the default of the loaded model; a missing seed is drawn.
 
     Attributes:
-        prompt: text of the picture.
-        subjects: several may share one image (One2Many) or bring their own (Many2Many); none is plain text-to-image.
+        prompt: text of the image.
+        subjects: several may share one image (One2Many) or have different ones (Many2Many); without subjects the
+            request is plain text-to-image.
         negative_prompt: text of the unconditional row of Eq. 17.
-        height, width: pixels, multiples of the model's grid (8).
+        height, width: pixels, multiples of the VAE's scale factor (8).
         num_inference_steps: denoising steps, at least 1.
-        early_stop_step: T_stop: a step count (int, at least 1) or a fraction of the steps (float in (0, 1]).
+        early_stop_step: T_stop (Sec. 3.3.1): a number of steps (int, at least 1) or a fraction of them (float in
+            (0, 1]).
         guidance_scale: ω of Eq. 17, at least 1; 1 runs no unconditional row.
         mask_source: "guidance_branch" is the paper's method: up to T_stop every step has a text-only row whose
-            attention becomes the mask. "generation_branch" is an approximation without that row: the mask comes from
-            the text attention of the picture's own row in the step before; only the first step runs the other branch.
-        mask_interval: a new mask at every k-th step up to T_stop, at least 1; more than 1 is an approximation, too.
-        seed: in [0, 2**63); the same seed gives the same picture, alone or in any batch.
-        None takes the loaded model's default; a missing seed is drawn.
+            attention becomes the mask. "generation_branch" approximates it without that row: the mask comes from the
+            text attention of the image's own row in the previous step; only the first step runs the guidance branch.
+        mask_interval: the mask is recomputed every k-th step up to T_stop, at least 1; more than 1 is an approximation.
+        seed: in [0, 2**63); the same seed gives the same image, alone or in any batch.
     Raises:
-        ValueError: a value out of range, or a target phrase that the prompt does not contain.
+        ValueError: a value out of range, or a target phrase that does not occur in the prompt.
     """
 
     prompt: str
@@ -110,7 +125,7 @@ class Request:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, not {type(getattr(self, name)).__name__}.")
         if not self.prompt.strip():
-            raise ValueError("prompt is empty; describe the picture, for example 'a dog on the beach'.")
+            raise ValueError("prompt is empty; describe the image, for example 'a dog on the beach'.")
         for name in ("height", "width", "num_inference_steps", "mask_interval"):
             _check_integer(name, getattr(self, name), minimum=1)
         if self.mask_source not in (None, *get_args(MaskSource)):
@@ -121,7 +136,7 @@ class Request:
         if self.guidance_scale is not None:
             _check_number("guidance_scale", self.guidance_scale)
             if self.guidance_scale < 1:
-                raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be at least 1 (1 is no guidance).")
+                raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be at least 1 (1: no guidance).")
         self._check_early_stop()
         self._check_subjects()
 
@@ -153,37 +168,53 @@ class Request:
                         )
                 taken[span] = subject.target_phrase
 
-    def with_defaults(self, defaults: SamplingDefaults) -> Request:
-        """Every None replaced: by the model's defaults, T_stop by whole steps, a missing seed by a random one."""
+    def with_seed(self) -> Request:
+        """The request itself if it has a seed, or a copy with a random one. A retried request must have a seed, so that
+        the second attempt makes the same image."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbelow(2**32))
+
+    def resolve(self, defaults: SamplingDefaults) -> ResolvedRequest:
+        """Fill in every open setting: the model's defaults, T_stop as a number of steps, a random seed."""
         steps = self.num_inference_steps or defaults.num_inference_steps
-        return replace(
-            self,
+        seed = self.with_seed().seed
+        assert seed is not None
+        return ResolvedRequest(
+            prompt=self.prompt,
             subjects=tuple(
-                replace(s, scope_ratio=s.scope_ratio if s.scope_ratio is not None else defaults.scope_ratio)
+                ResolvedSubject(
+                    image=s.image,
+                    target_phrase=s.target_phrase,
+                    scope_ratio=defaults.scope_ratio if s.scope_ratio is None else s.scope_ratio,
+                )
                 for s in self.subjects
             ),
+            negative_prompt=self.negative_prompt,
             height=self.height or defaults.height,
             width=self.width or defaults.width,
             num_inference_steps=steps,
-            early_stop_step=self._whole_early_stop(steps, defaults),
-            guidance_scale=self.guidance_scale if self.guidance_scale is not None else defaults.guidance_scale,
+            early_stop_step=self._resolve_early_stop(steps, defaults),
+            guidance_scale=defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale,
             mask_source=self.mask_source or defaults.mask_source,
             mask_interval=self.mask_interval or defaults.mask_interval,
-            seed=self.seed if self.seed is not None else secrets.randbelow(2**32),
+            seed=seed,
         )
 
-    def variations(self, number: int) -> list[Request]:
-        """`number` requests that differ in the seed alone: seed, seed + 1, ... (needs a seed)."""
-        assert self.seed is not None
-        return [replace(self, seed=(self.seed + i) % (MAX_SEED + 1)) for i in range(number)]
-
-    def _whole_early_stop(self, steps: int, defaults: SamplingDefaults) -> int:
+    def _resolve_early_stop(self, steps: int, defaults: SamplingDefaults) -> int:
         stop = self.early_stop_step
         if stop is None:  # the default scales with the steps, so that few-step sampling keeps its proportion
             stop = steps * defaults.early_stop_step / defaults.num_inference_steps
         elif isinstance(stop, float) and stop <= 1:
             stop = stop * steps
         return min(steps, max(1, math.floor(stop + 0.5)))
+
+
+R = TypeVar("R", Request, ResolvedRequest)
+
+
+def seed_variations(request: R, number: int) -> list[R]:
+    """`number` requests that differ only in the seed: seed, seed + 1, ..."""
+    assert request.seed is not None, "draw the seed first, see Request.with_seed"
+    return [replace(request, seed=(request.seed + i) % (MAX_SEED + 1)) for i in range(number)]
 
 
 def _check_integer(name: str, value: object, *, minimum: int, maximum: int | None = None) -> None:

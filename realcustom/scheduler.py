@@ -1,7 +1,7 @@
 """The sampler of the authors' release, in diffusers' shape: single-step DPM-Solver++ of alternating order.
 
 diffusers' own single-step solver takes the orders 1, 2, 1, 2, ..., 1; the release takes 1, 1, 2, 1, 2, ... and ends at
-training step 0 instead of the clean picture, so neither can stand in for the other. Update rules: DPM-Solver++ (Lu et
+training step 0 instead of the clean image, so neither can stand in for the other. Update rules: DPM-Solver++ (Lu et
 al. 2022), algorithm 2S with the midpoint rule.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class AlternatingDPMSolverOutput(BaseOutput):
-    """prev_sample: the sample at the next time step. pred_original_sample: the current estimate of the clean one."""
+    """prev_sample: the sample at the next timestep. pred_original_sample: the current estimate of the clean one."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor
@@ -25,7 +25,7 @@ class AlternatingDPMSolverOutput(BaseOutput):
 class AlternatingDPMSolverScheduler(SchedulerMixin, ConfigMixin):
     """DPM-Solver++ in pairs of a first-order and a second-order step, one model call each.
 
-    The noise schedule is Stable Diffusion's ("scaled_linear"), time steps are spaced from the end ("trailing").
+    The noise schedule is Stable Diffusion's ("scaled_linear"), timesteps are spaced from the end ("trailing").
 
     Args:
         num_train_timesteps, beta_start, beta_end: the model's noise schedule.
@@ -72,7 +72,7 @@ class AlternatingDPMSolverScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Samples of the time steps [B] from clean ones [B, ...]."""
+        """Samples of the timesteps [B] from clean ones [B, ...]."""
         kept = self.alphas_cumprod.to(original_samples.device)[timesteps.to(original_samples.device)]
         kept = kept.view(-1, *[1] * (original_samples.ndim - 1)).to(original_samples.dtype)
         return kept.sqrt() * original_samples + (1 - kept).sqrt() * noise

@@ -1,6 +1,6 @@
-"""Picture -> VisionFeatures: what frozen SigLIP and DINOv2 (with registers) say about a reference.
+"""Image -> VisionFeatures: what frozen SigLIP and DINOv2 (with registers) say about a reference.
 
-Legend: B pictures, N = grid * grid tokens of a view, L shallow layers, C channels of both encoders together.
+Legend: B images, N = grid * grid tokens of a view, L shallow layers, C channels of both encoders together.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class VisionFeatures:
 
 
 def to_pixels(images: Sequence[Image.Image], size: int, method: MethodConfig) -> Tensor:
-    """RGB pictures of any size -> [B, 3, size, size] in [0, 1]; the aspect ratio is not kept (Sec. 3.2.1)."""
+    """RGB images of any size -> [B, 3, size, size] in [0, 1]; the aspect ratio is not kept (Sec. 3.2.1)."""
     pixels = []
     for image in images:
         values = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None] / 255
@@ -73,7 +73,7 @@ def reference_views(pixels: Tensor, method: MethodConfig) -> tuple[Tensor, Tenso
 
 
 def _through_uint8(pixels: Tensor) -> Tensor:
-    """The release converts to 8-bit pictures by truncation."""
+    """The release converts to 8-bit images by truncation."""
     return (pixels * 255).to(torch.uint8).to(pixels.dtype) / 255
 
 
@@ -102,7 +102,7 @@ class VisionEncoders:
         return self.siglip.config.hidden_size + self.dino.config.hidden_size
 
     def encode(self, images: Sequence[Image.Image]) -> VisionFeatures:
-        """RGB pictures of any size -> features."""
+        """RGB images of any size -> features."""
         return self.encode_pixels(to_pixels(images, 2 * self.input_size, self.method))
 
     def encode_pixels(self, pixels: Tensor) -> VisionFeatures:

@@ -29,7 +29,7 @@ _PROJECTOR_MODULES = {
     "min_attention2": "projector.cross_layer_attention",
     "projector2": "projector.shallow_mlp",
 }
-_ATTENTION_PARTS = {"norm1": "norm_query", "norm2": "norm_answer"}
+_ATTENTION_PARTS = {"norm1": "norm_query", "norm2": "norm_context"}
 
 
 def save_adapter(adapter: RealCustomAdapter, path: str | PathLike) -> None:

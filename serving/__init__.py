@@ -2,7 +2,7 @@
 
 
 def __getattr__(name: str):
-    # Lazily, so that `serving.client` stays light for web pages and scripts that only talk to a server.
+    # Lazily, so that `serving.clients` stays light for web pages and scripts that only talk to a server.
     if name == "app":
         from .build import app
 

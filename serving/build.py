@@ -4,9 +4,9 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingPolicy
 
-from .api import create_api
 from .autoscaling import BacklogPolicy
-from .handle_client import HandleClient
+from .clients.handle import HandleClient
+from .http.app import create_api
 from .replica import Replica
 from .settings import PROJECT_ROOT, Settings
 
@@ -17,7 +17,7 @@ MAX_CONNECTIONS = 1000  # requests that the ingress follows at once; the replica
 
 def app(settings: Settings) -> Application:
     """`serve run serving:app key=value ...`, or the `args` of a configuration file."""
-    settings = settings.placed()
+    settings = settings.resolved()
     # Workers of a server that was started elsewhere find the project without being told.
     runtime_env = {"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}}
     full = {"status_code": 429, "retry_after_s": 5}
@@ -41,7 +41,7 @@ def app(settings: Settings) -> Application:
             "upscale_delay_s": settings.upscale_delay_s,
             "downscale_delay_s": settings.downscale_delay_s,
         },
-        user_config=settings.tuning.model_dump(),
+        user_config=settings.live.model_dump(),
         max_ongoing_requests=settings.max_batch_size + settings.max_queued,
         max_queued_requests=settings.max_queued,
         backpressure_config=full,

@@ -1,6 +1,6 @@
 """The engine's numbers as Ray Serve metrics (Prometheus names `ray_realcustom_...`); see configs/grafana.json."""
 
-from .observer import Observer, Outcome
+from .engine.observer import Observer, Outcome
 
 SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250]
 PICTURES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
@@ -12,23 +12,23 @@ class RayMetrics(Observer):
     def __init__(self) -> None:
         from ray.serve.metrics import Counter, Gauge, Histogram
 
-        self._queue = Gauge("realcustom_queue_length", description="Pictures waiting in the replica.")
-        self._active = Gauge("realcustom_active_pictures", description="Pictures under way in the replica.")
+        self._queue = Gauge("realcustom_queue_length", description="Images waiting in the replica.")
+        self._active = Gauge("realcustom_active_images", description="Images under way in the replica.")
         self._backlog = Gauge("realcustom_backlog_seconds", description="Seconds that all steps to come will take.")
         self._rejected = Counter("realcustom_rejected", description="Requests that found no place.")
-        self._steps = Counter("realcustom_steps", description="Steps of the engine; each advances several pictures.")
+        self._steps = Counter("realcustom_steps", description="Steps of the engine; each advances several images.")
         self._rows = Counter("realcustom_rows", description="Rows of UNet calls; their rate is the throughput.")
         self._mask_rows = Counter("realcustom_mask_rows", description="Rows for guidance masks: steps before T_stop.")
-        self._batch = Histogram("realcustom_batch_size", description="Pictures in a step.", boundaries=PICTURES)
+        self._batch = Histogram("realcustom_batch_size", description="Images in a step.", boundaries=PICTURES)
         self._step_s = Histogram("realcustom_step_seconds", description="Duration of a step.", boundaries=SECONDS)
         self._preview_s = Histogram(
             "realcustom_first_preview_seconds", description="From arrival to the first preview.", boundaries=SECONDS
         )
-        self._pictures = Counter(
-            "realcustom_pictures", description="Pictures that have left, by how they ended.", tag_keys=("outcome",)
+        self._images = Counter(
+            "realcustom_images", description="Images that have left, by how they ended.", tag_keys=("outcome",)
         )
-        self._picture_s = Histogram(
-            "realcustom_picture_seconds", description="From arrival to the end.", boundaries=SECONDS,
+        self._image_s = Histogram(
+            "realcustom_image_seconds", description="From arrival to the end.", boundaries=SECONDS,
             tag_keys=("outcome",),
         )  # fmt: skip
         self._hits = Counter("realcustom_reference_hits", description="References found in the cache.")
@@ -42,20 +42,20 @@ class RayMetrics(Observer):
     def rejected(self) -> None:
         self._rejected.inc()
 
-    def step(self, *, pictures: int, rows: int, mask_rows: int, seconds: float) -> None:
+    def step(self, *, images: int, rows: int, mask_rows: int, seconds: float) -> None:
         self._steps.inc()
         self._rows.inc(rows)
         if mask_rows:
             self._mask_rows.inc(mask_rows)
-        self._batch.observe(pictures)
+        self._batch.observe(images)
         self._step_s.observe(max(seconds, 1e-9))
 
     def first_preview(self, seconds: float) -> None:
         self._preview_s.observe(max(seconds, 1e-9))
 
-    def picture(self, outcome: Outcome, *, seconds: float) -> None:
-        self._pictures.inc(tags={"outcome": outcome})
-        self._picture_s.observe(max(seconds, 1e-9), tags={"outcome": outcome})
+    def image(self, outcome: Outcome, *, seconds: float) -> None:
+        self._images.inc(tags={"outcome": outcome})
+        self._image_s.observe(max(seconds, 1e-9), tags={"outcome": outcome})
 
     def references(self, *, hits: int, misses: int) -> None:
         if hits:

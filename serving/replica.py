@@ -1,4 +1,4 @@
-"""The deployment that makes pictures: one pipeline, one engine, health. Ray Serve runs as many as the load needs."""
+"""The deployment that makes images: one pipeline, one engine, health. Ray Serve runs as many as the load needs."""
 
 import json
 from collections.abc import AsyncIterator
@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from realcustom import MethodConfig, RealCustomPipeline, Request, place
+from realcustom import MethodConfig, RealCustomPipeline, Request, apply_memory_tier
+from realcustom.request import ResolvedRequest
 
-from .engine import Engine
-from .events import Event, Result
-from .memory import Budget, available, measure
+from .engine.engine import Engine
+from .engine.memory import MemoryBudget, available, measure
 from .metrics import RayMetrics
-from .model_info import ModelInfo
-from .settings import Settings, Tuning, locate
+from .protocol.events import Event, Result
+from .protocol.model_info import ModelInfo
+from .settings import LiveSettings, Settings, resolve_path
 
 PRESETS = ("paper", "release")
 
@@ -25,7 +26,7 @@ def load_pipeline(settings: Settings) -> RealCustomPipeline:
     Raises:
         FileNotFoundError: a path that this machine does not have.
     """
-    path = locate(settings.model)
+    path = resolve_path(settings.model)
     if not Path(path).exists() and (Path(path).is_absolute() or path.count("/") != 1 or path.startswith("assets/")):
         raise FileNotFoundError(f"model {settings.model!r} is neither a folder of the project nor of this machine.")
     dtype = settings.dtype
@@ -33,16 +34,16 @@ def load_pipeline(settings: Settings) -> RealCustomPipeline:
         dtype = "bfloat16" if settings.device == "cuda" else "float32"
     pipeline = RealCustomPipeline.from_pretrained(path, dtype=getattr(torch, dtype))
     if settings.adapter:
-        pipeline.load_realcustom(locate(settings.adapter))
+        pipeline.load_realcustom(resolve_path(settings.adapter))
     pipeline.set_progress_bar_config(disable=True)
-    place(pipeline, settings.device, settings.memory)
+    apply_memory_tier(pipeline, settings.device, settings.memory)
     return pipeline
 
 
 def model_info(pipeline: RealCustomPipeline, settings: Settings) -> ModelInfo:
     """What clients need to know; the vocabulary is `vocabulary.json` beside the model, if it has one."""
     method = pipeline.realcustom_config.method
-    vocabulary = Path(locate(settings.model)) / "vocabulary.json"
+    vocabulary = Path(resolve_path(settings.model)) / "vocabulary.json"
     return ModelInfo(
         id=Path(settings.model).name,
         preset=next((name for name in PRESETS if MethodConfig.preset(name) == method), "custom"),
@@ -63,10 +64,10 @@ class Replica:
     def __init__(self, settings: Settings, metrics: bool = False) -> None:
         if settings.cpu_threads:
             torch.set_num_threads(settings.cpu_threads)
-        self._tuning = settings.tuning
+        self._tuning = settings.live
         self._pipeline = load_pipeline(settings)
         self._info = model_info(self._pipeline, settings)
-        footprint = measure(self._pipeline)  # also warms up, and a broken model fails here
+        memory_model = measure(self._pipeline)  # also warms up, and a broken model fails here
         if settings.compile != "off":
             self._pipeline.compile(whole=settings.compile == "whole")
             self._pipeline.warm_up()
@@ -75,7 +76,7 @@ class Replica:
             self._pipeline,
             **settings.engine_options,
             batch_sizes=settings.batch_sizes,
-            budget=Budget(footprint, budget),
+            budget=MemoryBudget(memory_model, budget),
             synchronize=torch.cuda.synchronize if settings.device == "cuda" else None,
             observer=RayMetrics() if metrics else None,
         )
@@ -84,13 +85,13 @@ class Replica:
         """Ray Serve calls this with the deployment's `user_config`, at the start and whenever it changes.
 
         Args:
-            user_config: fields of `Tuning`; those left out are as the replica was started with.
+            user_config: fields of `LiveSettings`; those left out are as the replica was started with.
         Raises:
-            ValidationError: not what `Tuning` takes; the deployment keeps its configuration then.
+            ValidationError: not what `LiveSettings` takes; the deployment keeps its configuration then.
         """
-        tuning = Tuning.model_validate({**self._tuning.model_dump(), **user_config})
-        self._info = self._info.with_limits(tuning.limits)
-        self._engine.reconfigure(**tuning.engine_options)
+        live = LiveSettings.model_validate({**self._tuning.model_dump(), **user_config})
+        self._info = self._info.with_limits(live.limits)
+        self._engine.reconfigure(**live.engine_options)
 
     async def model(self) -> ModelInfo:
         return self._info
@@ -99,27 +100,29 @@ class Replica:
         return self._engine.stats()
 
     async def stream(
-        self, request: Request, previews: bool | int = True, timeout_s: float | None = None
+        self, request: Request | ResolvedRequest, previews: bool | int = True, timeout_s: float | None = None
     ) -> AsyncIterator[Event]:
-        """Events of one picture. Cancelling the call, or closing the iterator, frees its place within one step."""
+        """Events of one image. Cancelling the call, or closing the iterator, frees its place within one step."""
         limits = self._info.limits
-        limits.check(request, self._info.sampling)
-        events = self._engine.stream(request, previews, limits.timeout(timeout_s), _request_id())
+        if isinstance(request, Request):
+            request = request.resolve(self._info.sampling)
+            limits.check(request)
+        events = self._engine.stream(request, previews, limits.timeout_s(timeout_s), _request_id())
         try:
             async for event in events:
                 yield event
         finally:
             await events.aclose()
 
-    async def generate(self, request: Request, timeout_s: float | None = None) -> Result:
-        """The finished picture of one request."""
+    async def generate(self, request: Request | ResolvedRequest, timeout_s: float | None = None) -> Result:
+        """The finished image of one request."""
         return [event async for event in self.stream(request, previews=False, timeout_s=timeout_s)][-1]
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What `autoscaling.BacklogPolicy` decides by; Ray Serve asks every few seconds."""
         stats = self._engine.stats()
-        pictures = stats["waiting"] + stats["preparing"] + stats["active"]
-        return {"backlog_s": stats["backlog_s"], "pictures": pictures}
+        images = stats["waiting"] + stats["preparing"] + stats["active"]
+        return {"backlog_s": stats["backlog_s"], "images": images}
 
     def check_health(self) -> None:
         """Ray Serve replaces the replica when this raises."""

@@ -1,87 +1,23 @@
-"""Limits, Tuning, Settings: everything `serve run serving:app key=value` and the YAML files accept, with defaults."""
+"""Limits, LiveSettings, Settings: everything `serve run serving:app key=value` and the YAML files accept, with defaults."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
-from realcustom.config import MemoryTier, SamplingDefaults
-from realcustom.request import Request
+from realcustom.config import MemoryTier
 
-from .cost import picture_cost
-from .errors import InvalidRequest
+from .protocol.limits import Limits
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
-class Limits(BaseModel):
-    """What one request may cost.
-
-    Attributes:
-        max_subjects: subjects of a picture.
-        max_images: pictures of an HTTP request (`n`).
-        max_pixels: width x height of a picture.
-        min_side: shortest side of a picture in pixels; below it the deepest feature map vanishes.
-        max_steps: denoising steps.
-        max_cost: megapixels x steps x (1 + subjects), of all pictures of a request together (see `cost.picture_cost`).
-        max_timeout_s: seconds after which a request that has not ended is given up; a request may ask for fewer.
-        max_prompt_chars: characters of the prompt, and of the negative prompt.
-        max_image_bytes: bytes of an uploaded file.
-        max_reference_pixels: width x height of an uploaded picture, checked before it is decoded.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    max_subjects: int = Field(8, ge=1)
-    max_images: int = Field(8, ge=1)
-    max_pixels: int = Field(2048 * 2048, ge=64)
-    min_side: int = Field(64, ge=8)
-    max_steps: int = Field(200, ge=1)
-    max_cost: float = Field(2000, gt=0)
-    max_timeout_s: float = Field(600, gt=0)
-    max_prompt_chars: int = Field(2000, ge=1)
-    max_image_bytes: int = Field(20 * 2**20, ge=1024)
-    max_reference_pixels: int = Field(24_000_000, ge=1024)
-
-    def check(self, request: Request, defaults: SamplingDefaults, pictures: int = 1) -> None:
-        """Raise `InvalidRequest` if the request, with the model's defaults, asks for more than a limit."""
-        height, width = request.height or defaults.height, request.width or defaults.width
-        steps = request.num_inference_steps or defaults.num_inference_steps
-        if len(request.subjects) > self.max_subjects:
-            raise InvalidRequest(
-                f"the request has {len(request.subjects)} subjects; this server takes at most {self.max_subjects}."
-            )
-        if height * width > self.max_pixels:
-            raise InvalidRequest(
-                f"the size {width}x{height} has {height * width} pixels; this server makes at most {self.max_pixels}."
-            )
-        if min(height, width) < self.min_side:
-            raise InvalidRequest(f"the size is {width}x{height}; each side must be at least {self.min_side} px.")
-        if steps > self.max_steps:
-            raise InvalidRequest(f"num_inference_steps is {steps}; this server runs at most {self.max_steps}.")
-        if (cost := pictures * picture_cost(request, defaults)) > self.max_cost:
-            raise InvalidRequest(
-                f"the request costs {cost:.4g} (megapixels x steps x (1 + subjects) x pictures); this server takes at "
-                f"most {self.max_cost:.4g}. Ask for fewer pictures or steps, or a smaller size."
-            )
-        for name in ("prompt", "negative_prompt"):
-            if len(getattr(request, name)) > self.max_prompt_chars:
-                raise InvalidRequest(
-                    f"{name} has {len(getattr(request, name))} characters; "
-                    f"this server takes at most {self.max_prompt_chars}."
-                )
-
-    def timeout(self, asked_s: float | None) -> float:
-        """Seconds that a request gets, which asked for `asked_s`."""
-        return self.max_timeout_s if asked_s is None else min(asked_s, self.max_timeout_s)
-
-
-class Tuning(Limits):
+class LiveSettings(Limits):
     """What can change without a restart: the `user_config` of the deployment `Replica`.
 
     Attributes:
-        max_batch_size: pictures under way together in a replica, if their memory allows it.
-        max_queued: pictures waiting in a replica, and again in front of the replicas; more are refused.
+        max_batch_size: images under way together in a replica, if their memory allows it.
+        max_queued: images waiting in a replica, and again in front of the replicas; more are refused.
         preview_every: steps between previews.
         stall_timeout_s: seconds after which a piece of work that does not end makes the replica unhealthy.
     """
@@ -96,13 +32,13 @@ class Tuning(Limits):
         return Limits(**{name: getattr(self, name) for name in Limits.model_fields})
 
     @property
-    def tuning(self) -> "Tuning":
-        return Tuning(**{name: getattr(self, name) for name in Tuning.model_fields})
+    def live(self) -> "LiveSettings":
+        return LiveSettings(**{name: getattr(self, name) for name in LiveSettings.model_fields})
 
     @property
     def engine_options(self) -> dict[str, int | float]:
         """Keyword arguments of `Engine.reconfigure`."""
-        return {name: getattr(self, name) for name in Tuning.model_fields if name not in Limits.model_fields}
+        return {name: getattr(self, name) for name in LiveSettings.model_fields if name not in Limits.model_fields}
 
 
 def _numbers(value: object) -> object:
@@ -110,7 +46,7 @@ def _numbers(value: object) -> object:
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
-class Settings(Tuning):
+class Settings(LiveSettings):
     """One server.
 
     Attributes:
@@ -124,14 +60,14 @@ class Settings(Tuning):
         num_ingresses: processes that answer HTTP; with 2, one that dies is not missed while it is started again.
         target_backlog_s: autoscaling wants each replica to have this many seconds of work ahead.
         upscale_delay_s, downscale_delay_s: how long more or fewer replicas must be wanted before it happens.
-        drain_timeout_s: how long a replica that leaves may finish its pictures.
+        drain_timeout_s: how long a replica that leaves may finish its images.
         num_cpus, num_gpus: what Ray reserves for a replica; num_gpus None is 1 on a GPU and 0 otherwise.
         cpu_threads: torch threads of a replica; None is torch's own choice.
         compile: `torch.compile` the UNet's "blocks", or the "whole" of it; the replica starts later, "whole" minutes
             later, and steps faster.
-        batch_sizes: numbers of pictures that may step together; empty allows any.
-        memory_gb: memory for pictures under way in a replica; None is most of what is free once the model is loaded.
-        max_retries: how often a picture is begun again elsewhere after its replica failed.
+        batch_sizes: numbers of images that may step together; empty allows any.
+        memory_gb: memory for images under way in a replica; None is most of what is free once the model is loaded.
+        max_retries: how often an image is begun again elsewhere after its replica failed.
         log_format: of Ray Serve's log files; "JSON" has the request id as a field.
         api_key: if set, HTTP requests must carry it as `Authorization: Bearer <api_key>`.
     """
@@ -181,7 +117,7 @@ class Settings(Tuning):
             raise ValueError(f"batch_sizes is {list(self.batch_sizes)}; 1 must be among them, and nothing below it.")
         return self
 
-    def placed(self) -> "Settings":
+    def resolved(self) -> "Settings":
         """The settings as a replica on another machine needs them: device chosen, `cwd`-relative paths absolute."""
         device = self.device
         if device == "auto":
@@ -200,6 +136,6 @@ def _absolute(path: str) -> str:
     return path
 
 
-def locate(path: str) -> str:
+def resolve_path(path: str) -> str:
     """A path of the project as this machine has it; anything else (absolute, a hub name) unchanged."""
     return str(PROJECT_ROOT / path) if (PROJECT_ROOT / path).exists() else path

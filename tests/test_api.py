@@ -1,4 +1,4 @@
-"""The HTTP interface without Ray: every kind of bad input gets one clear sentence, and good input a picture."""
+"""The HTTP interface without Ray: every kind of bad input gets one clear sentence, and good input an image."""
 
 import asyncio
 import base64
@@ -11,11 +11,11 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import picture, tiny_pipeline
+from tiny import subject_image, tiny_pipeline
 
-from serving.api import create_api
-from serving.client import HttpClient, Overloaded, Request, Subject
-from serving.images import from_base64
+from serving.clients import HttpClient, QueueFull, Request, Subject
+from serving.http.app import create_api
+from serving.protocol.image_codec import from_base64
 from serving.replica import Replica
 from serving.settings import Settings
 
@@ -84,7 +84,7 @@ def edit(api, images=(), **fields) -> httpx.Response:
     return call(api, "POST", "/v1/images/edits", data=fields, files=files)
 
 
-DOG = file_of(picture())
+DOG = file_of(subject_image())
 
 
 def bomb() -> bytes:
@@ -103,8 +103,8 @@ BAD = {
     "phrase missing in prompt": (dict(images=[DOG], target_phrase="horse"), "horse"),
     "half a word": (dict(images=[DOG], target_phrase="do"), "do"),
     "empty phrase": (dict(images=[DOG], subjects='[{"target_phrase": ""}]'), "target_phrase"),
-    "picture without phrase": (dict(images=[DOG]), "target_phrase"),
-    "phrase without picture": (dict(target_phrase="dog"), "image"),
+    "image without phrase": (dict(images=[DOG]), "target_phrase"),
+    "phrase without image": (dict(target_phrase="dog"), "image"),
     "fewer phrases": (dict(images=[DOG, DOG], target_phrase="dog"), "phrase"),
     "same word twice": (dict(images=[DOG, DOG], target_phrase=["dog", "dog"]), "overlaps"),
     "subjects not JSON": (dict(images=[DOG], subjects="dog"), "JSON"),
@@ -114,7 +114,7 @@ BAD = {
     "subjects with a typo": (dict(images=[DOG], subjects='[{"target": "dog"}]'), "subjects"),
     "image index": (dict(images=[DOG], subjects='[{"target_phrase": "dog", "image": 1}]'), "image 1"),
     "negative index": (dict(images=[DOG], subjects='[{"target_phrase": "dog", "image": -1}]'), "image -1"),
-    "unused picture": (dict(images=[DOG, DOG], subjects='[{"target_phrase": "dog", "image": 0}]'), "image 1"),
+    "unused image": (dict(images=[DOG, DOG], subjects='[{"target_phrase": "dog", "image": 0}]'), "image 1"),
     "both forms": (dict(images=[DOG], subjects='[{"target_phrase": "dog"}]', target_phrase="dog"), "both"),
     "too many subjects": (dict(images=[DOG], target_phrase=["a", "dog", "and", "cat"]), "subjects"),
     "scope 0": (dict(images=[DOG], target_phrase="dog", scope_ratio="0"), "scope_ratio"),
@@ -150,13 +150,13 @@ BAD = {
     "output format": (dict(output_format="bmp"), "output_format"),
     "stream maybe": (dict(stream="maybe"), "stream"),
     "unknown field": (dict(promt="a dog"), "promt"),
-    "text as picture": (dict(image="hello"), "image"),
+    "text as image": (dict(image="hello"), "image"),
     "empty file": (dict(images=[b""], target_phrase="dog"), "empty"),
-    "not a picture": (dict(images=[b"hello" * 100], target_phrase="dog"), "not a picture"),
-    "svg": (dict(images=[b"<svg xmlns='http://www.w3.org/2000/svg'/>"], target_phrase="dog"), "not a picture"),
-    "eps": (dict(images=[b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"], target_phrase="dog"), "not a picture"),
+    "not an image": (dict(images=[b"hello" * 100], target_phrase="dog"), "not an image"),
+    "svg": (dict(images=[b"<svg xmlns='http://www.w3.org/2000/svg'/>"], target_phrase="dog"), "not an image"),
+    "eps": (dict(images=[b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"], target_phrase="dog"), "not an image"),
     "truncated png": (dict(images=[DOG[: len(DOG) // 2]], target_phrase="dog"), "image 0"),
-    "truncated jpeg": (dict(images=[file_of(picture(), "JPEG")[:300]], target_phrase="dog"), "image 0"),
+    "truncated jpeg": (dict(images=[file_of(subject_image(), "JPEG")[:300]], target_phrase="dog"), "image 0"),
 }  # fmt: skip
 
 
@@ -222,29 +222,29 @@ def test_other_paths_and_methods_have_the_same_error_shape(api):
 
 GOOD_FILES = {
     "alpha": file_of(Image.new("RGBA", (40, 30), (200, 0, 0, 90))),
-    "palette": file_of(picture().convert("P")),
-    "palette with transparency": file_of(picture().convert("P"), transparency=0),
+    "palette": file_of(subject_image().convert("P")),
+    "palette with transparency": file_of(subject_image().convert("P"), transparency=0),
     "16 bit": file_of(Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64))),
-    "1 bit": file_of(picture().convert("1")),
-    "cmyk": file_of(picture().convert("CMYK"), "JPEG"),
-    "webp": file_of(picture(), "WEBP"),
-    "animation": file_of(picture(), "GIF", save_all=True, append_images=[picture("blue")]),
+    "1 bit": file_of(subject_image().convert("1")),
+    "cmyk": file_of(subject_image().convert("CMYK"), "JPEG"),
+    "webp": file_of(subject_image(), "WEBP"),
+    "animation": file_of(subject_image(), "GIF", save_all=True, append_images=[subject_image("blue")]),
     "one pixel": file_of(Image.new("RGB", (1, 1))),
     "a line": file_of(Image.new("RGB", (1, 900))),
 }
 
 
 @pytest.mark.parametrize("name", GOOD_FILES)
-def test_every_kind_of_picture_is_taken(api, name):
+def test_every_kind_of_image_is_taken(api, name):
     answer = edit(api, [GOOD_FILES[name]], target_phrase="dog", num_inference_steps="1")
     assert answer.status_code == 200, answer.text
 
 
 def test_exif_rotation_is_applied(api):
-    """A picture stored sideways with a rotation tag gives what the upright one gives."""
+    """An image stored sideways with a rotation tag gives what the upright one gives."""
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 270 degrees to display
-    upright = picture()
+    upright = subject_image()
     sideways = upright.rotate(90, expand=True)
     answers = [
         edit(api, [data], target_phrase="dog").json()["data"][0]["b64_json"]
@@ -253,8 +253,8 @@ def test_exif_rotation_is_applied(api):
     assert answers[0] == answers[1]
 
 
-def test_pictures_come_with_seeds_and_masks(api):
-    """`n` pictures have seeds in a row, one mask per subject, and each equals the picture asked for alone."""
+def test_images_come_with_seeds_and_masks(api):
+    """`n` images have seeds in a row, one mask per subject, and each equals the image asked for alone."""
     answer = edit(api, [DOG], target_phrase=["dog", "cat"], n="3").json()
     assert [item["seed"] for item in answer["data"]] == [5, 6, 7]
     assert all(len(item["masks"]) == 2 for item in answer["data"])
@@ -266,7 +266,7 @@ def test_pictures_come_with_seeds_and_masks(api):
 
 
 def test_full_and_short_form_agree(api):
-    """`subjects` and `target_phrase`, `image` and `image[]`, give the same picture."""
+    """`subjects` and `target_phrase`, `image` and `image[]`, give the same image."""
     full = edit(api, [DOG], subjects='[{"target_phrase": "dog", "scope_ratio": 0.5}]').json()["data"]
     short = edit(api, [DOG], target_phrase="dog", scope_ratio="0.5").json()["data"]
     listed = call(
@@ -291,7 +291,7 @@ def events_of(answer) -> list[dict]:
 
 
 def test_streaming_has_the_names_of_openai(api):
-    """Partial pictures, then completed ones, for each picture; the same bytes as without streaming."""
+    """Partial images, then completed ones, for each image; the same bytes as without streaming."""
     answer = edit(api, [DOG], target_phrase="dog", stream="true", partial_images="2", n="2", num_inference_steps="12")
     assert answer.headers["content-type"].startswith("text/event-stream")
     events = events_of(answer)
@@ -337,14 +337,14 @@ def test_an_api_key_is_asked_for(replica, settings):
 
 
 def test_overload_is_429_with_retry_after(settings):
-    """No place: 429 that says when to come back, and the client raises Overloaded; other pictures are cancelled."""
+    """No place: 429 that says when to come back, and the client raises QueueFull; other images are cancelled."""
 
     class Full:
         async def model(self):
             return await self.inner.model()
 
         async def stream(self, request, *, previews=True, timeout_s=None):
-            raise Overloaded("8 pictures are waiting already.", 7)
+            raise QueueFull("8 images are waiting already.", 7)
             yield
 
     full = Full()
@@ -363,14 +363,14 @@ def _info(replica):
 
 
 def test_http_client_speaks_this_interface(api, replica, monkeypatch):
-    """Model, picture and stream through HttpClient equal those of the replica, errors keep their type."""
+    """Model, image and stream through HttpClient equal those of the replica, errors keep their type."""
     client = HttpClient("http://test", max_retries=0)
     client._options["transport"] = httpx.ASGITransport(api)
     request = Request(
         prompt=PROMPT,
         subjects=(
-            Subject(image=picture(), target_phrase="dog", scope_ratio=0.3),
-            Subject(image=picture("blue"), target_phrase="cat"),
+            Subject(image=subject_image(), target_phrase="dog", scope_ratio=0.3),
+            Subject(image=subject_image("blue"), target_phrase="cat"),
         ),
         early_stop_step=1.0,
         mask_source="generation_branch",

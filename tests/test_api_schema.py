@@ -15,7 +15,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from tiny import tiny_pipeline
 
-from serving.api import create_api
+from serving.http.app import create_api
 from serving.replica import Replica
 from serving.settings import Settings
 

@@ -17,7 +17,7 @@ from diffusers import (
 from safetensors.torch import save_file
 from single_file import write_single_file
 from tiny import (
-    picture,
+    subject_image,
     tiny_sd15_unet,
     tiny_text_config,
     tiny_tokenizer,
@@ -98,7 +98,7 @@ def test_without_subjects_it_is_the_stock_pipeline(parts, assembled):
 
 def test_subjects_of_any_size_and_number(assembled):
     family, pipeline = assembled
-    subjects = [Subject(image=picture(c), target_phrase=w) for c, w in (("red", "dog"), ("blue", "cat"))]
+    subjects = [Subject(image=subject_image(c), target_phrase=w) for c, w in (("red", "dog"), ("blue", "cat"))]
     for height, width in ((64, 64), (72, 104)):
         output = pipeline(PROMPT, subjects=subjects, height=height, width=width, num_inference_steps=2, seed=1)
         high = 2 if family == "sdxl" else 1  # SDXL has no attention at the latent's own resolution
@@ -112,7 +112,9 @@ def test_saved_and_loaded_it_is_the_same_model(assembled, tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
     again = RealCustomPipeline.from_pretrained(tmp_path / "model")
     again.set_progress_bar_config(disable=True)
-    request = dict(subjects=[Subject(image=picture(), target_phrase="dog")], height=64, width=64, num_inference_steps=2)
+    request = dict(
+        subjects=[Subject(image=subject_image(), target_phrase="dog")], height=64, width=64, num_inference_steps=2
+    )
     one, other = (p(PROMPT, seed=2, output_type="np", **request).images for p in (pipeline, again))
     assert np.abs(one - other).max() < 1e-5
 
@@ -130,7 +132,7 @@ def test_a_single_file_gives_the_same_model_as_a_folder(parts, assembled, tmp_pa
     )
     pipeline.set_progress_bar_config(disable=True)
     settings = dict(
-        subjects=[Subject(image=picture(), target_phrase="dog")], height=64, width=64, num_inference_steps=2
+        subjects=[Subject(image=subject_image(), target_phrase="dog")], height=64, width=64, num_inference_steps=2
     )
     one, other = (p(PROMPT, seed=2, output_type="np", **settings).images for p in (pipeline, assembled[1]))
     assert np.abs(one - other).max() < 1e-5
@@ -148,7 +150,7 @@ def test_the_release_preset_brings_its_sampler(parts):
     pipeline = load()
     assert isinstance(pipeline.scheduler, AlternatingDPMSolverScheduler)
     with pytest.raises(ValueError, match="no RealCustom"):
-        pipeline.prepare(Request(prompt=PROMPT, subjects=(Subject(image=picture(), target_phrase="dog"),)))
+        pipeline.prepare(Request(prompt=PROMPT, subjects=(Subject(image=subject_image(), target_phrase="dog"),)))
 
 
 @pytest.mark.parametrize("sampler", [LCMScheduler, EulerDiscreteScheduler])
@@ -161,13 +163,13 @@ def test_few_steps_without_guidance(assembled, sampler, monkeypatch):
     hook = pipeline.unet.conv_in.register_forward_hook(lambda module, args, out: rows.append(len(out)))
     settings = dict(num_inference_steps=4, guidance_scale=1.0, early_stop_step=0.5, height=64, width=64)
     try:
-        pipeline(PROMPT, subjects=[Subject(image=picture(), target_phrase="dog")], seed=1, **settings)
+        pipeline(PROMPT, subjects=[Subject(image=subject_image(), target_phrase="dog")], seed=1, **settings)
     finally:
         hook.remove()
     assert rows == [1, 1, 1, 1, 1, 1]  # a guidance and a generation pass for two steps, then generation passes
 
 
-def test_lora_weights_change_the_picture_and_can_be_unloaded(assembled, tmp_path):
+def test_lora_weights_change_the_image_and_can_be_unloaded(assembled, tmp_path):
     """`load_lora_weights` reaches the attention layers under our processors."""
     _, pipeline = assembled
     layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2"
@@ -180,7 +182,7 @@ def test_lora_weights_change_the_picture_and_can_be_unloaded(assembled, tmp_path
         state[f"{layer}.{part}.lora_B.weight"] = torch.randn(width, 4) * 3
     save_file(state, tmp_path / "lora.safetensors")
     settings = dict(seed=3, num_inference_steps=2, height=64, width=64, output_type="latent")
-    subjects = [Subject(image=picture(), target_phrase="dog")]
+    subjects = [Subject(image=subject_image(), target_phrase="dog")]
     before = pipeline(PROMPT, subjects=subjects, **settings).images
     pipeline.load_lora_weights(tmp_path / "lora.safetensors")
     with_lora = pipeline(PROMPT, subjects=subjects, **settings).images
@@ -258,7 +260,7 @@ def test_a_model_made_for_inpainting_is_refused(tmp_path):
     base = base_model("sd15")
     base.register_modules(unet=UNet2DConditionModel.from_config(base.unet.config, in_channels=9))
     base.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="takes 9 channels where its pictures have 4"):
+    with pytest.raises(ValueError, match="takes 9 channels where its images have 4"):
         RealCustomPipeline.from_parts(tmp_path / "model", siglip=None, dinov2=None)
 
 

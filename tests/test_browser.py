@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import picture, tiny_pipeline
+from tiny import subject_image, tiny_pipeline
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A Ray Serve with the toy model and two places; its default of 25 steps lets the page ask for up to 100."""
-    from serving.local import start
+    from serving.clients.local import start
     from serving.settings import Settings
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
@@ -81,7 +81,7 @@ def png(image: Image.Image) -> dict:
 
 
 def choose(page, tab: str, prompt: str, slots: list[tuple[Image.Image, list[str]]]) -> None:
-    """Fill in a tab as a person does: open it, drop pictures, type the prompt, click the words; a seed in settings."""
+    """Fill in a tab as a person does: open it, drop images, type the prompt, click the words; a seed in settings."""
     page.get_by_role("tab", name=tab, exact=True).click()
     page.fill(f"#{tab}-prompt textarea", prompt)
     if len(slots) > 2:
@@ -96,7 +96,7 @@ def choose(page, tab: str, prompt: str, slots: list[tuple[Image.Image, list[str]
 
 
 def generate(page, tab: str) -> tuple[np.ndarray, np.ndarray]:
-    """Press the button and wait; the picture and the picture with masks, as int arrays."""
+    """Press the button and wait; the image and the image with masks, as int arrays."""
     find = f"[...document.querySelectorAll('#{tab}-gallery img')].map(image => image.src)"
     before = page.evaluate(find)
     page.click(f"#{tab}-generate")
@@ -110,35 +110,35 @@ def generate(page, tab: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def marked(image: np.ndarray, with_masks: np.ndarray) -> np.ndarray:
-    """Where the masks colour the picture, bool [height, width]."""
-    grey = Image.fromarray(image.astype(np.uint8)).convert("L").convert("RGB")
-    ground = np.asarray(Image.blend(Image.fromarray(image.astype(np.uint8)), grey, 0.6)).astype(int)
+    """Where the masks color the image, bool [height, width]."""
+    gray = Image.fromarray(image.astype(np.uint8)).convert("L").convert("RGB")
+    ground = np.asarray(Image.blend(Image.fromarray(image.astype(np.uint8)), gray, 0.6)).astype(int)
     return np.abs(with_masks - ground).max(-1) > 8
 
 
 CASES = {
-    "One2One": ("a dog runs", [(picture("red"), ["dog"])]),
-    "One2Many": ("a dog and cat", [(picture("red"), ["dog", "cat"])]),
+    "One2One": ("a dog runs", [(subject_image("red"), ["dog"])]),
+    "One2Many": ("a dog and cat", [(subject_image("red"), ["dog", "cat"])]),
     "Many2Many": (
         "a dog and cat at a house",
-        [(picture(c), [w]) for c, w in zip(("red", "blue", "green"), ("dog", "cat", "house"))],
+        [(subject_image(c), [w]) for c, w in zip(("red", "blue", "green"), ("dog", "cat", "house"))],
     ),
 }
 
 
 @pytest.mark.parametrize("tab", CASES)
-def test_a_tab_makes_a_picture_that_depends_on_its_reference_inside_the_mask(page, tab):
+def test_a_tab_makes_a_image_that_depends_on_its_reference_inside_the_mask(page, tab):
     prompt, slots = CASES[tab]
     choose(page, tab, prompt, slots)
     first, masks = generate(page, tab)
     page.click(f"#{tab}-image-0 button[aria-label='Clear'], #{tab}-image-0 button[aria-label='Remove Image']")
-    page.set_input_files(f"#{tab}-image-0 input[type=file]", png(picture("lime")))
+    page.set_input_files(f"#{tab}-image-0 input[type=file]", png(subject_image("lime")))
     page.wait_for_selector(f"#{tab}-image-0 img")
     second, other_masks = generate(page, tab)
 
     change = np.abs(first - second).mean(-1)
     inside = marked(first, masks) | marked(second, other_masks)
-    assert change.max() > 2, "another reference must give another picture"
+    assert change.max() > 2, "another reference must give another image"
     assert 0.02 < inside.mean() < 0.98
     assert change[inside].mean() > change[~inside].mean()
     assert not page.foreign, "the page must load nothing from elsewhere"
@@ -151,18 +151,18 @@ def test_a_seed_that_nobody_gave_is_drawn(page):
     page.wait_for_timeout(500)
     assert page.input_value("#One2One-seed input") == ""
     page.fill("#One2One-prompt textarea", "a dog runs")
-    page.set_input_files("#One2One-image-0 input[type=file]", png(picture("red")))
+    page.set_input_files("#One2One-image-0 input[type=file]", png(subject_image("red")))
     page.click("#One2One-words-0 label:has-text('dog')")
     page.click("#One2One-generate")
     page.wait_for_function("document.querySelector('#One2One-status').innerText.includes('Done. Seed')")
     drawn = page.inner_text("#One2One-status").split("Seed ")[1].split(".")[0]
-    page.click("text=Use the seed of the first picture again")
+    page.click("text=Use the seed of the first image again")
     page.wait_for_function(f"document.querySelector('#One2One-seed input').value === '{drawn}'")
     assert int(drawn) > 1000
 
 
 def test_earlier_results_stay_in_the_gallery(page):
-    """A second press of the button puts its picture in front; the first one is still there."""
+    """A second press of the button puts its image in front; the first one is still there."""
     choose(page, "One2One", *CASES["One2One"])
     first, _ = generate(page, "One2One")
     page.fill("#One2One-prompt textarea", "a dog sleeps")
@@ -178,7 +178,7 @@ def test_a_mistake_is_answered_with_a_sentence(page):
     page.fill("#One2One-prompt textarea", "a dog runs")
     page.click("#One2One-generate")
     toast = page.wait_for_selector("[data-testid=toast-body], .toast-body", timeout=10_000)
-    assert "Add a picture of the subject" in toast.inner_text()
+    assert "Add an image of the subject" in toast.inner_text()
 
 
 @pytest.mark.parametrize(
@@ -197,10 +197,10 @@ def test_known_words_make_a_prompt_by_clicking(page, tab, subjects, prompt):
 
 
 class Occupied:
-    """Both places of the server taken by pictures of 1000 steps, until the block ends."""
+    """Both places of the server taken by images of 1000 steps, until the block ends."""
 
     def __init__(self, server) -> None:
-        from serving.client import Request
+        from serving.clients import Request
 
         self._server, self._loop = server, asyncio.new_event_loop()
         self._requests = [Request(prompt="a dog", num_inference_steps=1000, seed=i) for i in range(2)]
@@ -231,17 +231,17 @@ def until(condition, timeout_s=20) -> None:
         time.sleep(0.05)
 
 
-def ask_for_long_pictures(page) -> None:
-    choose(page, "One2One", "a dog runs", [(picture("red"), ["dog"])])
+def ask_for_long_images(page) -> None:
+    choose(page, "One2One", "a dog runs", [(subject_image("red"), ["dog"])])
     page.fill("#One2One-steps input[type=number]", "100")
     page.click("#One2One-generate")
 
 
 @pytest.mark.parametrize("way", ["stop", "closed tab"])
-def test_leaving_in_mid_picture_frees_the_place(server, page, way):
-    """The stop button, and closing the tab, end the picture in the replica before its 100 steps are done."""
+def test_leaving_in_mid_image_frees_the_place(server, page, way):
+    """The stop button, and closing the tab, end the image in the replica before its 100 steps are done."""
     before = stats(server)["steps"]
-    ask_for_long_pictures(page)
+    ask_for_long_images(page)
     until(lambda: stats(server)["steps"] > before + 5)
     if way == "stop":
         page.click("#One2One-stop")
@@ -260,11 +260,11 @@ def test_a_visitor_in_line_hears_the_place_and_gives_it_up_by_closing_the_tab(se
         first = browser.new_page()
         first.goto(page.url)
         first.wait_for_selector("#One2One-prompt")
-        ask_for_long_pictures(first)
+        ask_for_long_images(first)
         until(lambda: stats(server)["waiting"] == 1)
-        ask_for_long_pictures(page)
+        ask_for_long_images(page)
         page.wait_for_function(
-            "() => document.querySelector('#One2One-status').innerText.includes('1 picture before yours')"
+            "() => document.querySelector('#One2One-status').innerText.includes('1 image before yours')"
         )
         first.close()
         page.wait_for_function("() => document.querySelector('#One2One-status').innerText.includes('Next in line')")

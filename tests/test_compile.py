@@ -1,4 +1,4 @@
-"""torch.compile of the UNet's repeated blocks and of the whole UNet: the same picture, no recompilation once warm."""
+"""torch.compile of the UNet's repeated blocks and of the whole UNet: the same image, no recompilation once warm."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from test_pipeline import PROMPT, cat, dog, latents, run
 from tiny import tiny_pipeline
 from torch._dynamo.backends.common import aot_autograd
 
-from realcustom import Request, place
+from realcustom import Request, apply_memory_tier
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["blocks", "whole"])
@@ -36,14 +36,14 @@ def fast(request: Request) -> Request:
     return replace(request, mask_source="generation_branch")
 
 
-def test_a_compiled_pipeline_makes_the_same_picture(compiled):
+def test_a_compiled_pipeline_makes_the_same_image(compiled):
     plain = tiny_pipeline()
     for request in (*requests()[:2], fast(requests()[0])):
         assert torch.allclose(latents(compiled, request), latents(plain, request), atol=1e-4)
 
 
-def test_a_compiled_pipeline_shows_each_picture_its_own_text(compiled):
-    """Texts that were put together for one group of pictures are not those of the next group of that size."""
+def test_a_compiled_pipeline_shows_each_image_its_own_text(compiled):
+    """Texts that were put together for one group of images are not those of the next group of that size."""
     plain = tiny_pipeline()
     for prompt in (PROMPT, "the dog", PROMPT):
         request = Request(prompt=prompt, subjects=(dog(),), seed=1)
@@ -86,7 +86,7 @@ def _halve_an_attention(pipeline) -> None:
 
 
 def test_a_lora_takes_effect_after_compiling(compiled, tmp_path):
-    """Loaded, scaled, switched off and unloaded: each shows in the next picture, as if nothing were compiled."""
+    """Loaded, scaled, switched off and unloaded: each shows in the next image, as if nothing were compiled."""
     plain = tiny_pipeline()
     layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q"
     width = plain.unet.get_submodule(layer.removeprefix("unet.")).in_features
@@ -101,13 +101,13 @@ def test_a_lora_takes_effect_after_compiling(compiled, tmp_path):
         lambda p: p.disable_lora(),
         lambda p: p.unload_lora_weights(),
     )
-    pictures = []
+    images = []
     for change in changes:
         for pipeline in (plain, compiled):
             change(pipeline)
-        pictures.append(latents(plain, request))
-        assert torch.allclose(latents(compiled, request), pictures[-1], atol=1e-4)
-    before, loaded, scaled, off, unloaded = pictures
+        images.append(latents(plain, request))
+        assert torch.allclose(latents(compiled, request), images[-1], atol=1e-4)
+    before, loaded, scaled, off, unloaded = images
     assert (loaded - before).abs().max() > 1e-2 and (scaled - loaded).abs().max() > 1e-2
     assert torch.allclose(off, before, atol=1e-5) and torch.allclose(unloaded, before, atol=1e-5)
 
@@ -144,29 +144,29 @@ def test_a_guidance_branch_compiled_whole_computes_nothing_behind_the_last_recor
 
 def test_a_unet_that_is_brought_over_layer_by_layer_is_not_compiled_whole():
     low = tiny_pipeline()
-    place(low, "cpu", "low")
+    apply_memory_tier(low, "cpu", "low")
     with pytest.raises(ValueError, match=r"'low'.*'medium'"):
         low.compile(whole=True)
     whole = tiny_pipeline()
     whole.compile(whole=True, backend="eager")
     with pytest.raises(ValueError, match=r"compiled whole.*'medium'"):
-        place(whole, "cpu", "low")
+        apply_memory_tier(whole, "cpu", "low")
 
 
 def test_a_cold_start_finds_its_programs_in_the_cache(tmp_path, monkeypatch):
     """A new process's compilation, with TORCHINDUCTOR_CACHE_DIR of an earlier one, generates no code."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     counters = torch._dynamo.utils.counters
-    pictures, found = [], []
+    images, found = [], []
     for _ in range(2):
         torch._dynamo.reset()
         counters.clear()
         pipeline = tiny_pipeline()
         pipeline.compile()
         request = Request(prompt=PROMPT, seed=1, guidance_scale=1.0, num_inference_steps=1)
-        pictures.append(latents(pipeline, request))
+        images.append(latents(pipeline, request))
         found.append([counters["inductor"][f"fxgraph_cache_{kind}"] for kind in ("hit", "miss")])
     (hits, misses), (hits_again, misses_again) = found
     assert misses > 0 and misses_again == 0
     assert hits_again == hits + misses
-    assert torch.equal(*pictures)
+    assert torch.equal(*images)

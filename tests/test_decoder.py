@@ -1,4 +1,4 @@
-"""Latents become pictures; a glance is close to what the autoencoder makes of them."""
+"""Latents become images; a glance is close to what the autoencoder makes of them."""
 
 import numpy as np
 import pytest
@@ -18,19 +18,19 @@ def shipped() -> LatentDecoder:
 
 
 def latents_of(decoder: LatentDecoder, name: str, size: tuple[int, int]) -> torch.Tensor:
-    picture = Image.open(f"assets/examples/{name}.png").convert("RGB").resize(size)
-    pixels = torch.from_numpy(np.array(picture)).movedim(-1, 0).float()[None] / 127.5 - 1
+    image = Image.open(f"assets/examples/{name}.png").convert("RGB").resize(size)
+    pixels = torch.from_numpy(np.array(image)).movedim(-1, 0).float()[None] / 127.5 - 1
     with torch.no_grad():
         return decoder.vae.encode(pixels).latent[0] * decoder.vae.config.scaling_factor
 
 
-def values(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture, float)
+def values(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, float)
 
 
 @pytest.mark.parametrize("name,size", [("dog", (128, 128)), ("cat_and_car", (96, 160))])
 def test_glance_is_near_what_the_autoencoder_makes(shipped, name, size):
-    """It has nine tenths of the picture's variance; of any size, square or not."""
+    """It has nine tenths of the image's variance; of any size, square or not."""
     latents = latents_of(shipped, name, size)
     decoded, seen = shipped.decode(latents), shipped.glance(latents)
     assert seen.size == decoded.size == size
@@ -39,14 +39,14 @@ def test_glance_is_near_what_the_autoencoder_makes(shipped, name, size):
 
 
 def test_glance_is_the_same_in_every_process(shipped):
-    """What it is fitted to does not depend on chance: two fits give one picture."""
+    """What it is fitted to does not depend on chance: two fits give one image."""
     latents = latents_of(shipped, "dog", (128, 128))
     torch.manual_seed(5)
     assert LatentDecoder(shipped.vae).glance(latents).tobytes() == shipped.glance(latents).tobytes()
 
 
 def test_a_pipeline_decodes_with_the_autoencoder_it_has_now():
-    """One that is put in its place by assignment, as people do, makes pictures and previews from then on."""
+    """One that is put in its place by assignment, as people do, makes images and previews from then on."""
     pipeline, other = tiny_pipeline(), tiny_pipeline(seed=9).vae
     latents = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
     before = pipeline.decoder.decode(latents), pipeline.decoder.glance(latents)

@@ -8,7 +8,7 @@ import time
 from itertools import pairwise
 
 import pytest
-from tiny import picture
+from tiny import subject_image
 
 from benchmarks.full_size import random_pipeline
 from realcustom import Request, Subject
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("family,size", [("sdxl", 512), ("sd15", 512)])
 def test_two_subjects_two_steps(family, size):
-    """Every part has its published shape, fits the others, and two subjects share out a picture without overlap."""
+    """Every part has its published shape, fits the others, and two subjects share out an image without overlap."""
     start = time.perf_counter()
     pipeline = random_pipeline(family)
     loaded = time.perf_counter()
     subjects = (
-        Subject(image=picture("red"), target_phrase="dog"),
-        Subject(image=picture("blue"), target_phrase="beach"),
+        Subject(image=subject_image("red"), target_phrase="dog"),
+        Subject(image=subject_image("blue"), target_phrase="beach"),
     )
     request = Request(
         prompt="a dog on the beach", subjects=subjects, height=size, width=size, num_inference_steps=2, seed=0

@@ -26,7 +26,7 @@ from transformers import (
 from realcustom import MethodConfig, RealCustomAdapter, RealCustomConfig, RealCustomPipeline, Request, Subject
 from realcustom.attention import VisualAttention
 from realcustom.config import VisionConfig
-from realcustom.mask import MaskedPositions, average_maps, guidance_masks
+from realcustom.mask import SparseMask, aggregate_attention_maps, guidance_masks
 from realcustom.scheduler import AlternatingDPMSolverScheduler
 from realcustom.vision import VisionFeatures, reference_views, to_pixels
 from realcustom.weights import convert_official, convert_timm_vit
@@ -163,14 +163,14 @@ class GoldenSet:
         )
 
     def keys_values(self, reference: str, adapter: RealCustomAdapter | None = None):
-        """Keys and values of each picture of the batch."""
+        """Keys and values of each image of the batch."""
         found = (adapter or self.pipeline.adapter)(self.features(reference))
         return [{n: (k[i : i + 1], v[i : i + 1]) for n, (k, v) in found.items()} for i in range(self.batch)]
 
     def generations(
         self, references=("ref1",), phrases=("phrase",), adapter=None, scheduler=None, scope_ratio=None, **settings
     ):
-        """One generation per batch item at the stored time step, with the stored references in place."""
+        """One generation per batch item at the stored timestep, with the stored references in place."""
         meta = self.meta
         subjects = tuple(
             Subject(image=self.image(i), target_phrase=meta[phrase], scope_ratio=scope_ratio)
@@ -236,8 +236,8 @@ def test_text_embeddings_and_target_tokens(golden):
     assert torch.equal(generation.time_ids, inputs["time_ids"][0])
 
 
-def test_reference_pictures_before_the_encoders(golden):
-    """Resizing, interleaved local views and truncation to 8 bits give the pictures the encoders saw."""
+def test_reference_images_before_the_encoders(golden):
+    """Resizing, interleaved local views and truncation to 8 bits give the images the encoders saw."""
     method = MethodConfig.preset("release")
     size = golden.encoders[0].config.image_size
     for index, reference in ((0, "ref1"), (1, "ref2")):
@@ -254,7 +254,7 @@ def test_reference_pictures_before_the_encoders(golden):
 
 @pytest.mark.parametrize("reference", ["ref1", "ref2", "neg"])
 def test_vision_features(golden, reference):
-    """Block outputs of both encoders from the source pictures, and from the black picture."""
+    """Block outputs of both encoders from the source images, and from the black image."""
     encoders = golden.pipeline._vision_encoders()
     images = {"ref1": lambda: golden.image(0), "ref2": lambda: golden.image(1), "neg": lambda: Image.new("RGB", (8, 8))}
     ours, stored = encoders.encode([images[reference]()]), golden.features(reference)
@@ -312,7 +312,7 @@ def test_every_mask_strategy(golden):
     for name, strategy in golden.meta["mask_strategies"].items():
         method = method_of(strategy)
         for scope in golden.meta["mask_scopes"]:
-            relevance = average_maps(stored_maps(golden, "target_token"), size, method.mask_normalization)
+            relevance = aggregate_attention_maps(stored_maps(golden, "target_token"), size, method.mask_normalization)
             for ours, stored in zip(relevance, golden.outputs[f"mask/{name}/{scope}"], strict=True):
                 same_mask(guidance_masks(ours[None], [scope], method), stored, TOLERANCE["crossmaps"])
 
@@ -320,8 +320,8 @@ def test_every_mask_strategy(golden):
 def test_mask_at_an_odd_size_and_without_target(golden):
     method = MethodConfig.preset("release")
     maps = stored_maps(golden, "target_token")
-    odd = average_maps(maps, tuple(golden.meta["mask_target_odd"]), "max")
-    none = average_maps([m * 0 for m in maps], tuple(golden.meta["mask_target"]), "max")
+    odd = aggregate_attention_maps(maps, tuple(golden.meta["mask_target_odd"]), "max")
+    none = aggregate_attention_maps([m * 0 for m in maps], tuple(golden.meta["mask_target"]), "max")
     for relevance, name in ((odd, "mask_odd_target/max_norm/0.25"), (none, "mask_no_target/max_norm/0.25")):
         for ours, stored in zip(relevance, golden.outputs[name], strict=True):
             same_mask(guidance_masks(ours[None], [0.25], method), stored, TOLERANCE["crossmaps"])
@@ -336,8 +336,8 @@ def predict_generation_row(golden, generations, masks, *, negative: bool = False
     for i, g in enumerate(generations):
         g.set_masks(torch.ones(len(g.references), *sizes[0]) if masks is None else masks[i])
     inside = {
-        level: MaskedPositions.stack(
-            [g.inside_masks(sizes[level], "height_factor") for g in generations],
+        level: SparseMask.stack(
+            [g.sparse_masks(sizes[level], "height_factor") for g in generations],
             [i * sizes[level][0] * sizes[level][1] for i in range(len(generations))],
         )
         for level in set(denoiser.attention.levels.values())
@@ -400,7 +400,7 @@ LOOPS = {"ddim": None, "dpm_reuse2": AlternatingDPMSolverScheduler()}
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_sampling_loop(golden, name, monkeypatch):
-    """The whole loop: mask, guided output, latent and clean estimate after every step, all pictures in one call."""
+    """The whole loop: mask, guided output, latent and clean estimate after every step, all images in one call."""
     settings = golden.meta["loops"][name]
     steps, scope = settings["steps"], settings["mask_scope"]
     monkeypatch.setattr(golden.pipeline.denoiser, "method", method_of(settings["mask_strategy"]))

@@ -36,7 +36,9 @@ def test_packages_import_one_way(package):
 def test_the_demo_reaches_serving_through_its_client_alone():
     for path in (ROOT / "demo").rglob("*.py"):
         others = {
-            n for n in imported(path) if n.startswith("serving") and n not in ("serving.client", "serving.events")
+            n
+            for n in imported(path)
+            if n.startswith("serving") and n not in ("serving.clients", "serving.protocol.events")
         }
         assert not others, f"{path.relative_to(ROOT)} imports {others}"
 

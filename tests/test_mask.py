@@ -1,4 +1,4 @@
-"""Guidance masks: selection, normalisation and Algorithm 1, each against its definition."""
+"""Guidance masks: selection, normalization and Algorithm 1, each against its definition."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from realcustom import MethodConfig
 from realcustom.attention import LayerVision
 from realcustom.mask import (
-    MaskedPositions,
+    SparseMask,
     guidance_masks,
-    keep_scope,
     resize_by_height,
     resize_map,
-    share_scopes,
+    round_robin_top_k,
+    top_k_mask,
 )
 from realcustom.recorder import attention_times, recorded_levels
 
@@ -26,7 +26,7 @@ def relevance(*shape, seed=0):
 @pytest.mark.parametrize("ratio,kept", [(0.25, 16), (0.2, 12), (1.0, 64), (0.001, 1)])
 def test_scope_keeps_the_floor_of_its_share_and_the_best(ratio, kept):
     values = relevance(8, 8)
-    marked = keep_scope(values, ratio)
+    marked = top_k_mask(values, ratio)
     assert marked.sum() == kept
     assert values[marked].min() >= values[~marked].max() if kept < 64 else True
 
@@ -65,7 +65,7 @@ def algorithm_1(values, ratios):
 def test_sharing_gives_the_picks_of_algorithm_1(ratios):
     values = relevance(len(ratios), 8, 8, seed=3)
     values[1] = values[0] * 0.9 + values[1] * 0.1  # subjects that want the same places
-    kept = share_scopes(values, ratios)
+    kept = round_robin_top_k(values, ratios)
     assert torch.equal(kept.flatten(1), algorithm_1(values, ratios))
     assert kept.sum(0).max() == 1
 
@@ -77,12 +77,12 @@ def test_sharing_holds_however_much_subjects_compete(agreement, seed):
     common, own = relevance(12, 12, seed=seed), relevance(4, 12, 12, seed=seed + 100)
     values = ((agreement * common + (1 - agreement) * own) * 50).round() / 50
     ratios = relevance(4, seed=seed + 200).mul(0.24).add(0.01).tolist()
-    kept = share_scopes(values, ratios)
+    kept = round_robin_top_k(values, ratios)
     assert torch.equal(kept.flatten(1), algorithm_1(values, ratios))
 
 
-def test_shares_beyond_the_picture_end_with_the_last_position():
-    kept = share_scopes(relevance(2, 4, 4), (1.0, 1.0))
+def test_shares_beyond_the_image_end_with_the_last_position():
+    kept = round_robin_top_k(relevance(2, 4, 4), (1.0, 1.0))
     assert kept.sum(dim=(1, 2)).tolist() == [8, 8]
 
 
@@ -106,7 +106,7 @@ def test_low_resolutions_give_words_and_the_largest_gives_self_attention():
 
 
 def test_the_release_resizes_by_the_heights_factor_wherever_that_works():
-    """A 240 x 336 px picture: 15 x 21 positions to 8 x 11, not by 11 / 21 across; 256 x 336 px, where it fails, is."""
+    """A 240 x 336 px image: 15 x 21 positions to 8 x 11, not by 11 / 21 across; 256 x 336 px, where it fails, is."""
     masks = relevance(2, 15, 21)
     release = F.interpolate(masks[None], scale_factor=8 / 15, mode="bilinear")[0]
     assert torch.equal(resize_by_height(masks, (8, 11)), release)
@@ -123,8 +123,8 @@ def test_visual_attention_inside_masks_equals_masked_attention_everywhere():
     key, value = relevance(4, tokens, width, seed=2), relevance(4, tokens, width, seed=3)
     masks = relevance(4, places, seed=4) * (relevance(4, places, seed=5) > torch.tensor([[0.4], [0.8], [0.2], [2.0]]))
     rows = [0, 0, 2, 3]
-    inside = MaskedPositions.stack(
-        [MaskedPositions.of(masks[:2]), MaskedPositions.of(masks[2:3]), MaskedPositions.of(masks[3:])],
+    inside = SparseMask.stack(
+        [SparseMask.from_dense(masks[:2]), SparseMask.from_dense(masks[2:3]), SparseMask.from_dense(masks[3:])],
         offsets=[0, 2 * places, 3 * places],
     )
     assert inside.index.shape[1] == (masks > 0).sum(1).max() < places

@@ -1,25 +1,25 @@
-"""Memory tiers: the same picture, with fewer weights on the device."""
+"""Memory tiers: the same image, with fewer weights on the device."""
 
 import pytest
 import torch
-from tiny import picture, tiny_pipeline
+from tiny import subject_image, tiny_pipeline
 
-from realcustom import Subject, place
+from realcustom import Subject, apply_memory_tier
 from realcustom.memory import ENCODERS, weight_bytes
 
 
 def make(pipeline):
-    subjects = [Subject(image=picture(), target_phrase="dog")]
+    subjects = [Subject(image=subject_image(), target_phrase="dog")]
     return pipeline("a dog", subjects=subjects, seed=1, output_type="latent").images[0]
 
 
 @pytest.mark.parametrize("tier", ["medium", "low"])
 @pytest.mark.parametrize("preset", ["paper", "release"])
-def test_a_lower_tier_makes_the_same_picture(tier, preset):
+def test_a_lower_tier_makes_the_same_image(tier, preset):
     """The hooks bring every part over when it is needed, also where the release reads an encoder's inside."""
     high, lower = tiny_pipeline(preset=preset), tiny_pipeline(preset=preset)
-    place(high, "cpu")
-    place(lower, "cpu", tier)
+    apply_memory_tier(high, "cpu")
+    apply_memory_tier(lower, "cpu", tier)
     assert torch.allclose(make(high), make(lower), atol=1e-5)
     assert set(lower.offload_hooks) == set(ENCODERS)
 
@@ -29,7 +29,7 @@ def test_an_adapter_loaded_after_placing_goes_where_the_work_is(tier, monkeypatc
     """Where the UNet's weights wait in main memory, its own device is not the one that computes."""
     pipeline = tiny_pipeline()
     pipeline.save_realcustom(tmp_path / "adapter.safetensors")
-    place(pipeline, "cpu", tier)
+    apply_memory_tier(pipeline, "cpu", tier)
     monkeypatch.setattr(type(pipeline), "_execution_device", torch.device("meta"))
     pipeline.load_realcustom(tmp_path / "adapter.safetensors")
     assert pipeline.adapter.device.type == "meta"
@@ -38,7 +38,7 @@ def test_an_adapter_loaded_after_placing_goes_where_the_work_is(tier, monkeypatc
 def test_encoders_leave_the_device_after_use(monkeypatch):
     """Each new prompt and reference sends its encoders away again."""
     pipeline = tiny_pipeline()
-    place(pipeline, "cpu", "medium")
+    apply_memory_tier(pipeline, "cpu", "medium")
     sent_away = []
     for name, hook in pipeline.offload_hooks.items():
         monkeypatch.setattr(hook, "offload", lambda name=name: sent_away.append(name))
@@ -62,10 +62,10 @@ def modules(pipeline):
     return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
 
-def test_large_pictures_are_decoded_in_tiles():
-    """The largest tensor of decoding stays the same however large the picture is."""
+def test_large_images_are_decoded_in_tiles():
+    """The largest tensor of decoding stays the same however large the image is."""
     pipeline = tiny_pipeline()
-    place(pipeline, "cpu", "medium")
+    apply_memory_tier(pipeline, "cpu", "medium")
     sizes = []
     for side in (24, 48):
         seen = []
@@ -78,4 +78,4 @@ def test_large_pictures_are_decoded_in_tiles():
 
 def test_another_tier_is_refused():
     with pytest.raises(ValueError, match="memory is 'tiny'"):
-        place(tiny_pipeline(), "cpu", "tiny")
+        apply_memory_tier(tiny_pipeline(), "cpu", "tiny")

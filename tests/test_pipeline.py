@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
-from tiny import picture, tiny_pipeline, tiny_unet
+from tiny import subject_image, tiny_pipeline, tiny_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from realcustom import RealCustomPipeline, Request, Subject
@@ -20,12 +20,12 @@ def pipeline() -> RealCustomPipeline:
     return tiny_pipeline()
 
 
-def dog(colour="red", **settings) -> Subject:
-    return Subject(image=picture(colour), target_phrase="dog", **settings)
+def dog(color="red", **settings) -> Subject:
+    return Subject(image=subject_image(color), target_phrase="dog", **settings)
 
 
-def cat(colour="blue", **settings) -> Subject:
-    return Subject(image=picture(colour), target_phrase="cat", **settings)
+def cat(color="blue", **settings) -> Subject:
+    return Subject(image=subject_image(color), target_phrase="cat", **settings)
 
 
 def run(pipeline, generations) -> list[torch.Tensor]:
@@ -82,7 +82,7 @@ def mixed_requests() -> list[Request]:
 
 
 @pytest.mark.parametrize("preset", ["paper", "release"])
-def test_a_mixed_batch_gives_each_the_picture_it_gets_alone(preset):
+def test_a_mixed_batch_gives_each_the_image_it_gets_alone(preset):
     """Different steps, subjects, scopes, T_stop, CFG, schedulers and seeds advance in one call."""
     pipeline = tiny_pipeline(preset=preset)
     schedulers = [
@@ -101,7 +101,7 @@ def test_a_mixed_batch_gives_each_the_picture_it_gets_alone(preset):
         assert (ours - expected).abs().max() <= 1e-4
 
 
-def test_the_same_seed_is_the_same_picture_and_another_is_not(pipeline):
+def test_the_same_seed_is_the_same_image_and_another_is_not(pipeline):
     one, two, other = (np.asarray(pipeline(PROMPT, subjects=[dog()], seed=s).images[0]).astype(int) for s in (5, 5, 6))
     assert np.array_equal(one, two)
     assert np.abs(one - other).max() > 3
@@ -148,7 +148,7 @@ def test_masks_of_the_generation_branch_follow_it(pipeline):
 
 
 def test_with_a_zero_mask_both_branches_attend_alike(pipeline):
-    """The approximation is exact where the reference has no effect: both rows then see the same text and picture."""
+    """The approximation is exact where the reference has no effect: both rows then see the same text and image."""
     generation = pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), seed=3, mask_source="generation_branch"))
     pipeline.denoiser.guidance_branch([generation])
     exact = generation.guidance_masks
@@ -204,11 +204,11 @@ def test_texts_projected_before_are_those_projected_in_the_layers(pipeline):
     request = Request(prompt=PROMPT, negative_prompt="a cat", subjects=(dog(), cat()), seed=3)
     before = latents(pipeline, request)
     pipeline.clear_caches()
-    pipeline.denoiser.skips_layers = False
+    pipeline.denoiser.allow_early_exit = False
     try:
         in_layers = latents(pipeline, request)
     finally:
-        pipeline.denoiser.skips_layers = True
+        pipeline.denoiser.allow_early_exit = True
         pipeline.clear_caches()
     assert torch.allclose(before, in_layers, atol=1e-5)
 
@@ -284,25 +284,25 @@ def test_visual_attention_costs_what_its_masks_cover(pipeline):
 def test_any_multiple_of_the_grid_works(preset, height, width):
     """Also where a level's size is odd and halving it rounds up; this model's grid is 4 px."""
     pipeline = tiny_pipeline(preset=preset)
-    picture_made = pipeline(PROMPT, subjects=[dog(), cat()], height=height, width=width, num_inference_steps=2)
-    assert picture_made.images[0].size == (width, height)
-    assert picture_made.masks[0].shape[0] == 2
+    output = pipeline(PROMPT, subjects=[dog(), cat()], height=height, width=width, num_inference_steps=2)
+    assert output.images[0].size == (width, height)
+    assert output.masks[0].shape[0] == 2
 
 
 @pytest.mark.parametrize(
-    "settings,says",
+    "settings,message",
     [
         ({"height": 65}, "height is 65 px"),
         ({"output_type": "png"}, "output_type"),
         ({"num_images_per_prompt": 0}, "num_images"),
     ],
 )
-def test_bad_calls_are_refused(pipeline, settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_calls_are_refused(pipeline, settings, message):
+    with pytest.raises(ValueError, match=message):
         pipeline(PROMPT, **settings)
 
 
-def test_saving_and_loading_gives_the_same_picture(pipeline, tmp_path):
+def test_saving_and_loading_gives_the_same_image(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
     again = RealCustomPipeline.from_pretrained(tmp_path / "model")
     again.set_progress_bar_config(disable=True)

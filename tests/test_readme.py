@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from serving.local import start
+from serving.clients.local import start
 from serving.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def test_http_client_snippet(server, tmp_path):
     assert names["result"].seed == 7
 
 
-def test_ray_snippet_gives_the_same_picture_as_http(server):
+def test_ray_snippet_gives_the_same_image_as_http(server):
     over_ray = run(python_block("join(")).pop("result")
     over_http = run(python_block("HttpClient(").replace(ADDRESS, server.url)).pop("result")
     assert over_ray.image.tobytes() == over_http.image.tobytes()

@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import picture
+from tiny import subject_image
 
 from realcustom import Request, SamplingDefaults, Subject
-from realcustom.request import to_rgb
+from realcustom.reference_image import to_rgb
 
 DEFAULTS = SamplingDefaults(num_inference_steps=25, early_stop_step=12)
 
 
 def subject(**changes) -> Subject:
-    return Subject(**{"image": picture(), "target_phrase": "dog", **changes})
+    return Subject(**{"image": subject_image(), "target_phrase": "dog", **changes})
 
 
 @pytest.mark.parametrize(
-    "changes,says",
+    "changes,message",
     [
         ({"prompt": "  "}, "prompt is empty"),
         ({"prompt": 3}, "prompt must be text"),
@@ -36,23 +36,23 @@ def subject(**changes) -> Subject:
         ({"subjects": ("dog",)}, "Subject objects"),
     ],
 )
-def test_bad_settings_are_refused_with_their_value(changes, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_settings_are_refused_with_their_value(changes, message):
+    with pytest.raises(ValueError, match=message):
         Request(**{"prompt": "a dog", "subjects": (subject(),), **changes})
 
 
 @pytest.mark.parametrize(
-    "changes,says",
+    "changes,message",
     [
-        ({"image": "dog.png"}, "must be a PIL picture"),
+        ({"image": "dog.png"}, "must be a PIL image"),
         ({"target_phrase": " "}, "target_phrase is empty"),
         ({"scope_ratio": 0.0}, "scope_ratio is 0.0"),
         ({"scope_ratio": 1.1}, "scope_ratio is 1.1"),
         ({"scope_ratio": "much"}, "scope_ratio is 'much'"),
     ],
 )
-def test_bad_subjects_are_refused_with_their_value(changes, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_subjects_are_refused_with_their_value(changes, message):
+    with pytest.raises(ValueError, match=message):
         subject(**changes)
 
 
@@ -66,12 +66,12 @@ def test_two_subjects_cannot_become_the_same_word():
     [(None, 25, 12), (None, 4, 2), (None, 1, 1), (0.5, 10, 5), (1.0, 8, 8), (6, 10, 6), (99, 10, 10)],
 )
 def test_early_stop_becomes_whole_steps(stop, steps, whole):
-    request = Request(prompt="a dog", num_inference_steps=steps, early_stop_step=stop).with_defaults(DEFAULTS)
+    request = Request(prompt="a dog", num_inference_steps=steps, early_stop_step=stop).resolve(DEFAULTS)
     assert request.early_stop_step == whole
 
 
 def test_every_open_setting_is_filled_and_the_rest_kept():
-    request = Request(prompt="a dog", subjects=(subject(scope_ratio=0.4),), seed=7).with_defaults(DEFAULTS)
+    request = Request(prompt="a dog", subjects=(subject(scope_ratio=0.4),), seed=7).resolve(DEFAULTS)
     assert None not in vars(request).values()
     assert (request.seed, request.subjects[0].scope_ratio, request.height) == (7, 0.4, DEFAULTS.height)
 
@@ -96,5 +96,5 @@ def test_every_mode_becomes_rgb(mode):
 
 
 def test_sixteen_bits_keep_their_brightness():
-    grey = Image.fromarray(np.full((2, 2), 32768, dtype=np.uint16))
-    assert abs(to_rgb(grey).getpixel((0, 0))[0] - 128) <= 1
+    gray = Image.fromarray(np.full((2, 2), 32768, dtype=np.uint16))
+    assert abs(to_rgb(gray).getpixel((0, 0))[0] - 128) <= 1

@@ -19,7 +19,7 @@ STORED_STEPS = sorted({int(name.split("/")[1]) for name in GOLDEN if name.starts
 
 @pytest.mark.parametrize("steps", STORED_STEPS)
 def test_agrees_with_the_authors_scheduler(steps):
-    """Time steps, noise schedule, sample and clean estimate after every step, fed with the stored model outputs."""
+    """Timesteps, noise schedule, sample and clean estimate after every step, fed with the stored model outputs."""
     stored = {name.rsplit("/", 1)[1]: v for name, v in GOLDEN.items() if name.startswith(f"dpm/{steps}/")}
     scheduler = AlternatingDPMSolverScheduler()
     scheduler.set_timesteps(steps)

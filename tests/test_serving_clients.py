@@ -10,20 +10,20 @@ import pytest
 from PIL import Image
 from ray.exceptions import ActorDiedError
 
-from serving.client import (
+from serving.clients import (
+    DeadlineExceeded,
     HandleClient,
     HttpClient,
     InvalidRequest,
-    Overloaded,
     Progress,
+    QueueFull,
     Request,
     Result,
     ServerError,
-    TimedOut,
     TooLarge,
     Unavailable,
 )
-from serving.images import to_base64
+from serving.protocol.image_codec import to_base64
 
 REQUEST = Request(prompt="a dog", seed=4)
 RESULT = Result(Image.new("RGB", (8, 8), "red"), (), 4)
@@ -76,7 +76,7 @@ def waits(monkeypatch) -> list[float]:
     async def sleep(seconds):
         waited.append(seconds)
 
-    monkeypatch.setattr("serving.http_client.asyncio.sleep", sleep)
+    monkeypatch.setattr("serving.clients.http.asyncio.sleep", sleep)
     return waited
 
 
@@ -85,7 +85,7 @@ async def events_of(client) -> list:
         return [event async for event in events]
 
 
-def test_a_picture_is_begun_again_elsewhere_and_never_counts_back(waits):
+def test_a_image_is_begun_again_elsewhere_and_never_counts_back(waits):
     """The replica dies at step 3, another gives up, a third finishes: steps are told once, in order."""
     handle = FakeHandle(
         [Progress(1, 4), Progress(2, 4), Progress(3, 4), ActorDiedError()],
@@ -105,10 +105,10 @@ def test_attempts_are_bounded(waits):
 
 
 def test_a_request_that_names_no_deadline_has_one():
-    """No replica ever answers: TimedOut, and the request does not stay behind."""
+    """No replica ever answers: DeadlineExceeded, and the request does not stay behind."""
     handle = FakeHandle([...], [...])
     client = HandleClient(handle, timeout_s=0.2)
-    with pytest.raises(TimedOut, match=r"0\.2"):
+    with pytest.raises(DeadlineExceeded, match=r"0\.2"):
         asyncio.run(client.generate(REQUEST))
     assert handle.responses[0].cancelled
     with pytest.raises(Unavailable):
@@ -158,7 +158,7 @@ def test_http_attempts_and_time_are_bounded(waits):
         asyncio.run(client.generate(REQUEST))
     assert len(seen) == 4
     client, seen = http_client(*[error(429, "overloaded", "60")] * 9)
-    with pytest.raises(Overloaded) as caught:
+    with pytest.raises(QueueFull) as caught:
         asyncio.run(client.generate(REQUEST, timeout_s=30))
     assert len(seen) == 1 and caught.value.retry_after_s == 60
 
@@ -176,7 +176,7 @@ class Broken(httpx.AsyncByteStream):
 
 
 def test_a_broken_stream_is_begun_again(waits):
-    """A connection that breaks in mid-picture is repeated; the caller hears every step once."""
+    """A connection that breaks in mid-image is repeated; the caller hears every step once."""
     step = lambda number: {"type": "image_edit.progress", "step": number, "num_steps": 3}
     done = "".join(
         f"data: {json.dumps(event)}\n\n"
@@ -192,14 +192,14 @@ def test_a_broken_stream_is_begun_again(waits):
     [
         (error(422, "invalid_request"), InvalidRequest),
         (error(413, "too_large"), TooLarge),
-        (error(429, "overloaded"), Overloaded),
+        (error(429, "overloaded"), QueueFull),
         (error(503, "unavailable"), Unavailable),
-        (error(504, "timeout"), TimedOut),
+        (error(504, "timeout"), DeadlineExceeded),
         (error(500, "server_error"), ServerError),
         (httpx.Response(502, text="Bad Gateway"), Unavailable),
         (httpx.Response(500, json={"error": "of something else"}), Unavailable),
         (httpx.Response(404, text="no"), InvalidRequest),
-        (httpx.ReadTimeout("silence"), TimedOut),
+        (httpx.ReadTimeout("silence"), DeadlineExceeded),
         (httpx.RemoteProtocolError("closed"), Unavailable),
     ],
 )

@@ -51,9 +51,9 @@ def test_the_rayservice_has_room_for_its_replicas():
     assert head["image"] == worker["image"] and all(entry in worker["env"] for entry in head["env"])
     for resources in (head["resources"], worker["resources"]):
         assert resources["requests"] == resources["limits"]
-    placed = settings.placed()
+    resolved = settings.resolved()
     limits = worker["resources"]["limits"]
-    assert int(limits["nvidia.com/gpu"]) >= placed.num_gpus and int(limits["cpu"]) >= placed.num_cpus
+    assert int(limits["nvidia.com/gpu"]) >= resolved.num_gpus and int(limits["cpu"]) >= resolved.num_cpus
     drain_s = float(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
     assert workers["template"]["spec"]["terminationGracePeriodSeconds"] > drain_s > settings.drain_timeout_s
     assert "lifecycle" not in worker  # see the comment in the file

@@ -1,4 +1,4 @@
-"""The engine: pictures join and leave between steps, and nobody disturbs or waits for ever."""
+"""The engine: images join and leave between steps, and nobody disturbs or waits for ever."""
 
 import asyncio
 import gc
@@ -10,17 +10,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from tiny import picture, tiny_pipeline
+from tiny import subject_image, tiny_pipeline
 
 from realcustom import Request, Subject
 from realcustom.generation import Generation
-from serving.engine import Engine
-from serving.errors import InvalidRequest, Overloaded, ServerError, TimedOut, Unavailable
-from serving.events import Progress, Queued, Result
-from serving.health import MAX_FAILED_STEPS
-from serving.job import Job
-from serving.memory import Budget, Footprint, Line
-from serving.observer import Observer
+from serving.engine.engine import Engine
+from serving.engine.health import MAX_FAILED_STEPS
+from serving.engine.job import Job
+from serving.engine.memory import AffineCost, MemoryBudget, MemoryModel
+from serving.engine.observer import Observer
+from serving.protocol.errors import DeadlineExceeded, InvalidRequest, QueueFull, ServerError, Unavailable
+from serving.protocol.events import Progress, Queued, Result
 
 PROMPT = "a dog and a cat"
 
@@ -36,7 +36,7 @@ class Watched:
         self.gate = threading.Event()
         self.gate.set()
         self.break_step = None
-        self.largest_batch = 100  # pictures that the memory suffices for
+        self.largest_batch = 100  # images that the memory suffices for
 
     def __getattr__(self, name):
         return getattr(self.pipeline, name)
@@ -75,7 +75,7 @@ def engine(watched):
 
 
 def request(seed: int, **settings) -> Request:
-    settings = {"subjects": (Subject(image=picture(), target_phrase="dog"),), "prompt": PROMPT, **settings}
+    settings = {"subjects": (Subject(image=subject_image(), target_phrase="dog"),), "prompt": PROMPT, **settings}
     return Request(seed=seed, **settings)
 
 
@@ -84,7 +84,7 @@ async def last(engine, wanted, previews=False) -> Result:
 
 
 async def previews(engine, seed: int) -> int:
-    """How many a picture of 30 steps gets."""
+    """How many an image of 30 steps gets."""
     events = [e async for e in engine.stream(request(seed, num_inference_steps=30), previews=True)]
     return sum(isinstance(event, Progress) and event.preview is not None for event in events)
 
@@ -103,8 +103,8 @@ async def until(condition, timeout_s=20) -> None:
         await asyncio.sleep(0.005)
 
 
-def test_pictures_share_steps_and_equal_themselves_alone(engine, watched):
-    """Any mixture of sizes, steps, subjects and settings gives each picture what it would get alone."""
+def test_images_share_steps_and_equal_themselves_alone(engine, watched):
+    """Any mixture of sizes, steps, subjects and settings gives each image what it would get alone."""
     wanted = [
         request(1),
         request(2, num_inference_steps=6, guidance_scale=1.0),
@@ -126,8 +126,8 @@ def test_pictures_share_steps_and_equal_themselves_alone(engine, watched):
 
 
 @pytest.mark.parametrize("case", range(6))
-def test_any_neighbours_leave_a_picture_as_it_is(watched, case):
-    """Property: random requests that come and go at random times, in groups of random sizes, get the picture that
+def test_any_neighbours_leave_a_image_as_it_is(watched, case):
+    """Property: random requests that come and go at random times, in groups of random sizes, get the image that
     each gets alone; one 8-bit level at most apart."""
     draw = np.random.default_rng(case)
     sizes = [(64, 64), (96, 64), (64, 80)]
@@ -140,7 +140,7 @@ def test_any_neighbours_leave_a_picture_as_it_is(watched, case):
             prompt=PROMPT,
             subjects=tuple(
                 Subject(
-                    image=picture(str(draw.choice(["red", "blue", "lime"]))),
+                    image=subject_image(str(draw.choice(["red", "blue", "lime"]))),
                     target_phrase=phrase,
                     scope_ratio=float(draw.uniform(0.05, 1)),
                 )
@@ -179,7 +179,7 @@ def test_any_neighbours_leave_a_picture_as_it_is(watched, case):
     engine.close()
 
 
-def test_a_picture_joins_between_steps(engine, watched):
+def test_a_image_joins_between_steps(engine, watched):
     """One that comes later is stepped together with one under way, which is not done yet."""
 
     async def run():
@@ -223,7 +223,7 @@ def test_previews_come_all_along_also_while_others_wait(watched):
 
 
 def test_cancel_frees_the_place_within_a_step_and_leaves_neighbours_alone(engine, watched):
-    """Closing the stream takes the picture out of the next batch; its neighbour's picture is unchanged."""
+    """Closing the stream takes the image out of the next batch; its neighbor's image is unchanged."""
 
     async def run():
         neighbour = asyncio.create_task(last(engine, request(1, num_inference_steps=12)))
@@ -258,7 +258,7 @@ def test_a_cancelled_task_frees_its_place(engine):
 
 
 def test_a_bad_request_fails_alone(engine, watched):
-    """What the pipeline refuses is told to its caller; the others get their pictures."""
+    """What the pipeline refuses is told to its caller; the others get their images."""
 
     async def run():
         return await asyncio.gather(
@@ -274,7 +274,7 @@ def test_a_bad_request_fails_alone(engine, watched):
 
 
 def test_a_failing_step_is_told_and_the_engine_goes_on(engine, watched):
-    """Every picture of the batch gets an error, not silence; the next request works."""
+    """Every image of the batch gets an error, not silence; the next request works."""
 
     async def run():
         watched.break_step = RuntimeError("out of memory")
@@ -305,7 +305,7 @@ def test_steps_that_always_fail_make_the_replica_unhealthy(watched):
 
 
 def test_out_of_memory_in_a_step_halves_the_group(engine, watched):
-    """Pictures that do not fit together step in halves, all are finished, and each is the picture it is alone."""
+    """Images that do not fit together step in halves, all are finished, and each is the image it is alone."""
     wanted = [request(i, num_inference_steps=6, early_stop_step=4) for i in range(4)]
 
     async def run():
@@ -321,7 +321,7 @@ def test_out_of_memory_in_a_step_halves_the_group(engine, watched):
     engine.check_health()
 
 
-def test_out_of_memory_for_one_picture_is_told(engine, watched):
+def test_out_of_memory_for_one_image_is_told(engine, watched):
     watched.largest_batch = 0
     with pytest.raises(Unavailable, match="memory"):
         asyncio.run(last(engine, request(1)))
@@ -330,7 +330,7 @@ def test_out_of_memory_for_one_picture_is_told(engine, watched):
 
 
 def test_an_encoder_error_is_told_and_may_be_tried_elsewhere(engine, watched, monkeypatch):
-    """A fault while preparing ends that picture with Unavailable; the others are made."""
+    """A fault while preparing ends that image with Unavailable; the others are made."""
     prepare = watched.pipeline.prepare
 
     def broken(wanted):
@@ -346,11 +346,11 @@ def test_an_encoder_error_is_told_and_may_be_tried_elsewhere(engine, watched, mo
     assert [type(result) for result in asyncio.run(run())] == [Result, Result, Unavailable, Result]
 
 
-def test_a_deadline_ends_the_picture_and_frees_its_place(engine, watched):
-    """Waiting, or under way: after its time the picture is given up, and its neighbour's picture is unchanged."""
+def test_a_deadline_ends_the_image_and_frees_its_place(engine, watched):
+    """Waiting, or under way: after its time the image is given up, and its neighbor's image is unchanged."""
 
     async def late(wanted):
-        with pytest.raises(TimedOut, match="within"):
+        with pytest.raises(DeadlineExceeded, match="within"):
             async for _ in engine.stream(wanted, timeout_s=0.5):
                 pass
 
@@ -365,7 +365,7 @@ def test_a_deadline_ends_the_picture_and_frees_its_place(engine, watched):
     assert np.abs(np.asarray(result.image).astype(int) - expected).max() <= 1
 
 
-def test_not_a_number_is_an_error_and_not_a_picture(engine, watched, monkeypatch):
+def test_not_a_number_is_an_error_and_not_a_image(engine, watched, monkeypatch):
     """Latents that became NaN end in a clear error."""
     step = watched.pipeline.step
 
@@ -395,7 +395,7 @@ def test_full_is_said_and_positions_move_up(engine, watched):
 
         waiting = [asyncio.create_task(wait_in_line(i)) for i in range(4)]
         await until(lambda: engine.stats()["waiting"] == 4)
-        with pytest.raises(Overloaded) as refused:
+        with pytest.raises(QueueFull) as refused:
             await last(engine, request(99))
         assert 1 <= refused.value.retry_after_s <= 120
         watched.gate.set()
@@ -408,7 +408,7 @@ def test_full_is_said_and_positions_move_up(engine, watched):
 
 
 def batches_of(engine, watched, *wanted: Request) -> list[list[int]]:
-    """Seeds that step together, step by step, of pictures that are all there from the second step on."""
+    """Seeds that step together, step by step, of images that are all there from the second step on."""
 
     async def run():
         watched.gate.clear()
@@ -419,7 +419,7 @@ def batches_of(engine, watched, *wanted: Request) -> list[list[int]]:
         await asyncio.gather(*tasks)
 
     asyncio.run(run())
-    return watched.batches[1:]  # the first was decided when one picture was there
+    return watched.batches[1:]  # the first was decided when one image was there
 
 
 def test_sizes_take_turns(engine, watched):
@@ -431,9 +431,9 @@ def test_sizes_take_turns(engine, watched):
 
 
 def test_groups_are_of_the_allowed_sizes_and_first_come_is_first_served(watched):
-    """With batch sizes 1, 2, 4, five pictures step as 4 until these are done; then the fifth, alone."""
+    """With batch sizes 1, 2, 4, five images step as 4 until these are done; then the fifth, alone."""
     engine = Engine(watched, max_batch_size=5, batch_sizes=(1, 2, 4))
-    engine._pace.enough = len  # as if nothing were known of the device
+    engine._pace.efficient_batch_size = len  # as if nothing were known of the device
     batches = batches_of(engine, watched, *(request(i, num_inference_steps=12) for i in range(5)))
     engine.close()
     assert {len(batch) for batch in watched.batches} <= {1, 2, 4}
@@ -442,8 +442,8 @@ def test_groups_are_of_the_allowed_sizes_and_first_come_is_first_served(watched)
 
 
 @pytest.mark.parametrize("fixed_s, together", [(0.0, False), (10.0, True)], ids=["busy with one", "not busy with all"])
-def test_pictures_step_together_only_as_far_as_it_pays(watched, fixed_s, together):
-    """Where a step of two takes as long as two steps of one, pictures are finished one after the other."""
+def test_images_step_together_only_as_far_as_it_pays(watched, fixed_s, together):
+    """Where a step of two takes as long as two steps of one, images are finished one after the other."""
     engine = Engine(watched, max_batch_size=4)
     for pixels in (64 * 64, 4 * 64 * 64, 8 * 64 * 64):
         engine._pace.add(pixels, fixed_s + pixels * 1e-3)
@@ -457,13 +457,13 @@ def test_pictures_step_together_only_as_far_as_it_pays(watched, fixed_s, togethe
         assert order == sorted(order)
 
 
-def test_pictures_come_in_as_memory_allows_and_in_order(watched):
-    """A budget of three small pictures lets no more in together; a large one is not passed by the small ones behind
+def test_images_come_in_as_memory_allows_and_in_order(watched):
+    """A budget of three small images lets no more in together; a large one is not passed by the small ones behind
     it; one that never fits is refused with a sentence."""
     small, large = 64 * 64, 96 * 96
-    none = Line(0, 0)
-    footprint = Footprint(held=Line(0, 1), reference=0, call=none, stepping=none, decoding=none)
-    engine = Engine(watched, max_batch_size=8, budget=Budget(footprint, 3 * small))
+    none = AffineCost(0, 0)
+    memory_model = MemoryModel(resident=AffineCost(0, 1), reference=0, call=none, stepping=none, decoding=none)
+    engine = Engine(watched, max_batch_size=8, budget=MemoryBudget(memory_model, 3 * small))
     most, order = 0, []
 
     async def come(seed, **settings):
@@ -494,13 +494,13 @@ def test_pictures_come_in_as_memory_allows_and_in_order(watched):
 
 def test_everything_is_reported(watched):
     """Steps, rows, masks, outcomes, refusals and cached references reach the observer as they happened."""
-    told: list[tuple[str, dict]] = []
+    closed: list[tuple[str, dict]] = []
 
     class Listener(Observer):
         def __getattribute__(self, name):
             if name.startswith("_"):
                 return super().__getattribute__(name)
-            return lambda *values, **named: told.append((name, {"values": values, **named}))
+            return lambda *values, **named: closed.append((name, {"values": values, **named}))
 
     engine = Engine(watched, max_batch_size=2, max_queued=1, preview_every=1, observer=Listener())
     watched.pipeline.clear_caches()
@@ -513,7 +513,7 @@ def test_everything_is_reported(watched):
         watched.gate.clear()
         tasks = [asyncio.create_task(last(engine, request(i))) for i in range(3)]
         await until(lambda: engine.stats()["active"] == 2)
-        with pytest.raises(Overloaded):
+        with pytest.raises(QueueFull):
             await last(engine, request(9))
         for task in tasks:
             task.cancel()
@@ -521,12 +521,12 @@ def test_everything_is_reported(watched):
         await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(run())
-    outcomes = [named["values"][0] for name, named in told if name == "picture"]
+    outcomes = [named["values"][0] for name, named in closed if name == "image"]
     assert outcomes == ["finished", "finished", "invalid", *["cancelled"] * 3]
-    steps = [named for name, named in told if name == "step"][:8]
+    steps = [named for name, named in closed if name == "step"][:8]
     assert [s["rows"] for s in steps] == [3, 3, 2, 2, 2, 2, 1, 1] and [s["mask_rows"] for s in steps][:3] == [1, 1, 0]
-    assert sum(name == "rejected" for name, _ in told) == 1 and any(name == "first_preview" for name, _ in told)
-    references = [named for name, named in told if name == "references"]
+    assert sum(name == "rejected" for name, _ in closed) == 1 and any(name == "first_preview" for name, _ in closed)
+    references = [named for name, named in closed if name == "references"]
     assert references[0]["misses"] >= 1 and (references[1]["hits"], references[1]["misses"]) == (1, 0)
     engine.close()
 
@@ -552,8 +552,8 @@ def test_closing_tells_everyone(watched):
         engine.check_health()
 
 
-def test_nothing_of_a_picture_stays_behind(engine, watched):
-    """Finished, cancelled, refused or late: when its caller is gone, so are the picture and its tensors."""
+def test_nothing_of_a_image_stays_behind(engine, watched):
+    """Finished, cancelled, refused or late: when its caller is gone, so are the image and its tensors."""
 
     async def leave(wanted: Request) -> None:
         async with aclosing(engine.stream(wanted)) as events:

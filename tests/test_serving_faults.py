@@ -1,4 +1,4 @@
-"""Processes die, the server changes under load: every accepted request ends in its own picture, and nobody is dropped.
+"""Processes die, the server changes under load: every accepted request ends in its own image, and nobody is dropped.
 
 One real Ray Serve with two replicas of the toy model; processes are killed with SIGKILL.
 """
@@ -15,16 +15,16 @@ import pytest
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
-from tiny import picture, sharpen, tiny_pipeline
+from tiny import sharpen, subject_image, tiny_pipeline
 
 from benchmarks.chaos import chaos, processes
 from serving.build import app
-from serving.client import Client, HttpClient, Progress, Request, Result, Subject
-from serving.local import NAME, start
+from serving.clients import Client, HttpClient, Progress, Request, Result, Subject
+from serving.clients.local import NAME, start
 from serving.settings import Settings
 
 PROMPT = "a dog and a cat"
-SHORT = dict(prompt=PROMPT, subjects=(Subject(image=picture(), target_phrase="dog"),))
+SHORT = dict(prompt=PROMPT, subjects=(Subject(image=subject_image(), target_phrase="dog"),))
 DEADLINE_S = 90
 
 
@@ -61,7 +61,7 @@ async def until(condition, timeout_s=180) -> None:
 
 
 async def follow(client: Client, request: Request, begun: asyncio.Event) -> tuple[Result, list[int]]:
-    """The picture, and the steps as they were told; `begun` is set at the second one."""
+    """The image, and the steps as they were told; `begun` is set at the second one."""
     steps = []
     async with aclosing(client.stream(request, timeout_s=DEADLINE_S)) as events:
         async for event in events:
@@ -73,7 +73,7 @@ async def follow(client: Client, request: Request, begun: asyncio.Event) -> tupl
 
 
 async def begin(clients: Sequence[Client], request: Request) -> list[asyncio.Task]:
-    """Each client is in mid-picture."""
+    """Each client is in mid-image."""
     begun = [asyncio.Event() for _ in clients]
     following = [asyncio.create_task(follow(client, request, event)) for client, event in zip(clients, begun)]
     await asyncio.gather(*(event.wait() for event in begun))
@@ -81,8 +81,8 @@ async def begin(clients: Sequence[Client], request: Request) -> list[asyncio.Tas
 
 
 @pytest.mark.parametrize("kinds", [["replica"], ["ingress"], ["proxy", "controller"]], ids=" and ".join)
-def test_whatever_is_killed_in_mid_picture_the_picture_comes(server, doors, kinds):
-    """All processes of a kind are killed while both doors wait for a picture: both get the one of their seed, their
+def test_whatever_is_killed_in_mid_image_the_image_comes(server, doors, kinds):
+    """All processes of a kind are killed while both doors wait for an image: both get the one of their seed, their
     steps never count back, and the processes come back."""
     request = Request(**SHORT, seed=7, num_inference_steps=120)
 
@@ -105,7 +105,7 @@ def test_whatever_is_killed_in_mid_picture_the_picture_comes(server, doors, kind
 
 
 def test_chaos(server, doors):
-    """Open-loop load while a replica is killed every few seconds: right pictures, or no place; nothing else."""
+    """Open-loop load while a replica is killed every few seconds: right images, or no place; nothing else."""
     wanted = [
         Request(**SHORT, seed=1, num_inference_steps=20),
         Request(prompt=PROMPT, seed=2, num_inference_steps=40),
@@ -116,7 +116,7 @@ def test_chaos(server, doors):
     )
     outcomes = Counter(answer.outcome for answer in answers)
     assert killed["replica"] >= 2
-    assert set(outcomes) <= {"right", "left", "Overloaded"}, [a for a in answers if a.outcome != "right"]
+    assert set(outcomes) <= {"right", "left", "QueueFull"}, [a for a in answers if a.outcome != "right"]
     assert outcomes["right"] >= 0.5 * len(answers)
 
 
@@ -135,7 +135,7 @@ def status() -> str:
 
 def test_a_new_version_rolls_out_under_load_and_settings_change_without_a_restart(server, doors, settings):
     """`serve deploy` of other settings replaces every replica, and of another `user_config` none; all the while
-    pictures are asked for through both doors, and every one comes."""
+    images are asked for through both doors, and every one comes."""
     request = Request(**SHORT, seed=5, num_inference_steps=30)
 
     async def keep_asking(client: Client, stop: asyncio.Event) -> list[Result]:
@@ -197,8 +197,8 @@ def test_an_idle_server_sleeps_and_wakes_for_a_request(server, settings):
     serve.delete(name)
 
 
-def test_an_application_that_is_deleted_finishes_its_pictures_first(server, doors):
-    """`serve.delete`, as a deployed file without the application: pictures under way come, through both doors."""
+def test_an_application_that_is_deleted_finishes_its_images_first(server, doors):
+    """`serve.delete`, as a deployed file without the application: images under way come, through both doors."""
     request = Request(**SHORT, seed=8, num_inference_steps=120)
 
     async def run():

@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from serving.local import _start_ray
+from serving.clients.local import _start_ray
 
 
 def failing(monkeypatch, *errors) -> list:

@@ -1,13 +1,19 @@
-"""Memory of pictures under way: measured, not guessed, and never promised twice."""
+"""Memory of images under way: measured, not guessed, and never promised twice."""
 
 import pytest
 import torch
-from tiny import picture, tiny_pipeline
+from tiny import subject_image, tiny_pipeline
 
 from realcustom import Request, Subject
-from serving.memory import Budget, Footprint, Line, _TensorAccount, measure
+from serving.engine.memory import AffineCost, MemoryBudget, MemoryModel, _TensorAccount, measure
 
-FLAT = Footprint(held=Line(10, 0), reference=5, call=Line(0, 0), stepping=Line(0, 1), decoding=Line(100, 0))
+FLAT = MemoryModel(
+    resident=AffineCost(10, 0),
+    reference=5,
+    call=AffineCost(0, 0),
+    stepping=AffineCost(0, 1),
+    decoding=AffineCost(100, 0),
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +36,18 @@ def test_the_account_sees_what_lives_and_what_lived_at_most():
 
 
 def test_what_was_measured_predicts_a_larger_group(pipeline):
-    """The footprint, measured with one and two pictures, foretells the peak of five, in another size, within 15%."""
-    footprint = measure(pipeline)
-    colours = ("red", "green", "blue", "gold", "navy")
+    """The footprint, measured with one and two images, foretells the peak of five, in another size, within 15%."""
+    memory_model = measure(pipeline)
+    colors = ("red", "green", "blue", "gold", "navy")
     wanted = [
         Request(
             prompt="a dog",
-            subjects=(Subject(image=picture(colour), target_phrase="dog"),),
+            subjects=(Subject(image=subject_image(color), target_phrase="dog"),),
             height=96,
             width=64,
             seed=1,
         )
-        for colour in colours
+        for color in colors
     ]
     with _TensorAccount() as account:
 
@@ -50,7 +56,7 @@ def test_what_was_measured_predicts_a_larger_group(pipeline):
 
         pipeline.clear_caches()
         peak = account.peak_during(make)
-    without_decoding = Footprint(**{**vars(footprint), "decoding": Line(0, 0)})
+    without_decoding = MemoryModel(**{**vars(memory_model), "decoding": AffineCost(0, 0)})
     assert without_decoding.needed([(96 * 64, 1)] * 5) == pytest.approx(peak, rel=0.15)
 
 
@@ -62,7 +68,7 @@ def test_sizes_step_at_different_times():
 
 
 def test_a_budget_shrinks_below_what_did_not_fit():
-    budget = Budget(FLAT, 1000)
+    budget = MemoryBudget(FLAT, 1000)
     two = [(300, 0)] * 2
     assert budget.fits(two)
     budget.shrink(two)

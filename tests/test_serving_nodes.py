@@ -1,4 +1,4 @@
-"""A machine of the cluster is asked to leave (SIGTERM, as Kubernetes does): its pictures are finished first."""
+"""A machine of the cluster is asked to leave (SIGTERM, as Kubernetes does): its images are finished first."""
 
 import asyncio
 import os
@@ -12,11 +12,11 @@ import pytest
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
-from tiny import picture, sharpen, tiny_pipeline
+from tiny import sharpen, subject_image, tiny_pipeline
 
 from serving.build import REPLICA
-from serving.client import Request, Subject
-from serving.local import NAME, start
+from serving.clients import Request, Subject
+from serving.clients.local import NAME, start
 from serving.settings import Settings
 
 LEAVE_S = 100  # at most, once asked
@@ -57,13 +57,13 @@ def join_cluster(cluster):
         machine.wait()
 
 
-def test_a_machine_that_leaves_drops_no_picture(join_cluster, tmp_path):
+def test_a_machine_that_leaves_drops_no_image(join_cluster, tmp_path):
     """Asked again and again, without a retry in reserve, while the only replica moves to another machine."""
     sharpen(tiny_pipeline()).save_pretrained(tmp_path / "tiny")
     leaving = join_cluster()
     settings = Settings(model=str(tmp_path / "tiny"), device="cpu", cpu_threads=1, num_cpus=1, max_retries=0)
     client = start(settings)
-    dog = Subject(image=picture(), target_phrase="dog")
+    dog = Subject(image=subject_image(), target_phrase="dog")
     request = Request(prompt="a dog", subjects=(dog,), seed=1, num_inference_steps=40)
     try:
         join_cluster()
@@ -80,8 +80,8 @@ def test_a_machine_that_leaves_drops_no_picture(join_cluster, tmp_path):
             end = time.monotonic() + LEAVE_S + 30
             while leaving.poll() is None:
                 assert time.monotonic() < end, f"the machine does not leave: {seen[-1]}"
-                for picture in await asyncio.gather(pixels(), pixels()):
-                    assert np.abs(picture - expected).max() <= 1
+                for image in await asyncio.gather(pixels(), pixels()):
+                    assert np.abs(image - expected).max() <= 1
                     made += 1
                 seen.append(await asyncio.to_thread(replicas))
             assert np.abs(await pixels() - expected).max() <= 1

@@ -14,12 +14,22 @@ import pytest
 import ray
 import torch
 from PIL import Image
-from tiny import picture, sharpen, tiny_pipeline
+from tiny import sharpen, subject_image, tiny_pipeline
 
 from realcustom import RealCustomPipeline
-from serving.client import HttpClient, InvalidRequest, Overloaded, Progress, Queued, Request, Result, Subject, TimedOut
-from serving.images import encode_image
-from serving.local import LocalServer, join, start
+from serving.clients import (
+    DeadlineExceeded,
+    HttpClient,
+    InvalidRequest,
+    Progress,
+    Queued,
+    QueueFull,
+    Request,
+    Result,
+    Subject,
+)
+from serving.clients.local import LocalServer, join, start
+from serving.protocol.image_codec import encode_image
 from serving.settings import PROJECT_ROOT, Settings
 
 PROMPT = "a dog and a cat"
@@ -45,12 +55,12 @@ def http(server) -> HttpClient:
     return HttpClient(server.url, max_retries=0)
 
 
-def dog(colour="red", **settings) -> Subject:
-    return Subject(image=picture(colour), target_phrase="dog", **settings)
+def dog(color="red", **settings) -> Subject:
+    return Subject(image=subject_image(color), target_phrase="dog", **settings)
 
 
-def cat(colour="blue", **settings) -> Subject:
-    return Subject(image=picture(colour), target_phrase="cat", **settings)
+def cat(color="blue", **settings) -> Subject:
+    return Subject(image=subject_image(color), target_phrase="cat", **settings)
 
 
 REQUESTS = [
@@ -61,8 +71,8 @@ REQUESTS = [
 ]
 
 
-def python_picture(pipeline, request) -> tuple[bytes, list[bytes]]:
-    """The picture and masks that RealCustomPipeline makes of the request, as PNG."""
+def python_image(pipeline, request) -> tuple[bytes, list[bytes]]:
+    """The image and masks that RealCustomPipeline makes of the request, as PNG."""
     generation = pipeline.prepare(request)
     while not generation.done:
         pipeline.step([generation])
@@ -74,24 +84,24 @@ def as_bytes(result: Result) -> tuple[bytes, list[bytes]]:
 
 
 async def idle(server: LocalServer, timeout_s=10) -> dict:
-    """The replica's counts once it holds no picture."""
+    """The replica's counts once it holds no image."""
     end = time.monotonic() + timeout_s
     while True:
         stats = await server._handle.stats.remote()
         if not any(stats[state] for state in ("waiting", "preparing", "active")):
             return stats
-        assert time.monotonic() < end, f"pictures are left: {stats}"
+        assert time.monotonic() < end, f"images are left: {stats}"
         await asyncio.sleep(0.05)
 
 
 def test_http_handle_and_python_give_the_same_bytes(server, http, folder):
-    """One request, three doors, the same PNG of picture and masks."""
+    """One request, three doors, the same PNG of image and masks."""
     threads = torch.get_num_threads()
     torch.set_num_threads(MODEL_OPTIONS["cpu_threads"])  # the order of sums depends on it
     try:
         pipeline = RealCustomPipeline.from_pretrained(folder)
         pipeline.set_progress_bar_config(disable=True)
-        expected = [python_picture(pipeline, request) for request in REQUESTS]
+        expected = [python_image(pipeline, request) for request in REQUESTS]
         called = pipeline(PROMPT, subjects=REQUESTS[0].subjects, seed=1, negative_prompt="horse").images[0]
     finally:
         torch.set_num_threads(threads)
@@ -150,7 +160,7 @@ async def anext_result(events) -> Result:
 
 @pytest.mark.parametrize("door", ["handle", "http"])
 def test_closing_the_stream_frees_the_place(server, http, door):
-    """Closing the iterator stops the picture; hundreds of steps are not run."""
+    """Closing the iterator stops the image; hundreds of steps are not run."""
     client = server if door == "handle" else http
 
     async def run():
@@ -185,7 +195,7 @@ def test_a_dropped_connection_frees_the_place(server):
                     break
                 await asyncio.sleep(0.05)
             else:
-                raise AssertionError("the pictures did not start")
+                raise AssertionError("the images did not start")
         await idle(server)
 
     asyncio.run(run())
@@ -207,11 +217,11 @@ def test_cancelling_a_task_frees_the_place(server, http):
 
 
 def test_a_deadline_holds_behind_both_doors(server, http):
-    """After `timeout_s` the picture is given up with TimedOut (HTTP 504), and its place is free."""
+    """After `timeout_s` the image is given up with DeadlineExceeded (HTTP 504), and its place is free."""
 
     async def run():
         for client in (server, http):
-            with pytest.raises(TimedOut, match="within"):
+            with pytest.raises(DeadlineExceeded, match="within"):
                 await client.generate(Request(prompt=PROMPT, num_inference_steps=900), timeout_s=0.7)
             await idle(server)
 
@@ -223,7 +233,7 @@ def test_a_deadline_holds_behind_both_doors(server, http):
 
 
 def test_sixteen_at_once_with_mixed_settings(server, http):
-    """Everyone gets the picture that the request gives alone, with bad requests and leavers among them."""
+    """Everyone gets the image that the request gives alone, with bad requests and leavers among them."""
 
     async def run():
         alone = [await server.generate(request) for request in REQUESTS]
@@ -250,7 +260,7 @@ def test_sixteen_at_once_with_mixed_settings(server, http):
 
 
 def test_a_crowd_is_told_to_come_back(server, http):
-    """More than the server holds: some are refused with Overloaded, the others hear their place and are served."""
+    """More than the server holds: some are refused with QueueFull, the others hear their place and are served."""
     places: list[list[int]] = []
 
     async def wait_in_line(client, request):
@@ -265,25 +275,25 @@ def test_a_crowd_is_told_to_come_back(server, http):
         request = Request(prompt="a dog", num_inference_steps=25)
         tasks = [wait_in_line((server, http)[i % 2], request) for i in range(80)]
         results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
-        assert {type(result) for result in results} == {Result, Overloaded}
+        assert {type(result) for result in results} == {Result, QueueFull}
         assert sum(isinstance(result, Result) for result in results) >= 8
         assert all(line for line, result in zip(places, results) if isinstance(result, Result))
         assert max(max(line, default=0) for line in places) >= 10
-        assert all(result.retry_after_s >= 1 for result in results if isinstance(result, Overloaded))
+        assert all(result.retry_after_s >= 1 for result in results if isinstance(result, QueueFull))
         await idle(server)
 
     asyncio.run(run())
 
 
 def test_http_streaming_bytes(server):
-    """The events on the wire: text/event-stream, arriving while the picture is made."""
+    """The events on the wire: text/event-stream, arriving while the image is made."""
     with (
         httpx.Client(trust_env=False, timeout=30) as http,
         http.stream(
             "POST",
             server.url + "/v1/images/edits",
             data={"prompt": PROMPT, "stream": "true", "partial_images": "3", "num_inference_steps": "100", "seed": "1"},
-            files={"image": encode_image(picture())} | {"target_phrase": (None, "dog")},
+            files={"image": encode_image(subject_image())} | {"target_phrase": (None, "dog")},
         ) as answer,
     ):
         assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
@@ -295,10 +305,10 @@ def test_http_streaming_bytes(server):
 
 
 def test_the_openai_client_works(server):
-    """OpenAI's own client edits pictures here: several pictures, lists of phrases, streaming, errors."""
+    """OpenAI's own client edits images here: several images, lists of phrases, streaming, errors."""
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
-    dog, cat = (("subject.png", encode_image(picture(colour))) for colour in ("red", "blue"))
+    dog, cat = (("subject.png", encode_image(subject_image(color))) for color in ("red", "blue"))
     answer = client.images.edit(image=dog, prompt=PROMPT, n=2, extra_body={"target_phrase": "dog", "seed": 3})
     assert len(answer.data) == 2 and answer.data[0].b64_json and answer.created > 0
     several = {"target_phrase": ["dog", "cat"], "scope_ratio": [0.2, 0.5], "num_inference_steps": 60}
@@ -314,7 +324,7 @@ def test_a_running_server_can_be_joined(server):
     assert asyncio.run(join().model()) == asyncio.run(server.model())
 
 
-def test_the_request_id_goes_from_http_to_the_picture(server):
+def test_the_request_id_goes_from_http_to_the_image(server):
     """One id names a request in the caller's header, the answer's header and the replica's structured log."""
     wanted = "from-the-caller-7"
     form = {"prompt": PROMPT, "seed": "1", "num_inference_steps": "3"}
@@ -325,7 +335,7 @@ def test_the_request_id_goes_from_http_to_the_picture(server):
     lines = [
         json.loads(line) for path in logs.glob("replica_*_Replica_*.log") for line in path.read_text().splitlines()
     ]
-    (line,) = [line for line in lines if line.get("request_id") == wanted and line["message"].startswith("picture")]
+    (line,) = [line for line in lines if line.get("request_id") == wanted and line["message"].startswith("image")]
     assert line["outcome"] == "finished" and "3 steps" in line["message"]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from serving.settings import PROJECT_ROOT, Settings, locate
+from serving.settings import PROJECT_ROOT, Settings, resolve_path
 
 
 def test_text_of_the_command_line_is_understood():
@@ -32,16 +32,16 @@ def test_typos_and_contradictions_are_refused(wrong):
 
 
 def test_the_device_decides_about_gpus():
-    assert Settings(device="cpu").placed().num_gpus == 0
-    assert Settings(device="cuda").placed().num_gpus == 1
-    assert Settings(device="cuda", num_gpus=0.5).placed().num_gpus == 0.5
+    assert Settings(device="cpu").resolved().num_gpus == 0
+    assert Settings(device="cuda").resolved().num_gpus == 1
+    assert Settings(device="cuda", num_gpus=0.5).resolved().num_gpus == 0.5
 
 
 def test_models_are_found_from_any_folder(tmp_path, monkeypatch):
     """The project's own model is found relative to the project, others relative to the current folder."""
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert Settings(model="mine", device="cpu").placed().model == str(tmp_path / "mine")
-    assert Settings(model="serving", device="cpu").placed().model == "serving"
-    assert Path(locate("serving")) == PROJECT_ROOT / "serving" and os.getcwd() == str(tmp_path)
-    assert locate("owner/name") == "owner/name"
+    assert Settings(model="mine", device="cpu").resolved().model == str(tmp_path / "mine")
+    assert Settings(model="serving", device="cpu").resolved().model == "serving"
+    assert Path(resolve_path("serving")) == PROJECT_ROOT / "serving" and os.getcwd() == str(tmp_path)
+    assert resolve_path("owner/name") == "owner/name"

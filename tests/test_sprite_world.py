@@ -13,7 +13,7 @@ from train.data.sprites import CATEGORIES, HELD_OUT, TRAINED, Instance, draw_ins
 
 
 def test_index_decides_sample():
-    """The same index gives the same picture and words in another world object; another index gives another picture."""
+    """The same index gives the same image and words in another world object; another index gives another image."""
     one, again, other = SpriteWorld().sample(7), SpriteWorld().sample(7), SpriteWorld().sample(8)
     assert one.caption == again.caption and one.picture.tobytes() == again.picture.tobytes()
     assert one.picture.tobytes() != other.picture.tobytes()
@@ -21,7 +21,7 @@ def test_index_decides_sample():
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_instances_differ(category):
-    """Two individuals of a category share their outline and differ in colours."""
+    """Two individuals of a category share their outline and differ in colors."""
     one, other = (np.asarray(draw_instance(Instance(category, number))) for number in (1, 2))
     assert (one[..., 3] == other[..., 3]).all()
     assert np.abs(one[..., :3].astype(int) - other[..., :3])[one[..., 3] > 0].mean() > 5
@@ -55,7 +55,7 @@ def test_article_before_a_vowel():
 
 
 def test_pair_shows_another_view():
-    """The reference is not the sample's picture, and its phrases occur in the caption."""
+    """The reference is not the sample's image, and its phrases occur in the caption."""
     for index in range(20):
         pair = SpriteWorld().pair(index)
         assert pair.reference.tobytes() != pair.sample.picture.tobytes()
@@ -63,7 +63,7 @@ def test_pair_shows_another_view():
 
 
 def test_references_of_two_show_them_in_either_order():
-    """Told by colours: which half of the reference is nearer to the left subject of the sample."""
+    """Told by colors: which half of the reference is nearer to the left subject of the sample."""
     left = []
     for index in range(80):
         pair = SpriteWorld().pair(index, two_subjects=1.0)
@@ -87,7 +87,7 @@ def test_scene_variants_differ(scene):
     assert draw_scene(scene, 0).tobytes() != draw_scene(scene, 1).tobytes()
 
 
-def test_reference_fits_the_picture():
+def test_reference_fits_the_image():
     rng = np.random.default_rng(0)
     assert make_reference(rng, (Instance("house", 3),)).size == (128, 128)
 
@@ -96,8 +96,8 @@ def test_caption_survives_packing():
     assert unpack_captions(pack_caption("an owl and a café")[None]) == ["an owl and a café"]
 
 
-def test_curriculum_begins_with_the_picture_itself():
-    """At progress 0 the reference is the picture; past the end it is another view."""
+def test_curriculum_begins_with_the_image_itself():
+    """At progress 0 the reference is the image; past the end it is another view."""
     first = RenderPairs(curriculum=1000)([0])
     late = RenderPairs(curriculum=1)([5])
     assert (first["reference"] == first["pixels"]).all() and (late["reference"] != late["pixels"]).any()

@@ -33,7 +33,7 @@ def test_case_is_seeded_and_shows_the_given_individuals_in_other_views(task):
 
 
 def test_tasks_with_two_subjects_ask_for_the_same_individuals():
-    """One2Many gives one picture of both, Many2Many a picture of each."""
+    """One2Many gives one image of both, Many2Many an image of each."""
     together, apart = Case(5, "One2Many"), Case(5, "Many2Many")
     assert together.prompt == apart.prompt and len(set(together.categories)) == 2
     assert [p.tobytes() for kin in together.references for p in kin] == [
@@ -43,7 +43,7 @@ def test_tasks_with_two_subjects_ask_for_the_same_individuals():
 
 
 def test_views_hold_one_subject_each():
-    """Left and right half differ, each of the picture's size; one subject has all of the picture."""
+    """Left and right half differ, each of the image's size; one subject has all of the image."""
     case = Case(5, "Many2Many")
     left, right = case.views(case.truth)
     assert left.size == right.size == case.truth.size and left.tobytes() != right.tobytes()
@@ -51,7 +51,7 @@ def test_views_hold_one_subject_each():
 
 
 def test_judge_counts_right_answers():
-    """A picture that is the first reference itself is picked; scene and category count where the judge names them."""
+    """An image that is the first reference itself is picked; scene and category count where the judge names them."""
     cases = [Case(i) for i in range(4)]
     result = judge(_Oracle(), cases, [case.references[0][0] for case in cases])
     assert result["individual"] == 1.0
@@ -68,6 +68,6 @@ def test_judge_asks_about_each_of_two_subjects():
 
 
 def test_judges_batches_hold_kin():
-    """Neighbouring samples are of one category, so that individuals and not categories must be told apart."""
+    """Neighboring samples are of one category, so that individuals and not categories must be told apart."""
     category = RenderJudged()(range(16))["category"]
     assert len(set(category[:8])) == 1 and category[0] != category[8]

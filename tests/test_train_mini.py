@@ -156,7 +156,11 @@ def test_a_unet_compiled_whole_sees_one_reference_without_recompiling():
     added = {"text_embeds": torch.randn(2, 64), "time_ids": torch.randn(2, 6)}
     for stance in ("default", "fail_on_recompile"):
         keys_values = {name: tuple(torch.randn(2, 2, 9, width)) for name, width in adapter.config.layers.items()}
-        with torch.compiler.set_stance(stance), attention.connected(vision=everywhere(keys_values)), torch.no_grad():
+        with (
+            torch.compiler.set_stance(stance),
+            attention.attention_context(vision=everywhere(keys_values)),
+            torch.no_grad(),
+        ):
             compiled(torch.randn(2, 4, 16, 16), 500, torch.randn(2, 8, 128), added_cond_kwargs=added)
 
 
@@ -170,7 +174,7 @@ def test_adapter_alone_learns():
     features = VisionFeatures(**{name: torch.randn(2, count, 192) for name, count in tokens.items()})
     clean, noise = torch.randn(2, 2, 4, 16, 16)
     text = torch.randn(2, 8, 128), torch.randn(2, 64)
-    with attention.connected(vision=everywhere(adapter(features))):
+    with attention.attention_context(vision=everywhere(adapter(features))):
         loss = diffusion_loss(unet, build_scheduler(), clean, noise, torch.tensor([500, 900]), *text).mean()
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter.parameters())
@@ -234,7 +238,7 @@ def test_words_learn_where_to_look(tokenizer):
     optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
     for _ in range(8):
         recorder = AttentionRecorder(attention.levels, "all_cross", subject_marks(tokenizer, captions))
-        with differentiable_attention("cpu"), attention.connected(recordings=recorder.layers):
+        with differentiable_attention("cpu"), attention.attention_context(recordings=recorder.layers):
             text = model.encode_text(captions)
             diffusion_loss(model.unet, scheduler, clean, noise, torch.tensor([300, 800]), *text)
         loss = grounding_loss(recorder.cross_maps.values(), places_of(where))

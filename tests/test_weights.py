@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tiny import SDXL_UNET, picture, tiny_pipeline, tiny_sd15_unet
+from tiny import SDXL_UNET, subject_image, tiny_pipeline, tiny_sd15_unet
 
 from realcustom import RealCustomAdapter, Request, Subject
 from realcustom.attention import AttentionLayers
@@ -27,7 +27,7 @@ def saved(tmp_path):
 
 
 def latents(pipeline):
-    request = Request(prompt="a dog", subjects=(Subject(image=picture(), target_phrase="dog"),), seed=0)
+    request = Request(prompt="a dog", subjects=(Subject(image=subject_image(), target_phrase="dog"),), seed=0)
     generation = pipeline.prepare(request)
     pipeline.step([generation])
     return generation.latents
@@ -56,7 +56,7 @@ def broken(path: Path, change) -> None:
 
 
 @pytest.mark.parametrize(
-    "change,says",
+    "change,message",
     [
         (lambda s: s.pop("projector.deep_mlp.bias"), "lacks 1 .*projector.deep_mlp.bias"),
         (lambda s: s.update(extra=torch.ones(1)), "1 unknown .*extra"),
@@ -64,17 +64,17 @@ def broken(path: Path, change) -> None:
         (lambda s: s.update({"projector.deep_mlp.bias": torch.ones(32).int()}), "deep_mlp.bias holds torch.int32"),
     ],
 )
-def test_wrong_keys_and_shapes_are_named_and_nothing_changes(saved, change, says):
+def test_wrong_keys_and_shapes_are_named_and_nothing_changes(saved, change, message):
     pipeline, path = saved
     broken(path, change)
     before = pipeline.adapter
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         pipeline.load_realcustom(path)
     assert pipeline.adapter is before
 
 
 @pytest.mark.parametrize(
-    "header,says",
+    "header,message",
     [
         ("{", "not JSON"),
         ("[1]", "must be a JSON object"),
@@ -84,12 +84,12 @@ def test_wrong_keys_and_shapes_are_named_and_nothing_changes(saved, change, says
         (json.dumps({"condition_dim": 32, "vision_dim": 64}), "heads of width None"),
     ],
 )
-def test_a_wrong_header_is_refused_by_name(saved, header, says):
+def test_a_wrong_header_is_refused_by_name(saved, header, message):
     """Another family's widths, and headers that nobody can read; the file is named, the adapter stays."""
     pipeline, path = saved
     before = pipeline.adapter
     save_file(load_file(path), path, metadata={"realcustom_adapter": header})
-    with pytest.raises(ValueError, match=f"{path.name}.*{says}"):
+    with pytest.raises(ValueError, match=f"{path.name}.*{message}"):
         pipeline.load_realcustom(path)
     assert pipeline.adapter is before
 
@@ -129,7 +129,7 @@ def official_checkpoint(pipeline, path: Path, unet_weights: dict) -> None:
     for name, tensor in pipeline.adapter.state_dict().items():
         kind, part, rest = name.split(".", 2)
         if kind == "projector":
-            rest = rest.replace("norm_query", "norm1").replace("norm_answer", "norm2")
+            rest = rest.replace("norm_query", "norm1").replace("norm_context", "norm2")
             state[f"{PROJECTOR}.{projector[part]}.{rest}"] = tensor
         else:
             state[f"{part.replace('-', '.')}.{kind}.weight"] = tensor

@@ -127,7 +127,7 @@ def tiny_vision_encoders(num_layers: int = 3) -> tuple[SiglipVisionModel, Dinov2
 
 
 def tiny_pipeline(seed: int = 0, preset: str = "paper", scheduler=None) -> RealCustomPipeline:
-    """A whole pipeline for 64 x 64 px pictures; weights are random but large enough for everything to have effect."""
+    """A whole pipeline for 64 x 64 px images; weights are random but large enough for everything to have effect."""
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
     unet = tiny_unet()
@@ -166,10 +166,10 @@ def tiny_pipeline(seed: int = 0, preset: str = "paper", scheduler=None) -> RealC
     return pipeline
 
 
-def picture(colour: str = "red", size: tuple[int, int] = (48, 40)) -> Image.Image:
-    """A coloured blob on white."""
+def subject_image(color: str = "red", size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """A colored blob on white."""
     image = Image.new("RGB", size, "white")
-    ImageDraw.Draw(image).ellipse([8, 6, size[0] - 8, size[1] - 6], fill=colour, outline="black")
+    ImageDraw.Draw(image).ellipse([8, 6, size[0] - 8, size[1] - 6], fill=color, outline="black")
     return image
 
 

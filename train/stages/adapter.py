@@ -18,7 +18,7 @@ from torch import Tensor
 
 from realcustom.adapter import RealCustomAdapter
 from realcustom.attention import AttentionLayers, KeysValues, VisualAttention, level_sizes
-from realcustom.mask import MaskedPositions
+from realcustom.mask import SparseMask
 from realcustom.vision import VisionFeatures
 
 from ..captions import CaptionCache
@@ -91,7 +91,7 @@ class AdapterTask:
         """Weighted velocity loss per sample, [B]; `vision` None is the base model alone."""
         with self.autocast(), differentiable_attention(self.device):
             embeds, pooled = self.encode_text(captions)
-            with self.attention.connected(vision=vision):
+            with self.attention.attention_context(vision=vision):
                 return diffusion_loss(unet, self.scheduler, clean, noise, steps, embeds, pooled, weight)
 
 
@@ -177,11 +177,11 @@ def _compare(task: AdapterTask, adapter: RealCustomAdapter, raw: Entry, captions
     text = (embeds[:-1], pooled[:-1], embeds[-1:], pooled[-1:])
     inside = {}  # of the first half of the rows; the other one is unconditional
     for level, (height, width) in enumerate(level_sizes(*shape[-2:], max(task.attention.levels.values()) + 1)):
-        ones = MaskedPositions.of(torch.ones(1, height * width, device=task.device))
-        inside[level] = MaskedPositions.stack([ones] * count, [row * height * width for row in range(count)])
+        ones = SparseMask.from_dense(torch.ones(1, height * width, device=task.device))
+        inside[level] = SparseMask.stack([ones] * count, [row * height * width for row in range(count)])
     rows = [F.interpolate(to_signed(raw["reference"][:count]), (size, size), mode="area").to(task.device)]
     for vision in (None, VisualAttention(keys_values=(keys_values,), inside=inside)):
-        with task.attention.connected(vision=vision):
+        with task.attention.attention_context(vision=vision):
             latents = sample_latents(task.model.unet, task.scheduler, *text, noise)
         rows.append(task.codec.decode(latents))
     return torch.cat(rows)

@@ -159,7 +159,7 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
             marks = subject_marks(model.tokenizer, captions).to(device)
             recorder = AttentionRecorder(attention.levels, "all_cross", marks)
         recordings = recorder and recorder.layers
-        with autocast(device), differentiable_attention(device), attention.connected(recordings=recordings):
+        with autocast(device), differentiable_attention(device), attention.attention_context(recordings=recordings):
             encode_text = model.encode_text if step < TEXT_STEPS else frozen_text
             embeds, pooled = encode_text(captions)
             loss = diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled, weight).mean()

@@ -1,21 +1,20 @@
-"""From what a visitor chose to events of the pictures under way. Only forwards; no model lives in this process."""
+"""From what a visitor chose to events of the images under way. Only forwards; no model lives in this process."""
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from PIL import Image
 
-from serving.client import Client, InvalidRequest, Progress, Queued, Request, Result
+from serving.clients import Client, InvalidRequest, Progress, Queued, Request, Result, seed_variations
 
 HEARTBEAT_S = 1.0  # an update at least this often: Gradio notices a closed tab only when it has something to send
 
 
 @dataclass
-class Picture:
-    """What is known of one picture: its place in line, its steps, the latest view of it, and at last the result."""
+class ImageState:
+    """What is known of one image: its place in line, its steps, the latest view of it, and at last the result."""
 
     position: int | None = None
     step: int = 0
@@ -24,7 +23,7 @@ class Picture:
     masks: tuple[Image.Image, ...] = ()
     seed: int | None = None
 
-    def hear(self, event: Queued | Progress | Result) -> None:
+    def apply(self, event: Queued | Progress | Result) -> None:
         if isinstance(event, Queued):
             self.position = event.position
         elif isinstance(event, Progress):
@@ -37,50 +36,49 @@ class Picture:
 
 
 @dataclass
-class Pictures:
-    """All pictures of one press of the button."""
+class ImagesState:
+    """All images of one press of the button."""
 
-    pictures: list[Picture] = field(default_factory=list)
+    images: list[ImageState] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
-        return all(p.seed is not None for p in self.pictures)
+        return all(p.seed is not None for p in self.images)
 
     @property
     def fraction(self) -> float:
         """Of all steps, how many are done, in [0, 1]; 0 before the number of steps is known."""
-        return sum(p.step / p.num_steps for p in self.pictures if p.num_steps) / len(self.pictures)
+        return sum(p.step / p.num_steps for p in self.images if p.num_steps) / len(self.images)
 
     def status(self) -> str:
         if self.done:
-            seeds = [str(p.seed) for p in self.pictures]
+            seeds = [str(p.seed) for p in self.images]
             return f"Done. Seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}."
-        under_way = [p for p in self.pictures if p.num_steps]
+        under_way = [p for p in self.images if p.num_steps]
         if under_way:
             step, steps = sum(p.step for p in under_way), sum(p.num_steps for p in under_way)
             return f"Step {step // len(under_way)} of {steps // len(under_way)}"
-        places = [p.position for p in self.pictures if p.position is not None]
+        places = [p.position for p in self.images if p.position is not None]
         if not places:
             return "Starting…"
-        pictures = "picture" if min(places) == 1 else "pictures"
-        return f"Waiting in line: {min(places)} {pictures} before yours." if min(places) else "Next in line…"
+        images = "image" if min(places) == 1 else "images"
+        return f"Waiting in line: {min(places)} {images} before yours." if min(places) else "Next in line…"
 
 
-async def make_pictures(client: Client, request: Request, number: int) -> AsyncIterator[Pictures]:
-    """`number` pictures with consecutive seeds, made together; yields their state as it changes, and every second.
+async def generate_images(client: Client, request: Request, number: int) -> AsyncIterator[ImagesState]:
+    """`number` images with consecutive seeds, made together; yields their state as it changes, and every second.
 
     Closing the iterator closes every stream, which frees the replica within a step.
     """
-    if request.seed is None:
-        request = replace(request, seed=secrets.randbelow(2**32))
-    state = Pictures([Picture() for _ in range(number)])
+    request = request.with_seed()
+    state = ImagesState([ImageState() for _ in range(number)])
     heard: asyncio.Queue = asyncio.Queue()
 
-    async def follow(picture: Picture, own: Request) -> None:
+    async def follow(image: ImageState, own: Request) -> None:
         try:
             async with aclosing(client.stream(own, previews=True)) as events:
                 async for event in events:
-                    picture.hear(event)
+                    image.apply(event)
                     heard.put_nowait(None)
         except Exception as error:
             heard.put_nowait(error)
@@ -90,7 +88,7 @@ async def make_pictures(client: Client, request: Request, number: int) -> AsyncI
             await asyncio.sleep(HEARTBEAT_S)
             heard.put_nowait(None)
 
-    tasks = [asyncio.create_task(follow(p, r)) for p, r in zip(state.pictures, request.variations(number))]
+    tasks = [asyncio.create_task(follow(p, r)) for p, r in zip(state.images, seed_variations(request, number))]
     tasks.append(asyncio.create_task(beat()))
     try:
         done = False

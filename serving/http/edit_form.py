@@ -3,19 +3,18 @@
 import asyncio
 import json
 import re
-import secrets
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from realcustom.config import MaskSource
+from realcustom.reference_image import ReferenceImage
 from realcustom.request import MAX_SEED, Request, Subject
 
-from .errors import InvalidRequest
-from .images import decode_image
-from .settings import Limits
+from ..protocol.errors import InvalidRequest
+from ..protocol.image_codec import decode_image
+from ..protocol.limits import Limits
 
 
 def _number(value: Any) -> Any:
@@ -42,22 +41,22 @@ class SubjectField(BaseModel):
 
 
 class EditForm(BaseModel):
-    """A prompt and pictures of subjects; each subject becomes its target phrase, real words of the prompt."""
+    """A prompt and images of subjects; each subject becomes its target phrase, real words of the prompt."""
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(description="text of the picture", examples=["a dog on the beach"])
-    image: list[UploadFile] = Field([], description="pictures of the subjects; none makes plain text-to-image")
+    prompt: str = Field(description="text of the image", examples=["a dog on the beach"])
+    image: list[UploadFile] = Field([], description="images of the subjects; none makes plain text-to-image")
     image_list: list[UploadFile] = Field([], alias="image[]", description="`image`, as the OpenAI clients send lists")
     subjects: str | None = Field(
         None, description='JSON: [{"target_phrase": "dog", "image": 0, "scope_ratio": 0.2}, ...]; the full form'
     )
-    target_phrase: list[str] = Field([], description="the short form: one phrase per picture, or several for one")
+    target_phrase: list[str] = Field([], description="the short form: one phrase per image, or several for one")
     scope_ratio: list[float] = Field([], description="with `target_phrase`: one for all, or one each; in (0, 1]")
     target_phrase_list: list[str] = Field([], alias="target_phrase[]", description="as the OpenAI clients send lists")
     scope_ratio_list: list[float] = Field([], alias="scope_ratio[]", description="as the OpenAI clients send lists")
     negative_prompt: str = ""
-    n: int = Field(1, ge=1, description="pictures, with seeds seed, seed + 1, ...")
+    n: int = Field(1, ge=1, description="images, with seeds seed, seed + 1, ...")
     size: str | None = Field(None, description='"<width>x<height>" in pixels, or "auto"', examples=["1024x1024"])
     num_inference_steps: int | None = Field(None, ge=1)
     early_stop_step: Annotated[int | float | None, BeforeValidator(_number)] = Field(
@@ -75,7 +74,7 @@ class EditForm(BaseModel):
     response_format: Literal["b64_json"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     stream: bool = False
-    partial_images: int = Field(0, ge=0, le=100, description="with `stream`: previews of each picture")
+    partial_images: int = Field(0, ge=0, le=100, description="with `stream`: previews of each image")
     previews: bool = Field(False, description="with `stream`: a preview every few steps, in place of partial_images")
     progress: bool = Field(False, description="with `stream`: also place in line and step count, as events")
     timeout_s: float | None = Field(
@@ -85,8 +84,8 @@ class EditForm(BaseModel):
     quality: Literal["auto"] | None = Field(None, description="accepted for OpenAI clients; only auto")
     background: Literal["auto", "opaque"] | None = Field(None, description="accepted for OpenAI clients")
 
-    async def to_requests(self, limits: Limits, model_id: str) -> list[Request]:
-        """`n` requests that differ in the seed.
+    async def to_request(self, limits: Limits, model_id: str) -> Request:
+        """The request of all `n` images, which differ in the seed.
 
         Raises:
             InvalidRequest: a sentence about the first thing that is wrong.
@@ -94,18 +93,18 @@ class EditForm(BaseModel):
         if self.model not in (None, model_id):
             raise InvalidRequest(f"model {self.model!r} is not loaded here; leave it out or use {model_id!r}.")
         if self.n > limits.max_images:
-            raise InvalidRequest(f"n is {self.n}; this server makes at most {limits.max_images} pictures per request.")
+            raise InvalidRequest(f"n is {self.n}; this server makes at most {limits.max_images} images per request.")
         files = [*self.image, *self.image_list]
         entries = self._entries(len(files))
         if len(entries) > limits.max_subjects:
             raise InvalidRequest(f"there are {len(entries)} subjects; this server takes at most {limits.max_subjects}.")
-        pictures = [await _read(file, limits, f"image {i} ({file.filename!r})") for i, file in enumerate(files)]
+        images = [await _read(file, limits, f"image {i} ({file.filename!r})") for i, file in enumerate(files)]
         width, height = self._size()
         try:
             request = Request(
                 prompt=self.prompt,
                 subjects=tuple(
-                    Subject(image=pictures[e.image], target_phrase=e.target_phrase, scope_ratio=e.scope_ratio)
+                    Subject(image=images[e.image], target_phrase=e.target_phrase, scope_ratio=e.scope_ratio)
                     for e in entries
                 ),
                 negative_prompt=self.negative_prompt,
@@ -116,11 +115,11 @@ class EditForm(BaseModel):
                 guidance_scale=self.guidance_scale,
                 mask_source=self.mask_source,
                 mask_interval=self.mask_interval,
-                seed=secrets.randbelow(2**32) if self.seed is None else self.seed,
+                seed=self.seed,
             )
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
-        return request.variations(self.n)
+        return request
 
     def _size(self) -> tuple[int | None, int | None]:
         if self.size in (None, "auto"):
@@ -180,7 +179,7 @@ def _short_form(phrases: list[str], scopes: list[float], num_files: int) -> list
     ]
 
 
-async def _read(file: UploadFile, limits: Limits, name: str) -> Image.Image:
+async def _read(file: UploadFile, limits: Limits, name: str) -> ReferenceImage:
     data = await file.read(limits.max_image_bytes + 1)
     return await asyncio.to_thread(decode_image, data, limits, name)
 

@@ -4,9 +4,9 @@ import logging
 import os
 import socket
 
-from .errors import ServerError
-from .handle_client import HandleClient
-from .settings import Settings
+from ..protocol.errors import ServerError
+from ..settings import Settings
+from .handle import HandleClient
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def start(
     import ray
     from ray import serve
 
-    from .build import REPLICA, app
+    from ..build import REPLICA, app
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     port = port or free_port(host)
@@ -99,7 +99,7 @@ def join(address: str = "auto") -> HandleClient:
     import ray
     from ray import serve
 
-    from .build import REPLICA
+    from ..build import REPLICA
 
     if not ray.is_initialized():
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)

@@ -5,7 +5,7 @@ from typing import Any
 
 from realcustom.config import SamplingDefaults
 
-from .settings import Limits
+from .limits import Limits
 
 
 @dataclass(frozen=True, kw_only=True)

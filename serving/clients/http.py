@@ -3,21 +3,19 @@
 import asyncio
 import json
 import random
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import httpx
 
 from realcustom.request import Request
 
-from .errors import InvalidRequest, Overloaded, ServerError, TimedOut, TooLarge, Unavailable
-from .events import Event, Progress, Queued, Result
-from .images import encode_image, from_base64
-from .model_info import ModelInfo
+from ..protocol.errors import DeadlineExceeded, InvalidRequest, QueueFull, ServerError, TooLarge, Unavailable
+from ..protocol.events import Event, Progress, Queued, Result
+from ..protocol.image_codec import encode_image, from_base64
+from ..protocol.model_info import ModelInfo
 
 
 class HttpClient:
@@ -29,7 +27,7 @@ class HttpClient:
         timeout_s: longest silence while waiting for the server.
         max_retries: how often a request is repeated that found no place (429), no replica (503) or no connection; the
             server says when to come back, and all together half a minute passes, in which a proxy that died is
-            replaced. Its seed is drawn before, so the repeated picture is the same one.
+            replaced. Its seed is drawn before, so the repeated image is the same one.
     """
 
     def __init__(
@@ -52,7 +50,7 @@ class HttpClient:
     async def stream(
         self, request: Request, *, previews: bool | int = True, timeout_s: float | None = None
     ) -> AsyncIterator[Event]:
-        request, deadline = _with_seed(request), _deadline(timeout_s)
+        request, deadline = request.with_seed(), _deadline(timeout_s)
         fields, files = await self._form(request)
         fields |= {"stream": "true", "progress": "true"}
         fields |= {"previews": "true"} if previews is True else {"partial_images": str(int(previews))}
@@ -67,7 +65,7 @@ class HttpClient:
                             step = event.step
                         yield event
                 return
-            except (Overloaded, Unavailable) as error:
+            except (QueueFull, Unavailable) as error:
                 await self._before_retry(attempt, error, deadline)
 
     async def _events(self, fields: dict[str, str], files: list) -> AsyncIterator[Event]:
@@ -86,7 +84,7 @@ class HttpClient:
                 raise Unavailable("the server ended the stream without a result.", 1.0)
 
     async def generate(self, request: Request, *, timeout_s: float | None = None) -> Result:
-        request, deadline = _with_seed(request), _deadline(timeout_s)
+        request, deadline = request.with_seed(), _deadline(timeout_s)
         fields, files = await self._form(request)
         for attempt in range(self._max_retries + 1):
             try:
@@ -95,7 +93,7 @@ class HttpClient:
                     answer = await http.post("/v1/images/edits", data=data, files=files or None)
                     _raise_for(answer, answer.content)
                     return _result(answer.json()["data"][0])
-            except (Overloaded, Unavailable) as error:
+            except (QueueFull, Unavailable) as error:
                 await self._before_retry(attempt, error, deadline)
         raise AssertionError("the last attempt returns or raises")
 
@@ -116,7 +114,7 @@ class HttpClient:
             loop.run_until_complete(events.aclose())
             loop.close()
 
-    async def _before_retry(self, attempt: int, error: Overloaded | Unavailable, deadline: float | None) -> None:
+    async def _before_retry(self, attempt: int, error: QueueFull | Unavailable, deadline: float | None) -> None:
         """Wait as long as the server asks for, longer each time, and not all callers equally long; raises the error if
         there is no further attempt, or no time for it."""
         wait_s = max(error.retry_after_s, 2.0**attempt) * random.uniform(1, 1.2)
@@ -131,23 +129,25 @@ class HttpClient:
             async with httpx.AsyncClient(**self._options) as http:
                 yield http
         except httpx.TimeoutException as error:
-            raise TimedOut(f"{self._options['base_url']} was silent for too long ({type(error).__name__}).") from error
+            raise DeadlineExceeded(
+                f"{self._options['base_url']} was silent for too long ({type(error).__name__})."
+            ) from error
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise Unavailable(f"no answer from {self._options['base_url']}: {reason}.", 1.0) from error
 
     async def _form(self, request: Request) -> tuple[dict[str, str], list]:
-        """The request as form fields and files; a picture shared by several subjects is sent once."""
+        """The request as form fields and files; an image shared by several subjects is sent once."""
         height, width = request.height, request.width
         if (height is None) != (width is None):
             sampling = (await self.model()).sampling
             height, width = height or sampling.height, width or sampling.width
-        pictures: dict[bytes, int] = {}
+        images: dict[bytes, int] = {}
         files, subjects = [], []
         for subject in request.subjects:
-            index = pictures.setdefault(repr(subject.image.size).encode() + subject.image.tobytes(), len(files))
+            index = images.setdefault(subject.image.digest, len(files))
             if index == len(files):
-                files.append(("image", (f"image{index}.png", encode_image(subject.image), "image/png")))
+                files.append(("image", (f"image{index}.png", encode_image(subject.image.to_pil()), "image/png")))
             subjects.append({"target_phrase": subject.target_phrase, "image": index})
             if subject.scope_ratio is not None:
                 subjects[-1]["scope_ratio"] = subject.scope_ratio
@@ -164,10 +164,6 @@ class HttpClient:
             "subjects": json.dumps(subjects) if subjects else None,
         }
         return {name: str(value) for name, value in fields.items() if value is not None}, files
-
-
-def _with_seed(request: Request) -> Request:
-    return request if request.seed is not None else replace(request, seed=secrets.randbelow(2**32))
 
 
 def _deadline(timeout_s: float | None) -> float | None:
@@ -202,9 +198,9 @@ def _error(error: dict[str, Any], status: int = 500, retry_after: str = "5") -> 
     if code == "too_large" or status == 413:
         return TooLarge(message)
     if code == "timeout" or status in (408, 504):
-        return TimedOut(message)
+        return DeadlineExceeded(message)
     if code == "overloaded" or status == 429:
-        return Overloaded(message, wait_s)
+        return QueueFull(message, wait_s)
     if code == "unavailable" or status in (502, 503):
         return Unavailable(message, wait_s)
     if code == "invalid_request" or 400 <= status < 500:

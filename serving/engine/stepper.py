@@ -1,7 +1,7 @@
-"""One step of several pictures, and what becomes of them when it fails: as if it had not been tried, then in halves.
+"""One step of several images, and what becomes of them when it fails: as if it had not been tried, then in halves.
 
-A step that fails for a group may succeed for its parts: memory may suffice for half of it, and a fault that one picture
-brings along must not reach its neighbours. Only a picture that fails alone is told so.
+A step that fails for a group may succeed for its parts: memory may suffice for half of it, and a fault that one image
+brings along must not reach its neighbors. Only an image that fails alone is told so.
 """
 
 import logging
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .errors import Unavailable
+from ..protocol.errors import Unavailable
 from .job import Job
 from .memory import is_out_of_memory, release
 from .observer import Observer
@@ -54,14 +54,14 @@ def work(generation) -> float:
 
 
 class Stepper:
-    """Steps groups of pictures on one pipeline; used by one thread.
+    """Steps groups of images on one pipeline; used by one thread.
 
     Args:
         pipeline: `step` of `RealCustomPipeline`.
         synchronize: waits for the device after a step.
         observer: is told of steps that were made.
         out_of_memory: called when a group did not fit, before its halves are tried.
-        made: called with the pictures of a step, the work it was, and its seconds.
+        made: called with the images of a step, the work it was, and its seconds.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class Stepper:
             self._synchronize()
         except Exception as error:
             full, name = is_out_of_memory(error), type(error).__name__
-            logger.warning("a step of %d pictures failed", len(group), exc_info=None if full else error, extra=about)
+            logger.warning("a step of %d images failed", len(group), exc_info=None if full else error, extra=about)
         else:
             seconds = time.monotonic() - start
-            logger.debug("step of %d pictures in %.3f s", len(group), seconds, extra=about)
+            logger.debug("step of %d images in %.3f s", len(group), seconds, extra=about)
             self._made(group, amount, seconds)
-            self._observer.step(pictures=len(group), rows=num_rows, mask_rows=mask_rows, seconds=seconds)
+            self._observer.step(images=len(group), rows=num_rows, mask_rows=mask_rows, seconds=seconds)
             return {}
         # Outside the handler, so that the failed step's traceback does not hold its tensors.
         for checkpoint in before:
@@ -103,7 +103,7 @@ class Stepper:
             release()
             self._out_of_memory()
         if len(group) == 1:
-            why = "the server's memory did not suffice for the picture" if full else f"a step of it failed ({name})"
-            return {group[0]: Unavailable(f"the picture was not finished: {why}; try again.")}
+            why = "the server's memory did not suffice for the image" if full else f"a step of it failed ({name})"
+            return {group[0]: Unavailable(f"the image was not finished: {why}; try again.")}
         middle = len(group) // 2
         return self.step(group[:middle]) | self.step(group[middle:])

@@ -1,4 +1,4 @@
-"""HTTP: OpenAI-shaped picture editing, streaming, errors. It holds no model, only a client."""
+"""HTTP: OpenAI-shaped image editing, streaming, errors. It holds no model, only a client."""
 
 import asyncio
 import hmac
@@ -15,17 +15,17 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from realcustom.request import Request
+from realcustom.request import ResolvedRequest, seed_variations
 
-from .answers import Health, Model, Models, Pictures, error_answer, errors
-from .client import Client
-from .errors import InvalidRequest, Overloaded, ServerError, Unavailable
-from .events import Event, Progress, Queued, Result
-from .form import EditForm
-from .images import to_base64
-from .middleware import BodyLimit
-from .model_info import ModelInfo
-from .settings import Settings
+from ..clients import Client
+from ..protocol.errors import InvalidRequest, QueueFull, ServerError, Unavailable
+from ..protocol.events import Event, Progress, Queued, Result
+from ..protocol.image_codec import to_base64
+from ..protocol.model_info import ModelInfo
+from ..settings import Settings
+from .body_limit import BodyLimit
+from .edit_form import EditForm
+from .responses import Health, ImagesState, Model, Models, error_answer, errors
 
 PEEK_S = 2.0  # how long a stream waits for its first step, so that a refused request gets a status and not an event
 MODEL_INFO_S, MODEL_INFO_WAIT_S = 5.0, 1.0  # age at which it is asked for anew, and how long a new answer may take
@@ -43,7 +43,7 @@ def create_api(client: Client, settings: Settings) -> FastAPI:
             return known[-1][1]
         try:
             info = await asyncio.wait_for(client.model(), MODEL_INFO_WAIT_S if known else settings.max_timeout_s)
-        except (Overloaded, Unavailable, asyncio.TimeoutError):
+        except (QueueFull, Unavailable, asyncio.TimeoutError):
             if not known:
                 raise Unavailable("no replica answers yet.", 5.0) from None
             info = known[-1][1]
@@ -63,20 +63,20 @@ def create_api(client: Client, settings: Settings) -> FastAPI:
     @api.post(
         "/v1/images/edits",
         dependencies=locked,
-        response_model=Pictures,
+        response_model=ImagesState,
         responses={200: {"content": EVENT_STREAM}, **errors()},
     )
     async def edit_image(form: Annotated[EditForm, Form(media_type="multipart/form-data")]) -> Any:
-        """Make pictures in which subjects become words of the prompt.
+        """Make images in which subjects become words of the prompt.
 
         With `stream`, server-sent events: image_edit.partial_image, image_edit.completed, and with `progress` also
         image_edit.queued and image_edit.progress.
         """
         info = await model_info()
-        requests = await form.to_requests(info.limits, info.id)
-        for request in requests:
-            info.limits.check(request, info.sampling, pictures=len(requests))
-        timeout_s = info.limits.timeout(form.timeout_s)
+        request = (await form.to_request(info.limits, info.id)).resolve(info.sampling)
+        info.limits.check(request, num_images=form.n)
+        requests = seed_variations(request, form.n)
+        timeout_s = info.limits.timeout_s(form.timeout_s)
         if form.stream:
             previews = form.previews or form.partial_images
             events = all_events(client, requests, previews, timeout_s)
@@ -101,12 +101,12 @@ def create_api(client: Client, settings: Settings) -> FastAPI:
             return Health()
         try:
             await asyncio.wait_for(client.model(), timeout=5)
-        except (Overloaded, ServerError, asyncio.TimeoutError):
+        except (QueueFull, ServerError, asyncio.TimeoutError):
             raise Unavailable("no replica answers yet.", 5.0) from None
         return Health()
 
     api.add_middleware(BodyLimit, max_bytes=settings.max_subjects * settings.max_image_bytes + 2**20)
-    for kind in (InvalidRequest, Overloaded, ServerError, RequestValidationError, StarletteHTTPException, Exception):
+    for kind in (InvalidRequest, QueueFull, ServerError, RequestValidationError, StarletteHTTPException, Exception):
         api.add_exception_handler(kind, _answer_error)
     return api
 
@@ -116,16 +116,16 @@ async def _answer_error(http: HttpRequest, error: Exception) -> JSONResponse:
     return JSONResponse(body, status, headers)
 
 
-# ---- pictures of one request, together ---------------------------------------------------------------------------
+# ---- images of one request, together ---------------------------------------------------------------------------
 
 
 async def all_events(
-    client: Client, requests: Sequence[Request], previews: bool | int, timeout_s: float
+    client: Client, requests: Sequence[ResolvedRequest], previews: bool | int, timeout_s: float
 ) -> AsyncIterator[tuple[int, Event]]:
-    """Events of all pictures as they come, with their index. If one fails or the caller leaves, all are cancelled."""
+    """Events of all images as they come, with their index. If one fails or the caller leaves, all are cancelled."""
     queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
 
-    async def follow(index: int, request: Request) -> None:
+    async def follow(index: int, request: ResolvedRequest) -> None:
         try:
             async with aclosing(client.stream(request, previews=previews, timeout_s=timeout_s)) as events:
                 async for event in events:
@@ -176,7 +176,7 @@ async def _server_sent(events: AsyncIterator[tuple[int, Event]], form: EditForm)
                     yield _event_text(name, {**data, "image_index": index})
                 elif name == "image_edit.progress":
                     yield ": working\n\n"  # a comment: keeps the connection open, and a proxy sees that work goes on
-        except (InvalidRequest, Overloaded, ServerError) as error:
+        except (InvalidRequest, QueueFull, ServerError) as error:
             yield error  # the head of the stream may still become a status; see _start_stream
 
 
@@ -193,12 +193,12 @@ def _describe(event: Event, output_format: str, preview_index: int) -> tuple[str
         return "image_edit.progress", step
     size = f"{event.preview.width}x{event.preview.height}"
     shape = {"size": size, "output_format": output_format, "quality": "auto", "background": "opaque"}
-    picture = {
+    image = {
         "partial_image_index": preview_index,
         "b64_json": to_base64(event.preview, output_format),
         "masks": [to_base64(mask) for mask in event.masks],
     }
-    return "image_edit.partial_image", {**now, **shape, **step, **picture}
+    return "image_edit.partial_image", {**now, **shape, **step, **image}
 
 
 def _event_text(name: str, data: dict[str, Any]) -> str:

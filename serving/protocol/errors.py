@@ -13,7 +13,7 @@ class ServerError(RuntimeError):
     """The server failed; the request itself was fine (HTTP 500)."""
 
 
-class TimedOut(ServerError):
+class DeadlineExceeded(ServerError):
     """The request's deadline has passed; its place is free again (HTTP 504)."""
 
 
@@ -28,9 +28,9 @@ class _TryAgain:
         return self.args[0]
 
 
-class Overloaded(_TryAgain, RuntimeError):
+class QueueFull(_TryAgain, RuntimeError):
     """Every place is taken; try again after `retry_after_s` seconds (HTTP 429)."""
 
 
 class Unavailable(_TryAgain, ServerError):
-    """A replica died, stops or failed at this picture; the same request may succeed elsewhere or later (HTTP 503)."""
+    """A replica died, stops or failed at this image; the same request may succeed elsewhere or later (HTTP 503)."""

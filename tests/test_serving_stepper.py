@@ -1,4 +1,4 @@
-"""A step that failed is as if it had not been tried, and a fault reaches only the picture that brings it."""
+"""A step that failed is as if it had not been tried, and a fault reaches only the image that brings it."""
 
 import asyncio
 import copy
@@ -6,13 +6,13 @@ import copy
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
-from tiny import picture, tiny_pipeline
+from tiny import subject_image, tiny_pipeline
 
 from realcustom import Request, Subject
-from serving.errors import Unavailable
-from serving.job import Job
-from serving.observer import Observer
-from serving.stepping import Checkpoint, Stepper
+from serving.engine.job import Job
+from serving.engine.observer import Observer
+from serving.engine.stepper import Checkpoint, Stepper
+from serving.protocol.errors import Unavailable
 
 SCHEDULERS = {
     "deterministic": DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False),
@@ -27,13 +27,13 @@ def pipeline():
 
 
 def request(seed: int) -> Request:
-    dog = Subject(image=picture(), target_phrase="dog")
+    dog = Subject(image=subject_image(), target_phrase="dog")
     return Request(prompt="a dog and a cat", subjects=(dog,), seed=seed, num_inference_steps=5, early_stop_step=3)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("failing_step", [0, 2, 4])
-def test_a_step_undone_and_made_again_gives_the_same_picture(pipeline, name, failing_step):
+def test_a_step_undone_and_made_again_gives_the_same_image(pipeline, name, failing_step):
     """Latents, masks, the scheduler's memory and the random numbers are as before the step that failed."""
     expected, undone = (pipeline.prepare(request(3), scheduler=copy.deepcopy(SCHEDULERS[name])) for _ in range(2))
     for step in range(5):
@@ -48,8 +48,8 @@ def test_a_step_undone_and_made_again_gives_the_same_picture(pipeline, name, fai
     assert torch.equal(undone.guidance_masks, expected.guidance_masks)
 
 
-def test_the_faulty_picture_fails_alone_and_its_neighbours_are_unharmed(pipeline):
-    """A picture whose step always fails, after its neighbours have already advanced, is the only one that is told."""
+def test_the_faulty_image_fails_alone_and_its_neighbours_are_unharmed(pipeline):
+    """An image whose step always fails, after its neighbors have already advanced, is the only one that is told."""
 
     class Poisoned:
         def step(self, generations) -> None:

@@ -1,22 +1,19 @@
-"""What a picture costs, in one unit for limits, queues and autoscaling, and how fast a replica pays it off."""
+"""What an image costs, in one unit for limits, queues and autoscaling, and how fast a replica pays it off."""
 
 import math
 
-from realcustom.config import SamplingDefaults
-from realcustom.request import Request
+from realcustom.request import ResolvedRequest
 
 MEGAPIXEL = 2**20
 MEMORY_S = 10.0  # the measured rate forgets with this time constant
 
 
-def picture_cost(request: Request, defaults: SamplingDefaults) -> float:
+def image_cost(request: ResolvedRequest) -> float:
     """Megapixels x steps x (1 + subjects): the text's passes and one visual attention per subject.
 
-    A picture of 1024 x 1024 px with one subject in 25 steps costs 50.
+    An image of 1024 x 1024 px with one subject in 25 steps costs 50.
     """
-    height, width = request.height or defaults.height, request.width or defaults.width
-    steps = request.num_inference_steps or defaults.num_inference_steps
-    return height * width / MEGAPIXEL * steps * (1 + len(request.subjects))
+    return request.height * request.width / MEGAPIXEL * request.num_inference_steps * (1 + len(request.subjects))
 
 
 class Rate:

@@ -10,26 +10,26 @@ from starlette.exceptions import HTTPException
 
 from realcustom.config import SamplingDefaults
 
-from .errors import InvalidRequest, Overloaded, ServerError, TimedOut, TooLarge, Unavailable
-from .form import sentence
-from .settings import Limits
+from ..protocol.errors import DeadlineExceeded, InvalidRequest, QueueFull, ServerError, TooLarge, Unavailable
+from ..protocol.limits import Limits
+from .edit_form import sentence
 
 logger = logging.getLogger(__name__)
 
 
-class Picture(BaseModel):
-    """A picture and its guidance masks (grey PNG, one per subject) as base64; `seed` repeats it."""
+class ImageState(BaseModel):
+    """An image and its guidance masks (gray PNG, one per subject) as base64; `seed` repeats it."""
 
     b64_json: str
     seed: int
     masks: list[str]
 
 
-class Pictures(BaseModel):
-    """`n` pictures, made at `created` (seconds since 1970)."""
+class ImagesState(BaseModel):
+    """`n` images, made at `created` (seconds since 1970)."""
 
     created: int
-    data: list[Picture]
+    data: list[ImageState]
     output_format: Literal["png", "jpeg", "webp"]
 
 
@@ -74,7 +74,7 @@ _STATUSES = {
     422: "a request that cannot be made; the message says why",
     429: "no place; see Retry-After",
     500: "a fault of the server",
-    503: "no replica can make the picture now; see Retry-After",
+    503: "no replica can make the image now; see Retry-After",
     504: "the deadline has passed",
 }
 
@@ -101,11 +101,11 @@ def error_answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]
         return _answer(413, str(error), "too_large")
     if isinstance(error, InvalidRequest):
         return _answer(422, str(error), "invalid_request")
-    if isinstance(error, Overloaded):
+    if isinstance(error, QueueFull):
         return _answer(429, str(error), "overloaded", headers={"Retry-After": str(math.ceil(error.retry_after_s))})
     if isinstance(error, Unavailable):
         return _answer(503, str(error), "unavailable", headers={"Retry-After": str(math.ceil(error.retry_after_s))})
-    if isinstance(error, TimedOut):
+    if isinstance(error, DeadlineExceeded):
         return _answer(504, str(error), "timeout")
     if isinstance(error, HTTPException):
         # Starlette's parser of multipart bodies answers 400: bad input is 422 everywhere here

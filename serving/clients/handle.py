@@ -2,17 +2,15 @@
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
-from dataclasses import replace
 
 from realcustom.request import Request
 
-from .errors import InvalidRequest, Overloaded, ServerError, TimedOut, Unavailable
-from .events import Event, Progress, Queued, Result
-from .model_info import ModelInfo
+from ..protocol.errors import DeadlineExceeded, InvalidRequest, QueueFull, ServerError, Unavailable
+from ..protocol.events import Event, Progress, Queued, Result
+from ..protocol.model_info import ModelInfo
 
 logger = logging.getLogger("ray.serve.realcustom")
 
@@ -25,8 +23,8 @@ class HandleClient:
 
     Args:
         handle: `serve.get_deployment_handle("Replica", ...)`.
-        max_retries: how often a picture is begun again after its replica failed. Its seed is drawn before, so the
-            repeated picture is the same one.
+        max_retries: how often an image is begun again after its replica failed. Its seed is drawn before, so the
+            repeated image is the same one.
         timeout_s: deadline of requests that name none, in seconds.
     """
 
@@ -54,8 +52,8 @@ class HandleClient:
     async def stream(
         self, request: Request, *, previews: bool | int = True, timeout_s: float | None = None
     ) -> AsyncIterator[Event]:
-        if request.seed is None:
-            request = replace(request, seed=secrets.randbelow(2**32))
+        if isinstance(request, Request):
+            request = request.with_seed()
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout_s
         step = 0
@@ -80,7 +78,7 @@ class HandleClient:
     ) -> AsyncIterator[Event]:
         left = max(0.0, deadline - time.monotonic())
         response = self._handle.options(stream=True).stream.remote(request, previews, left)
-        place, told = object(), None
+        place, closed = object(), None
         self._at_door[place] = None
         following: asyncio.Future | None = None
         try:
@@ -91,7 +89,7 @@ class HandleClient:
                 done, _ = await asyncio.wait([following], timeout=wait_s)
                 if done:
                     if following.cancelled():  # not by us, who are still here
-                        raise Unavailable("the replica has given the picture up; try again.", 1.0)
+                        raise Unavailable("the replica has given the image up; try again.", 1.0)
                     event, following = following.result(), None
                     if place in self._at_door:
                         del self._at_door[place]
@@ -100,13 +98,13 @@ class HandleClient:
                         return
                     yield event
                 elif time.monotonic() >= deadline:
-                    raise TimedOut(f"the picture was not finished within {timeout_s:.3g} s.")
+                    raise DeadlineExceeded(f"the image was not finished within {timeout_s:.3g} s.")
                 elif place in self._at_door:
                     position = self._line_length + list(self._at_door).index(place)
-                    if position != told:
-                        told = position
+                    if position != closed:
+                        closed = position
                         yield Queued(position)
-        except (GeneratorExit, asyncio.CancelledError, TimedOut):  # the caller has left
+        except (GeneratorExit, asyncio.CancelledError, DeadlineExceeded):  # the caller has left
             response.cancel()
             raise
         finally:
@@ -123,7 +121,7 @@ async def _next(response) -> Event | None:
 
 
 class _ray_errors:
-    """Turns what Ray raises into the errors of `serving.errors`: a replica's own error crosses wrapped in a task
+    """Turns what Ray raises into the errors of `serving.protocol.errors`: a replica's own error crosses wrapped in a task
     error."""
 
     def __enter__(self) -> None:
@@ -136,13 +134,13 @@ class _ray_errors:
         from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
         cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, InvalidRequest | Overloaded | ServerError):
+        if isinstance(cause, InvalidRequest | QueueFull | ServerError):
             raise cause from None
         if isinstance(cause, ValueError):
             raise InvalidRequest(str(cause)) from None
         if isinstance(cause, BackPressureError):
             wait_s = cause.retry_after_s or 5.0
-            raise Overloaded("too many pictures are waiting; try again in a few seconds.", wait_s) from None
+            raise QueueFull("too many images are waiting; try again in a few seconds.", wait_s) from None
         if isinstance(cause, DeploymentUnavailableError):
             raise Unavailable("no replica could be started.", 30.0) from error
         if isinstance(cause, RayError | RayServeException) and not isinstance(cause, TaskCancelledError):

@@ -1,4 +1,4 @@
-"""Ask a server for pictures, over HTTP or a Ray handle, with the same `Request` and the same methods.
+"""Ask a server for images, over HTTP or a Ray handle, with the same `Request` and the same methods.
 
 Light: httpx and PIL; ray is imported only when a handle raises.
 """
@@ -6,34 +6,35 @@ Light: httpx and PIL; ray is imported only when a handle raises.
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from realcustom.request import Request, Subject
+from realcustom.request import Request, Subject, seed_variations
 from realcustom.words import words_of
 
-from .errors import InvalidRequest, Overloaded, ServerError, TimedOut, TooLarge, Unavailable
-from .events import Event, Progress, Queued, Result
-from .handle_client import HandleClient
-from .http_client import HttpClient
-from .model_info import ModelInfo
-from .settings import Limits
+from ..protocol.errors import DeadlineExceeded, InvalidRequest, QueueFull, ServerError, TooLarge, Unavailable
+from ..protocol.events import Event, Progress, Queued, Result
+from ..protocol.limits import Limits
+from ..protocol.model_info import ModelInfo
+from .handle import HandleClient
+from .http import HttpClient
 
 __all__ = [
     "Client",
+    "DeadlineExceeded",
     "Event",
     "HandleClient",
     "HttpClient",
     "InvalidRequest",
     "Limits",
     "ModelInfo",
-    "Overloaded",
     "Progress",
+    "QueueFull",
     "Queued",
     "Request",
     "Result",
     "ServerError",
     "Subject",
-    "TimedOut",
     "TooLarge",
     "Unavailable",
+    "seed_variations",
     "words_of",
 ]
 
@@ -41,9 +42,9 @@ __all__ = [
 class Client(Protocol):
     """What both clients offer.
 
-    `stream` yields `Queued`, `Progress` and at last `Result`; closing it cancels the picture within one step.
+    `stream` yields `Queued`, `Progress` and at last `Result`; closing it cancels the image within one step.
     `timeout_s` is the request's deadline, in seconds from the call; the server has one of its own.
-    All raise `InvalidRequest` (a ValueError), `Overloaded`, `TimedOut`, `Unavailable` or `ServerError`.
+    All raise `InvalidRequest` (a ValueError), `QueueFull`, `DeadlineExceeded`, `Unavailable` or `ServerError`.
     """
 
     async def model(self) -> ModelInfo: ...

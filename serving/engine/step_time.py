@@ -1,8 +1,8 @@
-"""How far batching pays, learnt from the steps as they are made.
+"""How far batching pays, learned from the steps as they are made.
 
-A step takes about fixed + work / rate seconds. Where the fixed part is large (small pictures on a large GPU) all
-pictures should step together. Where the device is busy with one picture already (large pictures, or a CPU) a larger
-group only makes everybody late: two pictures one after the other are finished at 1 and 2, side by side both at 2.
+A step takes about fixed + work / rate seconds. Where the fixed part is large (small images on a large GPU) all
+images should step together. Where the device is busy with one image already (large images, or a CPU) a larger
+group only makes everybody late: two images one after the other are finished at 1 and 2, side by side both at 2.
 """
 
 import statistics
@@ -13,10 +13,10 @@ import numpy as np
 
 ENOUGH = 0.95  # of the work per second that the largest group would do
 KEPT_WORKS, KEPT_SECONDS = 64, 9  # different amounts of work remembered, and last times of each
-LOOK_AGAIN = 32  # every so many groups all step together, so that what was learnt stays true
+LOOK_AGAIN = 32  # every so many groups all step together, so that what was learned stays true
 
 
-class Pace:
+class StepTimeModel:
     """Seconds of a step against its work, in any unit that grows with rows and positions."""
 
     def __init__(self) -> None:
@@ -30,11 +30,11 @@ class Pace:
         if len(self._seconds) > KEPT_WORKS:
             self._seconds.popitem(last=False)
 
-    def enough(self, works: Sequence[float]) -> int:
-        """How many of these pictures, the first ones, should step together; all, as long as little is known.
+    def efficient_batch_size(self, works: Sequence[float]) -> int:
+        """How many of these images, the first ones, should step together; all, as long as little is known.
 
         Args:
-            works: of a step of each picture, in the order in which they should be finished.
+            works: of a step of each image, in the order in which they should be finished.
         """
         self._asked += 1
         if len(self._seconds) < 2 or self._asked % LOOK_AGAIN == 0:

@@ -1,6 +1,6 @@
-"""How many bytes a picture under way takes, measured on the loaded model, and whether one more still fits.
+"""How many bytes an image under way takes, measured on the loaded model, and whether one more still fits.
 
-Legend: a picture *holds* its text, noise, masks and share of the references between steps; while its group steps, or
+Legend: an image *holds* its text, noise, masks and share of the references between steps; while its group steps, or
 while it is decoded, activations come on top for a moment.
 """
 
@@ -21,20 +21,20 @@ from realcustom import RealCustomPipeline, Request, Subject
 
 logger = logging.getLogger("ray.serve.realcustom")
 
-USABLE = 0.9  # share of a GPU's free memory given to pictures: the rest is fragmentation
+USABLE = 0.9  # share of a GPU's free memory given to images: the rest is fragmentation
 USABLE_MAIN = 0.5  # share of free main memory: other replicas and programs live there, too
 
 
 @dataclass(frozen=True)
-class Line:
+class AffineCost:
     """bytes = fixed + per_pixel x pixels."""
 
     fixed: float
     per_pixel: float
 
     @classmethod
-    def through(cls, points: list[tuple[int, int]]) -> "Line":
-        """Through the measured (pixels, bytes); what grows slower than the picture is taken as fixed."""
+    def through(cls, points: list[tuple[int, int]]) -> "AffineCost":
+        """Through the measured (pixels, bytes); what grows slower than the image is taken as fixed."""
         (small, few), (large, many) = points
         per_pixel = max(0.0, (many - few) / (large - small))
         return cls(max(0.0, many - per_pixel * large), per_pixel)
@@ -44,54 +44,54 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryModel:
     """Measured bytes.
 
     Attributes:
-        held: by one picture between steps, without references.
+        held: by one image between steps, without references.
         reference: keys and values of one reference.
-        call: activations of a step that do not grow with the number of pictures.
-        stepping: activations of a step, per picture.
-        decoding: activations of decoding one picture.
+        call: activations of a step that do not grow with the number of images.
+        stepping: activations of a step, per image.
+        decoding: activations of decoding one image.
     """
 
-    held: Line
+    resident: AffineCost
     reference: float
-    call: Line
-    stepping: Line
-    decoding: Line
+    call: AffineCost
+    stepping: AffineCost
+    decoding: AffineCost
 
-    def needed(self, pictures: Iterable[tuple[int, int]]) -> float:
-        """Bytes at the worst moment for pictures of (pixels, subjects) under way together.
+    def needed(self, images: Iterable[tuple[int, int]]) -> float:
+        """Bytes at the worst moment for images of (pixels, subjects) under way together.
 
-        Pictures of one size step together; another size steps at another time, while one picture is decoded.
+        Images of one size step together; another size steps at another time, while one image is decoded.
         """
         groups: dict[int, int] = {}
         total = 0.0
-        for pixels, subjects in pictures:
-            total += self.held.at(pixels) + subjects * self.reference
+        for pixels, subjects in images:
+            total += self.resident.at(pixels) + subjects * self.reference
             groups[pixels] = groups.get(pixels, 0) + 1
         step = max((self.call.at(p) + n * self.stepping.at(p) for p, n in groups.items()), default=0.0)
         return total + step + max((self.decoding.at(p) for p in groups), default=0.0)
 
 
-class Budget:
-    """Decides whether one more picture fits.
+class MemoryBudget:
+    """Decides whether one more image fits.
 
     Args:
         footprint: of the loaded model.
-        num_bytes: for all pictures under way together.
+        num_bytes: for all images under way together.
     """
 
-    def __init__(self, footprint: Footprint, num_bytes: float) -> None:
-        self.footprint, self.num_bytes = footprint, num_bytes
+    def __init__(self, memory_model: MemoryModel, num_bytes: float) -> None:
+        self.memory_model, self.num_bytes = memory_model, num_bytes
 
-    def fits(self, pictures: Iterable[tuple[int, int]]) -> bool:
-        return self.footprint.needed(pictures) <= self.num_bytes
+    def fits(self, images: Iterable[tuple[int, int]]) -> bool:
+        return self.memory_model.needed(images) <= self.num_bytes
 
-    def shrink(self, pictures: Iterable[tuple[int, int]]) -> None:
+    def shrink(self, images: Iterable[tuple[int, int]]) -> None:
         """These did not fit after all: from now on fewer are let in together."""
-        self.num_bytes = min(self.num_bytes, 0.9 * self.footprint.needed(pictures))
+        self.num_bytes = min(self.num_bytes, 0.9 * self.memory_model.needed(images))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -164,51 +164,51 @@ class _DeviceAccount:
         return torch.cuda.max_memory_allocated() - start
 
 
-def measure(pipeline: RealCustomPipeline) -> Footprint:
-    """Make grey pictures of the default size and of half its sides, alone and in twos, and count the bytes.
+def measure(pipeline: RealCustomPipeline) -> MemoryModel:
+    """Make gray images of the default size and of half its sides, alone and in twos, and count the bytes.
 
     Call it before `pipeline.compile()`: counting main memory sees single operations.
     """
     account = _DeviceAccount() if pipeline.unet.device.type == "cuda" else _TensorAccount()
     sampling, grid = pipeline.sampling, pipeline.vae_scale_factor
     half = tuple(max(grid, side // 2 // grid * grid) for side in (sampling.height, sampling.width))
-    names = ("held", "call", "stepping", "decoding")
+    names = ("resident", "call", "stepping", "decoding")
     points: dict[str, list[tuple[int, int]]] = {name: [] for name in names}
     with account if isinstance(account, TorchDispatchMode) else nullcontext():
         for height, width in (half, (sampling.height, sampling.width)):
             measured, reference = _measure_at(pipeline, account, height, width)
             for name, value in zip(names, measured, strict=True):
                 points[name].append((height * width, value))
-    lines = {name: Line.through(values) for name, values in points.items()}
-    footprint = Footprint(reference=reference, **lines)
-    one = footprint.needed([(sampling.height * sampling.width, 1)])
-    two = footprint.needed([(sampling.height * sampling.width, 1)] * 2)
-    logger.info("one picture of the default size takes %.1f MB, each further one %.1f MB", one / 1e6, (two - one) / 1e6)
-    return footprint
+    lines = {name: AffineCost.through(values) for name, values in points.items()}
+    memory_model = MemoryModel(reference=reference, **lines)
+    one = memory_model.needed([(sampling.height * sampling.width, 1)])
+    two = memory_model.needed([(sampling.height * sampling.width, 1)] * 2)
+    logger.info("one image of the default size takes %.1f MB, each further one %.1f MB", one / 1e6, (two - one) / 1e6)
+    return memory_model
 
 
 def _measure_at(pipeline, account, height: int, width: int) -> tuple[tuple[int, int, int, int], int]:
     """((held, call, stepping, decoding), reference) in bytes for one size."""
     subjects = ()
     if pipeline.adapter is not None:
-        subjects = (Subject(image=Image.new("RGB", (64, 64), "grey"), target_phrase="ball"),)
+        subjects = (Subject(image=Image.new("RGB", (64, 64), "gray"), target_phrase="ball"),)
     request = Request(prompt="a ball", subjects=subjects, height=height, width=width, seed=0)
     pipeline.clear_caches()
     before = account.live
     first = pipeline.prepare(request)
     alone = account.peak_during(lambda: pipeline.step([first]))
     reference = sum(k.nbytes + v.nbytes for k, v in first.references[0].values()) if subjects else 0
-    held = max(0, account.live - before - reference)
+    resident = max(0, account.live - before - reference)
     pair = [pipeline.prepare(request) for _ in range(2)]
     together = account.peak_during(lambda: pipeline.step(pair))
     decoding = account.peak_during(lambda: pipeline.decode([first]))
     pipeline.clear_caches()
     stepping = max(0, together - alone)
-    return (held, max(0, alone - stepping), stepping, decoding), reference
+    return (resident, max(0, alone - stepping), stepping, decoding), reference
 
 
 def available(device: str) -> float:
-    """Bytes that pictures may take on this machine, with the model loaded."""
+    """Bytes that images may take on this machine, with the model loaded."""
     if device == "cuda":
         release()
         return USABLE * torch.cuda.mem_get_info()[0]

@@ -45,6 +45,6 @@ class BodyLimit:
             await self._refuse(scope, receive, send)
 
     async def _refuse(self, scope, receive, send) -> None:
-        message = f"the request has more than {self._max_bytes} bytes; send smaller pictures."
+        message = f"the request has more than {self._max_bytes} bytes; send smaller images."
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": "too_large"}
         await JSONResponse({"error": error}, 413)(scope, receive, send)

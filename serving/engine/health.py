@@ -23,7 +23,7 @@ class Health:
         self._busy_since[threading.current_thread().name] = time.monotonic()
 
     def step(self, *, failed: bool) -> None:
-        """A step has ended; `failed` if no picture advanced."""
+        """A step has ended; `failed` if no image advanced."""
         self._failed_steps = self._failed_steps + 1 if failed else 0
 
     def check(self, threads: Sequence[threading.Thread], stall_timeout_s: float) -> None:

@@ -1,0 +1,90 @@
+"""ReferenceImage: an image of a subject, normalized once to upright 8-bit RGB.
+
+Its type says that it needs no further checks, so it passes through requests, processes and batches without a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceImage:
+    """The pixels of one reference.
+
+    Attributes:
+        pixels: read-only uint8 [height, width, 3]. An array and not a PIL image, because Ray shares arrays between
+            processes without copying them.
+    """
+
+    pixels: np.ndarray
+
+    def __post_init__(self) -> None:
+        assert self.pixels.dtype == np.uint8 and self.pixels.ndim == 3 and self.pixels.shape[2] == 3, self.pixels.shape
+
+    @classmethod
+    def from_pil(cls, image: Image.Image) -> ReferenceImage:
+        """Normalize any PIL image; see `to_rgb`.
+
+        Raises:
+            ValueError: not a PIL image, or an image without pixels.
+        """
+        pixels = np.asarray(to_rgb(image))
+        if pixels.size == 0:
+            raise ValueError(f"the subject's image is {image.size[0]}x{image.size[1]}; it has no pixels.")
+        pixels.flags.writeable = False
+        return cls(pixels)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels, in PIL's order."""
+        return self.pixels.shape[1], self.pixels.shape[0]
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of size and pixels: equal for equal images, whatever file they came from."""
+        return hashlib.sha256(repr(self.size).encode() + self.pixels.tobytes()).digest()
+
+    def to_pil(self) -> Image.Image:
+        return Image.fromarray(self.pixels)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.array(self.pixels, dtype=dtype, copy=copy)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as upright 8-bit RGB: EXIF rotation applied, transparency composited on white, 16 bits scaled to 8.
+
+    An image that is so already is returned as it is, without a copy.
+
+    Raises:
+        ValueError: not a PIL image.
+    """
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"a subject's image must be a PIL image, not {type(image).__name__}.")
+    if image.getexif().get(0x0112, 1) != 1:  # a rotated image; `exif_transpose` copies even an upright one
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bit(image)
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        layer = image.convert("RGBA")
+        ground = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(ground, layer).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Gray values of 16 bits, integers or floats to 8 bits: scaled by the range of their kind, then clipped."""
+    values = np.asarray(image, dtype=np.float64)
+    if image.mode == "F" and values.max(initial=0) <= 1:
+        top = 1.0
+    elif image.mode.startswith("I;16") or values.max(initial=0) > 255:
+        top = 65535.0
+    else:
+        top = 255.0
+    return Image.fromarray((values * (255 / top)).clip(0, 255).round().astype(np.uint8))

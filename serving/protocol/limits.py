@@ -1,0 +1,71 @@
+"""Limits: what one request may ask for, checked once against a resolved request."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from realcustom.request import ResolvedRequest
+
+from .cost import image_cost
+from .errors import InvalidRequest
+
+
+class Limits(BaseModel):
+    """Upper bounds on one request.
+
+    Attributes:
+        max_subjects: subjects per image.
+        max_images: images per HTTP request (`n`).
+        max_pixels: width x height of an image.
+        min_side: shortest side of an image in pixels; below it the deepest feature map vanishes.
+        max_steps: denoising steps.
+        max_cost: megapixels x steps x (1 + subjects), summed over the images of a request (see `cost.image_cost`).
+        max_timeout_s: deadline of a request in seconds; a request may ask for a shorter one.
+        max_prompt_chars: characters of the prompt, and of the negative prompt.
+        max_image_bytes: bytes of an uploaded file.
+        max_reference_pixels: width x height of an uploaded image, checked before it is decoded.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_subjects: int = Field(8, ge=1)
+    max_images: int = Field(8, ge=1)
+    max_pixels: int = Field(2048 * 2048, ge=64)
+    min_side: int = Field(64, ge=8)
+    max_steps: int = Field(200, ge=1)
+    max_cost: float = Field(2000, gt=0)
+    max_timeout_s: float = Field(600, gt=0)
+    max_prompt_chars: int = Field(2000, ge=1)
+    max_image_bytes: int = Field(20 * 2**20, ge=1024)
+    max_reference_pixels: int = Field(24_000_000, ge=1024)
+
+    def check(self, request: ResolvedRequest, num_images: int = 1) -> None:
+        """Raise `InvalidRequest` if `num_images` images of this request exceed a limit."""
+        height, width = request.height, request.width
+        if len(request.subjects) > self.max_subjects:
+            raise InvalidRequest(
+                f"the request has {len(request.subjects)} subjects; this server accepts at most {self.max_subjects}."
+            )
+        if height * width > self.max_pixels:
+            raise InvalidRequest(
+                f"the size {width}x{height} has {height * width} pixels; this server accepts at most {self.max_pixels}."
+            )
+        if min(height, width) < self.min_side:
+            raise InvalidRequest(f"the size is {width}x{height}; each side must be at least {self.min_side} px.")
+        if request.num_inference_steps > self.max_steps:
+            raise InvalidRequest(
+                f"num_inference_steps is {request.num_inference_steps}; this server runs at most {self.max_steps}."
+            )
+        if (cost := num_images * image_cost(request)) > self.max_cost:
+            raise InvalidRequest(
+                f"the request costs {cost:.4g} (megapixels x steps x (1 + subjects) x images); this server accepts at "
+                f"most {self.max_cost:.4g}. Request fewer images or steps, or a smaller size."
+            )
+        for name in ("prompt", "negative_prompt"):
+            if len(getattr(request, name)) > self.max_prompt_chars:
+                raise InvalidRequest(
+                    f"{name} has {len(getattr(request, name))} characters; "
+                    f"this server accepts at most {self.max_prompt_chars}."
+                )
+
+    def timeout_s(self, requested_s: float | None) -> float:
+        """Deadline in seconds of a request that asks for `requested_s`."""
+        return self.max_timeout_s if requested_s is None else min(requested_s, self.max_timeout_s)
