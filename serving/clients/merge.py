@@ -23,8 +23,8 @@ async def merge_streams(
         Exception: the error of the first stream that fails, after the events that arrived before it. All other
             streams are closed then. Closing the iterator or cancelling its task also closes all streams.
     """
-    # Not `asyncio.wait_for(queue.get(), heartbeat_s)`: before Python 3.12 it drops a cancellation that coincides with an
-    # event.
+    # Not `asyncio.wait_for(queue.get(), heartbeat_s)`: before Python 3.12 it drops a cancellation that coincides with
+    # an event.
     pending: list[tuple[int, T]] = []
     wake = asyncio.Event()
 
