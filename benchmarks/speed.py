@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.full_size import FAMILIES, default_dtype, let_masks_lie_together, random_pipeline
 from benchmarks.workbench import Workbench, peak_bytes, request, side_by_side
 from realcustom import RealCustomPipeline, Request
-from realcustom.mask import SparseMask
+from realcustom.visual_attention import SparseMask
 
 APPROXIMATIONS = {
     "exact": {},

@@ -1,20 +1,20 @@
 """What RealCustom++ adds to a frozen text-to-image model: the projector and, per cross-attention layer, W_Ki and W_Vi.
 
-The keys and values of a reference depend on nothing else, so they are computed once per reference (`forward`) and the
-attention processors own no weights. The diffusers layout keeps the adapter in a folder of its own beside the UNet.
+The keys and values of a reference do not depend on the timestep or the text, so `forward` computes them once per
+reference and the attention processors own no weights. In the diffusers layout the adapter has its own folder.
 """
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from .attention import KeysValues
 from .projector import CrossLayerCrossScaleProjector
 from .vision import VisionFeatures
+from .visual_attention import KeysValues
 
 
 def cross_attention_layers(unet) -> dict[str, int]:
-    """Name and width of every text cross-attention layer of a UNet, in the order of its module tree.
+    """Name and channels of every text cross-attention layer of a UNet, in the order of its module tree.
 
     Names are those of the state dict, such as "mid_block.attentions.0.transformer_blocks.0.attn2".
     """
@@ -29,7 +29,7 @@ class RealCustomAdapter(ModelMixin, ConfigMixin):
     """Projector (Eq. 5-9) and the visual key and value projections of every cross-attention layer (Eq. 4).
 
     Args:
-        layers: name and width of the cross-attention layers it serves (see `cross_attention_layers`).
+        layers: name and channels of the UNet's cross-attention layers (see `cross_attention_layers`).
         vision_dim, condition_dim, head_dim, cross_layer, cross_scale: see `CrossLayerCrossScaleProjector`.
     """
 
@@ -45,7 +45,7 @@ class RealCustomAdapter(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self.projector = CrossLayerCrossScaleProjector(vision_dim, condition_dim, head_dim, cross_layer, cross_scale)
-        # A module's name may hold no dots, so a layer is stored under its name with dashes.
+        # Module names must not contain dots, so dots in layer names become dashes.
         self.to_k_vision = nn.ModuleDict(
             {_key(name): nn.Linear(condition_dim, d, bias=False) for name, d in layers.items()}
         )
@@ -55,7 +55,7 @@ class RealCustomAdapter(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_unet(cls, unet, *, vision_dim: int, **options) -> "RealCustomAdapter":
-        """An untrained adapter that fits `unet`; W_Ki and W_Vi start as copies of the text's own projections."""
+        """Create an untrained adapter for `unet`. W_Ki and W_Vi are initialized from the UNet's text projections."""
         layers = cross_attention_layers(unet)
         adapter = cls(layers=layers, vision_dim=vision_dim, condition_dim=unet.config.cross_attention_dim, **options)
         modules = dict(unet.named_modules())
@@ -65,7 +65,7 @@ class RealCustomAdapter(ModelMixin, ConfigMixin):
         return adapter
 
     def forward(self, features: VisionFeatures) -> KeysValues:
-        """Keys and values of every layer for a batch of references."""
+        """Keys and values [B, tokens, channels] of every layer for a batch of references."""
         condition = self.projector(features)
         return {
             name: (self.to_k_vision[_key(name)](condition), self.to_v_vision[_key(name)](condition))

@@ -1,4 +1,4 @@
-"""A cache of what is costly to make and often asked for again."""
+"""A least-recently-used cache bounded by bytes, for encoded texts and references."""
 
 import threading
 from collections import OrderedDict
@@ -9,12 +9,12 @@ V = TypeVar("V")
 
 
 class Cache(Generic[V]):
-    """Keeps the values asked for last, as many as fit; the newest always does.
+    """Keeps the most recently used values within a budget of bytes; the newest value is always kept.
 
-    Safe to use from several threads: whoever asks for a value that is being made waits for it.
+    Thread-safe: a thread that asks for a value that is being computed waits for it.
 
     Args:
-        max_bytes: of all values together.
+        max_bytes: budget of all values together.
         size_of: bytes of a value.
     """
 
@@ -26,7 +26,7 @@ class Cache(Generic[V]):
         self.hits = self.misses = 0
 
     def get(self, key: Hashable, make: Callable[[], V]) -> V:
-        """The value of `key`, made if it is not here."""
+        """Return the value of `key`, computing it if it is not cached."""
         with self._lock:
             if key in self._values:
                 self.hits += 1

@@ -1,4 +1,4 @@
-"""Every default of the project, once: how the method is computed, what a model samples with, what an encoder yields."""
+"""Presets and defaults: how the method is computed, how images are sampled, which vision features are used."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -7,6 +7,9 @@ PresetName = Literal["paper", "release"]
 ModelFamily = Literal["sdxl", "sd15"]
 MemoryTier = Literal["high", "medium", "low"]
 MaskSource = Literal["guidance_branch", "generation_branch"]
+
+SIGLIP = "google/siglip-so400m-patch14-384"  # hub ids of the vision encoders (Sec. 4.1)
+DINOV2 = "facebook/dinov2-with-registers-large"
 
 
 def _check_choice(owner: object, **choices: tuple[str, ...]) -> None:
@@ -18,7 +21,7 @@ def _check_choice(owner: object, **choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """Where the authors' released code departs from the paper; the field defaults are the paper's side.
+    """Where the authors' released code differs from the paper. The field defaults follow the paper.
 
     Attributes:
         mask_maps: "self_times_cross" multiplies the low-resolution cross-attention of the target words with the
@@ -28,19 +31,19 @@ class MethodConfig:
             every layer before averaging and once more after; "none" keeps the raw mean.
         mask_selection: "top_k" keeps floor(scope * positions) positions; "threshold" keeps values >= 1 - scope.
         mask_binary: kept positions become 1 instead of keeping their relevance.
-        mask_resize: how masks reach smaller attention resolutions, "per_axis" or by the "height_factor" on both axes,
-            which differs where the width is no multiple of 32 px.
-        disjoint_masks: several subjects share out the positions (Alg. 1); otherwise each selects on its own.
-        local_views: the four local views of Eq. 7 are the "quadrants" of the enlarged image, or "interleaved"
-            subsamplings of it.
+        mask_resize: how masks are resized to smaller attention resolutions, "per_axis" or by the "height_factor" on
+            both axes, which differs where the width is not a multiple of 32 px.
+        disjoint_masks: the positions of several subjects do not overlap (Alg. 1); otherwise each selects on its own.
+        local_views: the four local views of Eq. 7 are the "quadrants" of the enlarged image, or its "interleaved"
+            subsamplings.
         reference_resize: "antialias" resizes references with antialiasing in floating point; "bilinear_uint8"
-            repeats the release's chain (bilinear without antialiasing, truncated to 8 bits before the encoder).
+            follows the release (bilinear without antialiasing, truncated to 8 bits before the encoder).
         pooled_projection: the pooled text embedding passes through the text projection, as in stock SDXL.
         time_ids: order of the size condition, "height_first" as in stock SDXL or "width_first".
-        unconditional_vision: what the unconditional row of Eq. 17 sees: "none", or the "black_image" inside the
+        unconditional_vision: the reference of the unconditional row of Eq. 17: "none", or a "black_image" inside the
             same masks.
-        final_latents: what is decoded in the end: the "sample" after the last step, as diffusers does, or the last
-            "clean_estimate", which the release's sampler need not step onto.
+        final_latents: what is decoded: the "sample" after the last step, as in diffusers, or the last
+            "clean_estimate", as in the release.
     """
 
     mask_maps: Literal["self_times_cross", "all_cross"] = "self_times_cross"
@@ -72,7 +75,7 @@ class MethodConfig:
 
     @classmethod
     def preset(cls, name: PresetName) -> "MethodConfig":
-        """The method as the paper describes it, or as the authors' released code computes it."""
+        """The method as described in the paper, or as computed by the authors' released code."""
         if name == "paper":
             return cls()
         if name == "release":
@@ -92,12 +95,12 @@ class MethodConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """What a request that says nothing is sampled with; defaults are the paper's for SDXL (Sec. 4.1).
+    """Defaults for the settings that a request leaves open. The values are the paper's for SDXL (Sec. 4.1).
 
     Attributes:
         height, width: pixels of the image.
         num_inference_steps: denoising steps.
-        early_stop_step: T_stop; the guidance mask of this step stays in force for the later ones.
+        early_stop_step: T_stop, the number of steps that compute a mask; later steps reuse the last one.
         guidance_scale: ω of Eq. 17; 1 runs no unconditional row.
         scope_ratio: γ_scope, fraction of positions a subject may influence, in (0, 1].
         mask_source, mask_interval: how masks are computed, see `Request`.
@@ -115,11 +118,12 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Which block outputs of the two vision encoders are used; indices count blocks from 0 (Sec. 4.1).
+    """Which block outputs of the two vision encoders are used (Sec. 4.1). Block indices start at 0.
 
     Attributes:
         siglip_shallow, dino_shallow: blocks whose outputs are the shallow features, pairwise concatenated.
-        siglip_deep, dino_deep: blocks whose outputs are the deep features (second to last, as in the release).
+        siglip_deep, dino_deep: blocks whose outputs are the deep features. The paper names the last
+            block; both presets use the second to last, as the release does.
     """
 
     siglip_shallow: tuple[int, ...] = (7, 13, 19)
@@ -139,7 +143,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RealCustomConfig:
-    """The part of a model's configuration that diffusers does not know; stored in its `model_index.json`."""
+    """The RealCustom++ part of a model's configuration, stored in its `model_index.json`."""
 
     method: MethodConfig = field(default_factory=MethodConfig)
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
@@ -147,10 +151,10 @@ class RealCustomConfig:
 
     @classmethod
     def preset(cls, name: PresetName, family: ModelFamily = "sdxl") -> "RealCustomConfig":
-        """Both presets: the paper's settings for each family (Sec. 4.1), or those the authors' demo starts with.
+        """The paper's settings for a model family (Sec. 4.1), or the initial settings of the authors' demo.
 
         Raises:
-            ValueError: no such preset or family, or "release" for a family the authors have released nothing for.
+            ValueError: an unknown preset or family, or "release" for SD1.5, for which the authors released no weights.
         """
         method = MethodConfig.preset(name)
         if family == "sdxl":
@@ -158,7 +162,7 @@ class RealCustomConfig:
             return cls(method=method, sampling=release if name == "release" else SamplingDefaults())
         if family == "sd15":
             if name == "release":
-                raise ValueError("preset 'release' is for SDXL; the authors have released no SD1.5 weights.")
+                raise ValueError("preset 'release' is for SDXL; the authors did not release SD1.5 weights.")
             steps = dict(num_inference_steps=50, early_stop_step=25)
             return cls(method=method, sampling=SamplingDefaults(height=512, width=512, guidance_scale=12.5, **steps))
         raise ValueError(f"family {family!r} does not exist; use 'sdxl' or 'sd15'.")
@@ -168,7 +172,7 @@ class RealCustomConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RealCustomConfig":
-        """Read back `to_dict`; an unknown name raises ValueError, as it would otherwise be a silent typo."""
+        """Inverse of `to_dict`. Unknown names raise ValueError, so that a typo is not ignored silently."""
         parts = {"method": MethodConfig, "sampling": SamplingDefaults, "vision": VisionConfig}
         _check_names("realcustom_config", values, parts)
         for name, part in parts.items():

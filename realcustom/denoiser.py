@@ -1,4 +1,4 @@
-"""One step of denoising, the paper's Figure 3(b): guidance branch, generation branch, and the UNet call beneath both.
+"""One denoising step, the paper's Figure 3(b): guidance branch, generation branch, and the UNet call that both use.
 
 Legend: R rows of a UNet call, B generations, S subjects, T text tokens, h x w positions of a level.
 """
@@ -10,37 +10,44 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .attention import AttentionLayers, StopForward, VisualAttention, level_sizes
+from .attention import AttentionLayers, StopForward, level_sizes
 from .config import MethodConfig
 from .generation import Generation
-from .mask import SparseMask, guidance_masks
+from .mask import guidance_masks
 from .recorder import AttentionRecorder
 from .text import TextCondition
+from .visual_attention import SparseMask, VisualAttention
 
 _compilations = itertools.count()
 
 
 class Denoiser:
-    """Args:
-    unet: a stock `UNet2DConditionModel`; it gets attention processors that equal the stock ones for plain use.
-    method: what the paper and the release do differently.
+    """Advances any set of generations by one step of a UNet.
+
+    Args:
+        unet: a stock `UNet2DConditionModel`. Its attention processors are replaced by equivalent ones that also
+            support references and recording.
+        method: where the paper and the authors' release differ.
+
+    Attributes:
+        allow_early_exit: whether a call may skip what is known or unused: the keys and values of texts, and the layers
+            of the guidance branch after the last one that records. False if layers are loaded onto the device in a
+            fixed order.
     """
 
     def __init__(self, unet, method: MethodConfig) -> None:
         self.unet, self.method = unet, method
         self.attention = AttentionLayers(unet)
-        # Whether calls may leave out what is known or not needed: the keys and values of texts, and in the guidance
-        # branch all behind the last layer that it records.
         self.allow_early_exit = True
         self._call = self._call_unet
-        self._programs = ""  # the name of those that may serve; no two UNets, and no two compilations of one, share any
+        self._programs = ""  # name of the compiled programs in use; unique to a UNet and a compilation
 
     def compile(self, mode: str | None = None, **options) -> None:
-        """Make one program of each kind of UNet call; see `RealCustomPipeline.compile`."""
+        """Compile the whole UNet; see `RealCustomPipeline.compile`."""
         if not self.allow_early_exit:
             raise ValueError(
-                "the UNet is brought over layer by layer (memory 'low') and cannot be compiled whole; "
-                "compile its blocks, or use memory 'high' or 'medium'."
+                "memory tier 'low' loads the UNet layer by layer, so it cannot be compiled whole; "
+                "compile its blocks, or use memory tier 'high' or 'medium'."
             )
         of_mode = torch._inductor.list_mode_options(mode) if mode else {}  # torch takes a mode or options, not both
         of_backend = {"guard_filter_fn": self._guards_of_calls, **of_mode, **(options.pop("options", None) or {})}
@@ -49,11 +56,11 @@ class Denoiser:
         self.attention.compiled_whole = True
 
     def _guards_of_calls(self, guards) -> list[bool]:
-        """Which of a new program's guards every call checks, to see whether the program serves it.
+        """Select the guards of a new program that every call evaluates.
 
-        Those on what the call brings stay: tensors, recordings, and what the processors are connected to. Thousands on
-        the UNet's own modules, which cost up to 4% of a small UNet's call, go; the programs' name stands for them. They
-        stay under a LoRA, whose scale and layers may change at any time.
+        Guards on the inputs of a call stay: tensors, recordings and what the processors hold. Thousands of guards on
+        the UNet's own modules, up to 4% of a small UNet's call, are dropped; the name of the programs stands in for
+        them. With a LoRA loaded all guards stay, because its scale and layers may change at any time.
         """
         if self._has_lora:
             return [True] * len(guards)
@@ -66,7 +73,7 @@ class Denoiser:
 
     @torch.no_grad()
     def prepare_text(self, text: TextCondition) -> TextCondition:
-        """`text` as the UNet takes it, with its keys and values: they do not depend on the step."""
+        """Add the keys and values of every layer to `text`. They do not depend on the timestep."""
         if not self.allow_early_exit:
             return text
         embeds = text.embeds.to(self.unet.conv_in.weight.dtype)  # `unet.dtype` walks all modules
@@ -77,71 +84,77 @@ class Denoiser:
         """Advance every generation by one step, each at its own timestep and with its own settings.
 
         Args:
-            generations: images of one size, none of them done.
+            generations: of one image size, none of them done.
         """
-        assert generations and len({g.size for g in generations}) == 1, "images of one size advance together"
-        assert not any(g.done for g in generations), "a finished image has no next step"
+        assert generations and len({g.size for g in generations}) == 1, "generations of one size step together"
+        assert not any(g.done for g in generations), "a finished generation has no next step"
         if guided := [g for g in generations if g.needs_guidance_branch]:
             self.guidance_branch(guided)
         for generation, noise in zip(generations, self.generation_branch(generations), strict=True):
             generation.advance(noise)
 
     def guidance_branch(self, generations: Sequence[Generation]) -> None:
-        """Text alone; what the target words attend to becomes each generation's new guidance masks (Eq. 14, 15, 18)."""
+        """Text only. The recorded attention to the target words becomes the new guidance masks (Eq. 14, 15, 18)."""
         texts = [g.text for g in generations]
-        _, relevance = self.predict(generations, texts, recorder=self._recorder(generations), output_wanted=False)
+        _, relevance = self.predict(generations, texts, recorder=self._recorder(generations), return_output=False)
         self.set_masks(generations, relevance)
 
     def _recorder(self, generations: Sequence[Generation]) -> AttentionRecorder:
-        num_subjects = max(2, *(len(g.references) for g in generations))  # one would be a program of its own
+        num_subjects = max(2, *(len(g.references) for g in generations))  # `torch.compile` specializes on a size of 1
         tokens = torch.stack([_pad_rows(g.target_tokens, num_subjects) for g in generations])  # [B, S, T]
         return AttentionRecorder(self.attention.levels, self.method.mask_maps, tokens)
 
     def set_masks(self, generations: Sequence[Generation], relevance: Tensor) -> None:
-        """Relevance [B, S, h, w] of every position to every subject becomes the masks in force."""
+        """Turn the relevance [B, S, h, w] of every position to every subject into guidance masks."""
         for generation, r in zip(generations, relevance, strict=True):
             scopes = [s.scope_ratio for s in generation.request.subjects]
             generation.set_masks(guidance_masks(r[: len(scopes)], scopes, self.method))
 
     def generation_branch(self, generations: Sequence[Generation]) -> list[Tensor]:
-        """Text and subjects inside their masks, with classifier-free guidance (Eq. 16, 17, 19); outputs per image."""
+        """Text and references inside the masks, with classifier-free guidance (Eq. 16, 17, 19).
+
+        Returns:
+            the guided model output [channels, height, width] of each generation.
+        """
         recorded = [g for g in generations if g.records_next_mask]
         conditional = [*recorded, *(g for g in generations if not g.records_next_mask)]
-        free = [g for g in conditional if g.negative_text is not None]  # those with an unconditional row
+        guided = [g for g in conditional if g.negative_text is not None]  # those with an unconditional row
         outputs, relevance = self.predict(
-            [*conditional, *free],
-            [g.text for g in conditional] + [g.negative_text for g in free],
-            vision=self._visual_attention(conditional, free),
+            [*conditional, *guided],
+            [g.text for g in conditional] + [g.negative_text for g in guided if g.negative_text is not None],
+            vision=self._visual_attention(conditional, guided),
             recorder=self._recorder(recorded) if recorded else None,
         )
+        assert outputs is not None
         if relevance is not None:
             self.set_masks(recorded, relevance)
-        output = dict(zip(map(id, conditional), outputs, strict=False))
-        unconditional = dict(zip(map(id, free), outputs[len(conditional) :], strict=True))
+        noise_text = dict(zip(map(id, conditional), outputs, strict=False))
+        noise_uncond = dict(zip(map(id, guided), outputs[len(conditional) :], strict=True))
 
-        def guided(generation: Generation) -> Tensor:
-            noise_text = output[id(generation)]
+        def combine(generation: Generation) -> Tensor:
+            text = noise_text[id(generation)]
             if generation.negative_text is None:
-                return noise_text
-            noise_uncond = unconditional[id(generation)]
-            return noise_uncond + generation.request.guidance_scale * (noise_text - noise_uncond)
+                return text
+            uncond = noise_uncond[id(generation)]
+            return uncond + generation.request.guidance_scale * (text - uncond)  # Eq. 17
 
-        return [guided(generation) for generation in generations]
+        return [combine(generation) for generation in generations]
 
     def _visual_attention(
-        self, generations: Sequence[Generation], free: Sequence[Generation]
+        self, generations: Sequence[Generation], guided: Sequence[Generation]
     ) -> VisualAttention | None:
-        seen = [(row, g, g.references) for row, g in enumerate(generations) if g.references]
-        unconditional = enumerate(free, start=len(generations))
-        seen += [(row, g, g.negative_references) for row, g in unconditional if g.negative_references]
-        if not seen:
+        """References and masks of the conditional rows, followed by those of the unconditional rows."""
+        rows = [(row, g, g.references) for row, g in enumerate(generations) if g.references]
+        unconditional = enumerate(guided, start=len(generations))
+        rows += [(row, g, g.negative_references) for row, g in unconditional if g.negative_references]
+        if not rows:
             return None
-        inside = {}
+        masks = {}
         for level in set(self.attention.levels.values()):
             height, width = self.sizes(generations[0])[level]
-            parts = [g.sparse_masks((height, width), self.method.mask_resize) for _, g, _ in seen]
-            inside[level] = SparseMask.stack(parts, [row * height * width for row, _, _ in seen])
-        return VisualAttention(keys_values=[kv for _, _, references in seen for kv in references], inside=inside)
+            parts = [g.sparse_masks((height, width), self.method.mask_resize) for _, g, _ in rows]
+            masks[level] = SparseMask.stack(parts, [row * height * width for row, _, _ in rows])
+        return VisualAttention(keys_values=[kv for _, _, references in rows for kv in references], masks=masks)
 
     def predict(
         self,
@@ -149,13 +162,19 @@ class Denoiser:
         texts: Sequence[TextCondition],
         vision: VisualAttention | None = None,
         recorder: AttentionRecorder | None = None,
-        output_wanted: bool = True,
+        return_output: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """One UNet call, a row per generation and text.
+        """One UNet call with one row per generation and text.
 
+        Args:
+            rows: the generation of each row; it gives latents, timestep and size condition.
+            texts: the text of each row.
+            vision: references and masks; None for text only.
+            recorder: records the attention of the first B rows.
+            return_output: False ends the call after the last layer that records.
         Returns:
-            the output, fp32 [R, channels, height, width], unless it is not wanted; and of a recorded call the relevance
-            of every position to every subject, fp32 [B, S, h, w].
+            The output, fp32 [R, channels, height, width], or None; and the relevance of every position to every
+            subject, fp32 [B, S, h, w], or None without a recorder.
         """
         dtype = self.unet.conv_in.weight.dtype
         added = None
@@ -164,13 +183,12 @@ class Denoiser:
                 "text_embeds": torch.stack([t.pooled for t in texts]).to(dtype),
                 "time_ids": torch.stack([g.time_ids for g in rows]).to(dtype),
             }
-        known = all(t.keys_values is not None for t in texts)
-        keys_values = [t.keys_values for t in texts] if known else ()
+        keys_values = [t.keys_values for t in texts if t.keys_values is not None]
         with self.attention.attention_context(
-            text=keys_values,
+            text=keys_values if len(keys_values) == len(texts) else (),
             vision=vision,
-            recordings=recorder and recorder.layers,
-            stop_after_recording=not output_wanted and self.allow_early_exit,
+            recordings=recorder.layers if recorder else None,
+            stop_after_recording=not return_output and self.allow_early_exit,
         ):
             return self._call(
                 torch.stack([g.model_input() for g in rows]).to(dtype),
@@ -179,7 +197,7 @@ class Denoiser:
                 added,
                 recorder,
                 self.sizes(rows[0]),
-                output_wanted,
+                return_output,
                 f"{self._programs} LoRA" if self._has_lora else self._programs,
             )
 
@@ -191,19 +209,19 @@ class Denoiser:
         added: dict[str, Tensor] | None,
         recorder: AttentionRecorder | None,
         sizes: Sequence[tuple[int, int]],
-        output_wanted: bool,
+        return_output: bool,
         programs: str,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """All of a call that is tensors alone; compiled, it computes nothing that it does not return."""
-        torch._check(programs is not None)  # its guards compare what a program has read
+        """The part of a call that only involves tensors. When compiled, it computes nothing that it does not return."""
+        torch._check(programs is not None)  # reads the name, so that a guard compares it
         try:
             output = self.unet(
                 sample, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False
             )[0]
         except StopForward:
             output = None
-        relevance = recorder and recorder.relevance(sizes, self.method.mask_normalization)
-        return output.float() if output_wanted else None, relevance
+        relevance = recorder.relevance(sizes, self.method.mask_normalization) if recorder else None
+        return output.float() if return_output and output is not None else None, relevance
 
     def sizes(self, generation: Generation) -> list[tuple[int, int]]:
         """(h, w) of each level of the UNet."""

@@ -1,4 +1,4 @@
-"""Generation: the state of one image under way.
+"""Generation: the state of one image in progress.
 
 Legend: S subjects, h x w positions of the largest attention resolution, T text tokens.
 """
@@ -13,34 +13,34 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .attention import KeysValues
-from .mask import SparseMask, resize_by_height, resize_map
+from .mask import resize_by_height, resize_map
 from .request import ResolvedRequest
 from .text import TextCondition
+from .visual_attention import KeysValues, SparseMask
 
 
 @cache
-def _draws_noise(scheduler: type) -> bool:
+def _uses_generator(scheduler: type) -> bool:
     return "generator" in inspect.signature(scheduler.step).parameters
 
 
 @dataclass(eq=False, kw_only=True)
 class Generation:
-    """Everything one image needs from step to step, and nothing of its neighbors.
+    """Everything one image needs from step to step, and nothing of the other images in its batch.
 
     Attributes:
         request: what is generated.
         latents: current sample, fp32 [channels, height, width] at latent resolution.
-        scheduler: its own scheduler object, with its own state.
-        generator: on the CPU, so that a seed means the same image on every device.
-        text, negative_text: the latter is None when guidance_scale is 1.
+        scheduler: a scheduler object with its own state.
+        generator: on the CPU, so that a seed gives the same image on every device.
+        text, negative_text: `negative_text` is None when guidance_scale is 1.
         references: keys and values of each subject's reference.
-        negative_references: what the unconditional row sees in their places; empty if nothing.
-        target_tokens: tokens of each subject's words, [S, T].
-        time_ids: size condition of the models that take one, [6].
+        negative_references: what the unconditional row attends to in their place; empty if nothing.
+        target_tokens: marks the tokens of each subject's target phrase, [S, T].
+        time_ids: size condition of models that take one, [6].
         guidance_masks: [S, h, w] in [0, 1]; None until the first guided step.
-        masks_fixed: the masks were given by the caller; the guidance branch is not run.
-        predicted_clean: the scheduler's current estimate of the clean latent, for previews.
+        masks_fixed: the caller supplied the masks; the guidance branch does not run.
+        predicted_clean: the scheduler's current estimate of the clean latents, for previews.
     """
 
     request: ResolvedRequest
@@ -51,8 +51,8 @@ class Generation:
     negative_text: TextCondition | None
     references: tuple[KeysValues, ...] = ()
     negative_references: tuple[KeysValues, ...] = ()
-    target_tokens: Tensor | None = None
-    time_ids: Tensor | None = None
+    target_tokens: Tensor
+    time_ids: Tensor
     guidance_masks: Tensor | None = None
     masks_fixed: bool = False
     predicted_clean: Tensor | None = None
@@ -77,37 +77,38 @@ class Generation:
         return self.scheduler.timesteps[self.step_index]
 
     def mask_due(self, step: int) -> bool:
-        """Whether `step` begins with a new mask: steps before T_stop do, the later ones reuse the last (Sec. 3.3.1)."""
+        """Whether `step` starts with a new mask: steps before T_stop do, later steps reuse the last (Sec. 3.3.1)."""
         if not self.references or self.masks_fixed or step >= min(self.request.early_stop_step, self.num_steps):
             return False
         return step % self.request.mask_interval == 0
 
     @property
     def needs_guidance_branch(self) -> bool:
-        """Whether this step's mask comes from a row of its own."""
+        """Whether the mask of this step comes from the guidance branch."""
         exact = self.request.mask_source == "guidance_branch"
         return self.mask_due(self.step_index) and (exact or self.guidance_masks is None)
 
     @property
     def records_next_mask(self) -> bool:
-        """Whether this step's generation row gives the next step its mask."""
+        """Whether the generation branch of this step records the mask of the next step."""
         return self.request.mask_source == "generation_branch" and self.mask_due(self.step_index + 1)
 
     def set_masks(self, masks: Tensor) -> None:
-        """Put masks [S, h, w] in [0, 1] in force."""
+        """Replace the guidance masks by `masks` [S, h, w] in [0, 1]."""
         assert len(masks) == len(self.references), (masks.shape, len(self.references))
         self.guidance_masks = masks
         self._sparse_masks.clear()
 
-    def sparse_masks(self, size: tuple[int, int], way: str = "per_axis") -> SparseMask:
-        """Where the masks, resized to one attention resolution, are not zero; found once per mask, not per layer.
+    def sparse_masks(self, size: tuple[int, int], resize_mode: str = "per_axis") -> SparseMask:
+        """The guidance masks, resized to one attention resolution; computed once per mask, not per layer.
 
         Args:
             size: (h, w) of the resolution.
-            way: see `MethodConfig.mask_resize`.
+            resize_mode: see `MethodConfig.mask_resize`.
         """
+        assert self.guidance_masks is not None, "the first step of the guidance branch has not run"
         if size not in self._sparse_masks:
-            resize = resize_by_height if way == "height_factor" else resize_map
+            resize = resize_by_height if resize_mode == "height_factor" else resize_map
             self._sparse_masks[size] = SparseMask.from_dense(resize(self.guidance_masks, size).flatten(1))
         return self._sparse_masks[size]
 
@@ -115,8 +116,8 @@ class Generation:
         return self.scheduler.scale_model_input(self.latents, self.timestep)
 
     def advance(self, model_output: Tensor) -> None:
-        """One scheduler step with the model's output [channels, height, width]."""
-        extra = {"generator": self.generator} if _draws_noise(type(self.scheduler)) else {}
+        """Take one scheduler step with the model's output [channels, height, width]."""
+        extra = {"generator": self.generator} if _uses_generator(type(self.scheduler)) else {}
         out = self.scheduler.step(model_output[None].float(), self.timestep, self.latents[None], **extra)
         self.latents = out.prev_sample[0]
         clean = getattr(out, "pred_original_sample", None)

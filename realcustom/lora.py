@@ -1,11 +1,11 @@
-"""LoRA as diffusers loads it, for SDXL and SD1.5 alike; texts encoded with the former weights are forgotten."""
+"""LoRA loading as in diffusers, for SDXL and SD1.5. Caches are cleared after every change of weights."""
 
 from functools import wraps
 
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 
 
-def _then_forget(name: str):
+def _clearing_caches(name: str):
     change = getattr(StableDiffusionXLLoraLoaderMixin, name)
 
     @wraps(change)
@@ -13,22 +13,22 @@ def _then_forget(name: str):
         try:
             return change(self, *args, **options)
         finally:
-            self.clear_caches()  # a LoRA may reach the text encoders, too
+            self.clear_caches()  # a LoRA may also change the text encoders
 
     return changed
 
 
 class LoraLoader(StableDiffusionXLLoraLoaderMixin):
-    """`load_lora_weights` and what else changes weights, followed by `clear_caches`.
+    """`load_lora_weights` and all other methods that change weights, each followed by `clear_caches`.
 
-    SDXL's loader reads the files of SD1.5, too: it only looks for a second text encoder's weights besides.
+    SDXL's loader also reads SD1.5 files: it only looks for the weights of a second text encoder in addition.
     """
 
-    load_lora_weights = _then_forget("load_lora_weights")
-    unload_lora_weights = _then_forget("unload_lora_weights")
-    fuse_lora = _then_forget("fuse_lora")
-    unfuse_lora = _then_forget("unfuse_lora")
-    set_adapters = _then_forget("set_adapters")
-    delete_adapters = _then_forget("delete_adapters")
-    enable_lora = _then_forget("enable_lora")
-    disable_lora = _then_forget("disable_lora")
+    load_lora_weights = _clearing_caches("load_lora_weights")
+    unload_lora_weights = _clearing_caches("unload_lora_weights")
+    fuse_lora = _clearing_caches("fuse_lora")
+    unfuse_lora = _clearing_caches("unfuse_lora")
+    set_adapters = _clearing_caches("set_adapters")
+    delete_adapters = _clearing_caches("delete_adapters")
+    enable_lora = _clearing_caches("enable_lora")
+    disable_lora = _clearing_caches("disable_lora")

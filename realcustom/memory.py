@@ -1,6 +1,6 @@
-"""Memory tiers: which weights stay on the device, so that a model fits a smaller one.
+"""Memory tiers: which weights stay on the device, so that a model fits smaller GPUs.
 
-Tiers are exact but for the VAE: decoding in tiles blends their seams.
+All tiers compute the same result, except that tiled VAE decoding blends the seams between tiles.
 """
 
 from typing import get_args
@@ -10,24 +10,25 @@ from torch import nn
 
 from .config import MemoryTier
 
-TILE = 512  # px, where the VAE's own tiles are larger: SDXL's are as large as its images
+TILE = 512  # px; SDXL's VAE configures tiles as large as its images
 ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder", "image_encoder_2")
 
 
 def apply_memory_tier(pipeline, device: str | torch.device, tier: MemoryTier = "high") -> None:
-    """Put a pipeline on a device for the rest of its life.
+    """Move a pipeline to a device and configure offloading. A tier cannot be changed afterwards.
 
     Args:
-        tier: "high" keeps everything there. "medium" keeps text and vision encoders in main memory, brings them over
-            for a new prompt or reference, and decodes in tiles. "low" also brings the UNet over layer by layer in every
-            step, which is several times slower.
+        tier: "high" keeps all weights on the device. "medium" keeps text and vision encoders in main memory, moves
+            them to the device for a new prompt or reference, and decodes in tiles. "low" also loads the UNet layer by
+            layer in every step, which is several times slower.
     Raises:
-        ValueError: another tier, or "low" for a UNet that was compiled whole.
+        ValueError: an unknown tier, or "low" for a UNet that was compiled whole.
     """
     if tier not in get_args(MemoryTier):
-        raise ValueError(f"memory is {tier!r}; it must be one of {', '.join(map(repr, get_args(MemoryTier)))}.")
+        tiers = ", ".join(map(repr, get_args(MemoryTier)))
+        raise ValueError(f"the memory tier is {tier!r}; it must be one of {tiers}.")
     if tier == "low" and pipeline.denoiser.attention.compiled_whole:
-        raise ValueError("memory is 'low', but the UNet was compiled whole; compile its blocks, or use 'medium'.")
+        raise ValueError("a UNet compiled whole cannot use memory tier 'low'; compile its blocks, or use 'medium'.")
     if tier == "high":
         pipeline.to(device)
         return
@@ -63,7 +64,7 @@ def _offload_layers(pipeline, device: torch.device) -> None:
     apply_group_offloading(
         pipeline.unet, onload_device=device, offload_type="leaf_level", use_stream=on_gpu, record_stream=on_gpu
     )
-    pipeline.denoiser.allow_early_exit = False  # the layers are brought over in an order learned from whole passes
+    pipeline.denoiser.allow_early_exit = False  # prefetching follows the order of complete forward passes
 
 
 def resident_parts(tier: MemoryTier) -> tuple[str, ...]:
@@ -76,17 +77,17 @@ def resident_parts(tier: MemoryTier) -> tuple[str, ...]:
 
 
 def weight_bytes(pipeline, tier: MemoryTier) -> dict[str, int]:
-    """Bytes of weights on the device: `resident` always, `peak` with the largest part that is brought over for a while.
+    """Bytes of weights on the device: `resident` permanently, `peak` including the largest offloaded component.
 
-    Activations, latents and cached references come on top.
+    Activations, latents and cached references are not included.
     """
-    size = {name: _bytes(getattr(pipeline, name)) for name in resident_parts("high")}
+    size = {name: _num_bytes(getattr(pipeline, name)) for name in resident_parts("high")}
     resident = sum(size[name] for name in resident_parts(tier))
-    visiting = 0 if tier == "high" else max(size[name] for name in ENCODERS)
-    return {"resident": resident, "peak": resident + visiting}
+    offloaded = 0 if tier == "high" else max(size[name] for name in ENCODERS)
+    return {"resident": resident, "peak": resident + offloaded}
 
 
-def _bytes(module: nn.Module | None) -> int:
+def _num_bytes(module: nn.Module | None) -> int:
     if module is None:
         return 0
     return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))

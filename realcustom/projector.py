@@ -11,15 +11,15 @@ from .vision import VisionFeatures
 
 
 class DeepQueryAttention(nn.Module):
-    """Deep features ask, other features answer: the attention of Eq. 5 (shallow layers) and Eq. 7 (local views).
+    """Cross-attention with deep features as queries: over shallow layers (Eq. 5) or local views (Eq. 7).
 
-    No output projection and no residual: an MLP follows (Eq. 6 and 8).
+    There is no output projection and no residual connection, because an MLP follows (Eq. 6 and 8).
     """
 
     def __init__(self, dim: int, head_dim: int = 64) -> None:
         super().__init__()
         if dim % head_dim:
-            raise ValueError(f"vision width {dim} is not a multiple of the head width {head_dim}.")
+            raise ValueError(f"vision_dim is {dim}; it must be a multiple of head_dim, {head_dim}.")
         self.num_heads = dim // head_dim
         self.norm_query = nn.LayerNorm(dim)
         self.norm_context = nn.LayerNorm(dim)
@@ -53,10 +53,10 @@ class CrossLayerCrossScaleProjector(nn.Module):
 
     Args:
         vision_dim: C, channels of the concatenated encoders.
-        out_dim: D, the width the UNet's cross-attention expects.
-        head_dim: width of an attention head.
-        cross_layer: compute shallow' (Eq. 5-6); it doubles the number of tokens.
-        cross_scale: add high' (Eq. 7-8). The release's two projectors each leave one of the two out.
+        out_dim: D, channels of the UNet's cross-attention.
+        head_dim: channels of an attention head.
+        cross_layer: compute shallow' (Eq. 5-6), which doubles the number of tokens.
+        cross_scale: add high' (Eq. 7-8). Each of the release's two projectors omits one of the two.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class CrossLayerCrossScaleProjector(nn.Module):
     def forward(self, features: VisionFeatures) -> Tensor:
         """Vision condition [B, N, D], or [B, 2N, D] with the cross-layer tokens.
 
-        The shallow tokens come last, as in the release; their order has no effect on the attention that reads them.
+        The shallow tokens come last, as in the release. Attention over the tokens does not depend on their order.
         """
         condition = self.deep_mlp(features.deep)
         if self.cross_scale_attention is not None:

@@ -1,7 +1,7 @@
-"""What the guidance branch attends to, reduced as it arrives: no attention map is ever stored at full size.
+"""Records the attention of the guidance branch, reduced at the source: no attention map is stored at full size.
 
-A product of an attention map with a few columns is attention with those columns as values, so the fused kernel
-computes both what Eq. 14 needs: cross-attention summed over the target words (columns mark the words), and
+The product of an attention map with a few columns is attention with these columns as values. The fused attention kernel
+therefore computes both factors of Eq. 14: cross-attention summed over the target words (the columns mark the words) and
 self-attention times a relevance map (the column is the map).
 
 Legend: R rows of a UNet call, the first B of them recorded, S subjects, H heads, Q positions, T text tokens, d head
@@ -18,19 +18,19 @@ from .mask import aggregate_attention_maps
 
 
 def attention_times(query: Tensor, key: Tensor, columns: Tensor) -> Tensor:
-    """Mean over heads of softmax(Q K^T) times `columns`, without the map.
+    """Mean over heads of softmax(Q K^T) times `columns`, computed without materializing the attention map.
 
     Args:
-        query: [R, H, Q, d], of which the first B rows are used.
-        key: [R, H, K, d], likewise.
-        columns: [B, K, S], S columns to multiply with.
+        query: [R, H, Q, d]; the first B rows are used.
+        key: [R, H, K, d]; the first B rows are used.
+        columns: [B, K, S].
     Returns:
         [B, Q, S] in fp32.
     """
     query, key = query[: len(columns)], key[: len(columns)]
     width = query.shape[-1]
     outs = []
-    for part in columns.split(width, dim=-1):  # fused kernels want values as wide as the keys
+    for part in columns.split(width, dim=-1):  # fused kernels require values as wide as the keys
         value = F.pad(part, (0, width - part.shape[-1])).to(query.dtype)
         value = value[:, None].expand(-1, query.shape[1], -1, -1)
         out = F.scaled_dot_product_attention(query, key, value)
@@ -54,7 +54,7 @@ class CrossRecording:
 
 
 class SelfRecording:
-    """Queries and keys of one self-attention layer, from which M_self times anything can be computed."""
+    """Queries and keys of one self-attention layer, from which M_self times any columns can be computed."""
 
     def __init__(self) -> None:
         self.query: Tensor | None = None
@@ -65,11 +65,11 @@ class SelfRecording:
 
 
 class AttentionRecorder:
-    """Collects what masks need from the first B rows of one UNet call.
+    """Collects what the guidance masks need from the first B rows of one UNet call.
 
     Args:
         levels: resolution level of every attention layer, by name.
-        mask_maps: which maps a mask is built from, see `MethodConfig.mask_maps`.
+        mask_maps: the attention maps a mask is computed from, see `MethodConfig.mask_maps`.
         target_tokens: marks the tokens of each subject's words, [B, S, T] of 0 and 1.
 
     Attributes:
@@ -91,13 +91,13 @@ class AttentionRecorder:
     def cross_maps(self) -> dict[str, tuple[int, Tensor]]:
         """Layer -> (level, relevance [B, S, Q])."""
         recorded = {name: r for name, r in self.layers.items() if isinstance(r, CrossRecording)}
-        assert all(r.relevance is not None for r in recorded.values()), "a planned layer has recorded nothing"
+        assert all(r.relevance is not None for r in recorded.values()), "a layer that should record did not run"
         return {name: (self.levels[name], r.relevance) for name, r in recorded.items()}
 
     def relevance(self, sizes: Sequence[tuple[int, int]], normalization: str) -> Tensor:
-        """What the target words attend to, times M_self averaged over heads and the recorded layers (Eq. 14).
+        """Cross-attention to the target words, times M_self averaged over heads and the recorded layers (Eq. 14).
 
-        Without recorded self-attention it is what the words attend to.
+        Without recorded self-attention, the cross-attention alone.
 
         Args:
             sizes: (h, w) of every level.
@@ -117,11 +117,11 @@ class AttentionRecorder:
 
 
 def recorded_levels(levels: dict[str, int], mask_maps: str) -> tuple[frozenset[int], int | None]:
-    """Which levels a mask is built from: (levels whose cross-attention counts, level of the self-attention or None).
+    """Return the levels a mask is computed from: (levels of the cross-attention, level of the self-attention or None).
 
-    Resolutions are told apart by size: the largest one with attention is "high", every smaller one is "low". For SDXL
-    at 1024 px these are 64 x 64 and 32 x 32, as in the paper; for SD1.5 at 512 px 64 x 64, and 32 x 32 down to 8 x 8.
-    A UNet with attention at a single resolution uses it for both.
+    The largest resolution with attention is "high", every smaller one is "low". For SDXL at 1024 px these are 64 x 64
+    and 32 x 32, as in the paper; for SD1.5 at 512 px they are 64 x 64, and 32 x 32 down to 8 x 8. A UNet with attention
+    at a single resolution uses it for both.
 
     Args:
         levels: level of every attention layer by name.

@@ -1,7 +1,7 @@
-"""The sampler of the authors' release, in diffusers' shape: single-step DPM-Solver++ of alternating order.
+"""The sampler of the authors' release as a diffusers scheduler: single-step DPM-Solver++ of alternating order.
 
-diffusers' own single-step solver takes the orders 1, 2, 1, 2, ..., 1; the release takes 1, 1, 2, 1, 2, ... and ends at
-training step 0 instead of the clean image, so neither can stand in for the other. Update rules: DPM-Solver++ (Lu et
+diffusers' own single-step solver uses the orders 1, 2, 1, 2, ..., 1. The release uses 1, 1, 2, 1, 2, ... and ends at
+training step 0 instead of the clean image, so one cannot replace the other. Update rules: DPM-Solver++ (Lu et
 al. 2022), algorithm 2S with the midpoint rule.
 """
 
@@ -16,7 +16,12 @@ from torch import Tensor
 
 @dataclass
 class AlternatingDPMSolverOutput(BaseOutput):
-    """prev_sample: the sample at the next timestep. pred_original_sample: the current estimate of the clean one."""
+    """Output of a step.
+
+    Attributes:
+        prev_sample: the sample at the next timestep.
+        pred_original_sample: the current estimate of the clean sample.
+    """
 
     prev_sample: Tensor
     pred_original_sample: Tensor
@@ -25,7 +30,7 @@ class AlternatingDPMSolverOutput(BaseOutput):
 class AlternatingDPMSolverScheduler(SchedulerMixin, ConfigMixin):
     """DPM-Solver++ in pairs of a first-order and a second-order step, one model call each.
 
-    The noise schedule is Stable Diffusion's ("scaled_linear"), timesteps are spaced from the end ("trailing").
+    The noise schedule is Stable Diffusion's ("scaled_linear"); timesteps are spaced from the end ("trailing").
 
     Args:
         num_train_timesteps, beta_start, beta_end: the model's noise schedule.
@@ -50,7 +55,7 @@ class AlternatingDPMSolverScheduler(SchedulerMixin, ConfigMixin):
         self.set_timesteps(25)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Begin anew with so many steps, at most as many as the model was trained with."""
+        """Start a new run of this many steps, in [1, num_train_timesteps]."""
         total = self.config.num_train_timesteps
         if not 1 <= num_inference_steps <= total:
             raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be in [1, {total}].")
@@ -61,18 +66,18 @@ class AlternatingDPMSolverScheduler(SchedulerMixin, ConfigMixin):
         alpha, sigma = self.alphas_cumprod[at].sqrt(), (1 - self.alphas_cumprod[at]).sqrt()
         self._alpha, self._sigma, self._log_snr = alpha, sigma, alpha.log() - sigma.log()
         self._step_index: int | None = None
-        self._pair_start: tuple[int, Tensor, Tensor] | None = None  # step, sample and clean estimate of an order-1 step
+        self._pair_start: tuple[int, Tensor, Tensor] | None = None  # step, sample and estimate of an order-1 step
 
     @property
     def step_index(self) -> int | None:
-        """Steps done; None before the first."""
+        """Number of completed steps; None before the first."""
         return self._step_index
 
     def scale_model_input(self, sample: Tensor, timestep=None) -> Tensor:
         return sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Samples of the timesteps [B] from clean ones [B, ...]."""
+        """Add noise to clean samples [B, ...] at timesteps [B]."""
         kept = self.alphas_cumprod.to(original_samples.device)[timesteps.to(original_samples.device)]
         kept = kept.view(-1, *[1] * (original_samples.ndim - 1)).to(original_samples.dtype)
         return kept.sqrt() * original_samples + (1 - kept).sqrt() * noise
@@ -80,7 +85,7 @@ class AlternatingDPMSolverScheduler(SchedulerMixin, ConfigMixin):
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> AlternatingDPMSolverOutput | tuple[Tensor, Tensor]:
-        """From the sample at `timestep` to the next one; steps come in order, the first may be any of `timesteps`."""
+        """Advance the sample from `timestep` to the next one. Steps must be in order; the first may be any timestep."""
         if self._step_index is None:
             self._step_index = self.timesteps.tolist().index(int(timestep))
         now = self._step_index
@@ -96,7 +101,7 @@ class AlternatingDPMSolverScheduler(SchedulerMixin, ConfigMixin):
         return AlternatingDPMSolverOutput(result, clean) if return_dict else (result, clean)
 
     def _order(self, index: int) -> int:
-        """1, 1, 2, 1, 2, ...; a run that starts in the middle has no pair to finish at its first step."""
+        """1, 1, 2, 1, 2, ...; a run that starts in the middle begins with a first-order step."""
         return 2 if index and index % 2 == 0 and self._pair_start is not None else 1
 
     def _clean(self, model_output: Tensor, sample: Tensor, index: int) -> Tensor:

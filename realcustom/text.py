@@ -3,25 +3,25 @@
 Legend: T tokens, C channels of the cross-attention, S subjects.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .attention import KeysValues
+from .visual_attention import KeysValues
 from .words import target_token_positions
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextCondition:
-    """What a model is told by a text.
+    """An encoded text.
 
     Attributes:
         embeds: [T, C].
-        pooled: [D] for models that take a pooled text, else None.
-        keys_values: of the embeds in every cross-attention layer, each [1, T, channels]; None where layers make them in
-            every step.
+        pooled: [D] for models that take a pooled text embedding, else None.
+        keys_values: keys and values of the embeds in every cross-attention layer, each [1, T, channels]; None if the
+            layers compute them in every step.
     """
 
     embeds: Tensor
@@ -35,15 +35,19 @@ class TextEncoders:
     Args:
         pairs: (tokenizer, encoder), in the order in which their channels are concatenated.
         pooled_projection: see `MethodConfig.pooled_projection`.
+        release: called after each encoding; offloads the encoders in the lower memory tiers.
     """
 
-    def __init__(self, pairs: Sequence[tuple], *, pooled_projection: bool) -> None:
+    def __init__(
+        self, pairs: Sequence[tuple], *, pooled_projection: bool, release: Callable[[], None] = lambda: None
+    ) -> None:
         self.pairs = tuple(pairs)
         self.pooled_projection = pooled_projection
+        self._release = release
 
     @torch.no_grad()
     def encode(self, text: str) -> TextCondition:
-        """Two encoders give their penultimate hidden states (as SDXL), a single one its last (as SD1.5)."""
+        """Encode a text: penultimate hidden states of two encoders (SDXL), last hidden state of one encoder (SD1.5)."""
         embeds, pooled = [], None
         for tokenizer, encoder in self.pairs:
             ids = tokenizer(
@@ -56,7 +60,8 @@ class TextEncoders:
             out = encoder(ids, output_hidden_states=True)
             embeds.append(out.hidden_states[-2] if len(self.pairs) > 1 else out.last_hidden_state)
             if len(self.pairs) > 1:
-                pooled = self._pool(encoder, ids, out)  # that of the last encoder is used
+                pooled = self._pool(encoder, ids, out)  # the last encoder wins, as in SDXL
+        self._release()
         return TextCondition(embeds=torch.cat(embeds, dim=-1)[0], pooled=None if pooled is None else pooled[0])
 
     def _pool(self, encoder, ids: Tensor, out) -> Tensor:
@@ -67,12 +72,13 @@ class TextEncoders:
         return encoder.text_model(ids.to(out.last_hidden_state.device)).pooler_output
 
     def target_tokens(self, prompt: str, phrases: Sequence[str]) -> Tensor:
-        """Marks the tokens of each phrase, fp32 [S, T]; ValueError as in `target_token_positions`."""
+        """Mark the tokens of each phrase, fp32 [S, T]. Raises ValueError like `target_token_positions`."""
         tokenizer = self.pairs[0][0]
         marks = torch.zeros(len(phrases), tokenizer.model_max_length)
         for mark, phrase in zip(marks, phrases, strict=True):
             positions = target_token_positions(tokenizer, prompt, phrase)
             for other, _ in self.pairs[1:]:
-                assert target_token_positions(other, prompt, phrase) == positions, "tokenizers cut words differently"
+                same = target_token_positions(other, prompt, phrase) == positions
+                assert same, "the two tokenizers split words differently"
             mark[positions] = 1
         return marks

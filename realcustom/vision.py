@@ -1,15 +1,15 @@
-"""Image -> VisionFeatures: what frozen SigLIP and DINOv2 (with registers) say about a reference.
+"""Reference -> VisionFeatures: block outputs of the frozen SigLIP and DINOv2 (with registers) encoders.
 
 Legend: B images, N = grid * grid tokens of a view, L shallow layers, C channels of both encoders together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .config import MethodConfig, VisionConfig
@@ -33,28 +33,32 @@ class VisionFeatures:
     local: Tensor
 
 
-def to_pixels(images: Sequence[Image.Image], size: int, method: MethodConfig) -> Tensor:
-    """RGB images of any size -> [B, 3, size, size] in [0, 1]; the aspect ratio is not kept (Sec. 3.2.1)."""
+def to_pixels(images: Sequence[ArrayLike], size: int, method: MethodConfig) -> Tensor:
+    """Resize RGB images to [B, 3, size, size] in [0, 1]; the aspect ratio is not kept (Sec. 3.2.1).
+
+    Args:
+        images: PIL images, `ReferenceImage`s or uint8 arrays [H, W, 3].
+    """
     pixels = []
     for image in images:
         values = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None] / 255
         if method.reference_resize == "bilinear_uint8":
             values = F.interpolate(values, (size, size), mode="bilinear", align_corners=False)
         else:
-            values = _resize_smooth(values, size)
+            values = _resize_antialiased(values, size)
         pixels.append(values)
     return torch.cat(pixels)
 
 
-def _resize_smooth(pixels: Tensor, size: int) -> Tensor:
+def _resize_antialiased(pixels: Tensor, size: int) -> Tensor:
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def reference_views(pixels: Tensor, method: MethodConfig) -> tuple[Tensor, Tensor]:
-    """The global view and the four local views of twice-enlarged references.
+    """Split references at twice the input size into the global view and the four local views (Eq. 7).
 
     Args:
-        pixels: [B, 3, 2s, 2s] in [0, 1], s being the encoders' input size.
+        pixels: [B, 3, 2s, 2s] in [0, 1], where s is the encoders' input size.
     Returns:
         Global view [B, 3, s, s] and local views [B, 4, 3, s, s] in [0, 1].
     """
@@ -69,29 +73,39 @@ def reference_views(pixels: Tensor, method: MethodConfig) -> tuple[Tensor, Tenso
     if method.reference_resize == "bilinear_uint8":
         view = F.interpolate(pixels, (size, size), mode="bilinear", align_corners=True)
         return _through_uint8(view), _through_uint8(local)
-    return _resize_smooth(pixels, size), local
+    return _resize_antialiased(pixels, size), local
 
 
 def _through_uint8(pixels: Tensor) -> Tensor:
-    """The release converts to 8-bit images by truncation."""
+    """Convert to 8 bits by truncation, as the authors' release does."""
     return (pixels * 255).to(torch.uint8).to(pixels.dtype) / 255
 
 
 class VisionEncoders:
-    """The two frozen encoders side by side, their features concatenated channel by channel.
+    """The two frozen vision encoders; their features are concatenated along the channels.
 
     Args:
         siglip: `SiglipVisionModel`.
         dino: `Dinov2WithRegistersModel`, or `Dinov2Model`; same input size and number of patches as `siglip`.
-        vision: which layers are used.
-        method: how views are made.
+        vision: the layers to use.
+        method: how views are cropped and resized.
+        release: called after each encoding; offloads the encoders in the lower memory tiers.
     """
 
-    def __init__(self, siglip, dino, vision: VisionConfig, method: MethodConfig) -> None:
+    def __init__(
+        self,
+        siglip,
+        dino,
+        vision: VisionConfig,
+        method: MethodConfig,
+        *,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
         self.siglip = siglip
         self.dino = dino
         self.vision = vision
         self.method = method
+        self._release = release
 
     @property
     def input_size(self) -> int:
@@ -101,22 +115,23 @@ class VisionEncoders:
     def num_channels(self) -> int:
         return self.siglip.config.hidden_size + self.dino.config.hidden_size
 
-    def encode(self, images: Sequence[Image.Image]) -> VisionFeatures:
-        """RGB images of any size -> features."""
+    def encode(self, images: Sequence[ArrayLike]) -> VisionFeatures:
+        """Encode RGB images of any size."""
         return self.encode_pixels(to_pixels(images, 2 * self.input_size, self.method))
 
     def encode_pixels(self, pixels: Tensor) -> VisionFeatures:
-        """References at twice the encoders' size, [B, 3, 2s, 2s] in [0, 1] -> features."""
+        """Encode references at twice the encoders' input size, [B, 3, 2s, 2s] in [0, 1]."""
         view, local = reference_views(pixels, self.method)
         vision = self.vision
         layers = tuple(zip((*vision.siglip_shallow, vision.siglip_deep), (*vision.dino_shallow, vision.dino_deep)))
         *shallow, deep = self._features(view, layers)
         (local_deep,) = self._features(local.flatten(0, 1), layers[-1:])
+        self._release()
         local_deep = local_deep.unflatten(0, (-1, 4)).transpose(1, 2).flatten(1, 2)  # [B, N * 4, C]
         return VisionFeatures(shallow=torch.cat(shallow, dim=1), deep=deep, local=local_deep)
 
     def _features(self, pixels: Tensor, layers: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Per (SigLIP block, DINO block) the concatenated tokens [B, N, C]."""
+        """The concatenated tokens [B, N, C] of each (SigLIP block, DINO block) pair."""
         num_prefix = 1 + getattr(self.dino.config, "num_register_tokens", 0)
         siglip = _hidden_states(self.siglip, pixels, SIGLIP_MEAN_STD)
         dino = _hidden_states(self.dino, pixels, DINO_MEAN_STD)

@@ -1,4 +1,4 @@
-"""Target phrase -> characters -> tokens: whole words only, every occurrence, several tokens per word."""
+"""Target phrase -> character spans -> token positions, for all occurrences of the phrase as whole words."""
 
 import re
 
@@ -7,37 +7,37 @@ _WORD = re.compile(r"\w+(?:['’\-]\w+)*")
 
 
 def words_of(prompt: str) -> list[str]:
-    """The words of a prompt in order, as a page offers them for picking; repeated words are listed again."""
+    """The words of a prompt in order, including repetitions."""
     return _WORD.findall(prompt)
 
 
 def find_phrase(prompt: str, phrase: str) -> list[tuple[int, int]]:
     """Character spans [start, end) of every occurrence of `phrase` in `prompt` as whole words, ignoring case.
 
-    Blanks inside the phrase match any run of blanks. "dog" is found in "the dog's bed", not in "hotdog".
+    Whitespace inside the phrase matches any run of whitespace. "dog" is found in "the dog's bed", not in "hotdog".
 
     Raises:
-        ValueError: the phrase is empty or does not occur; the message offers the words that do.
+        ValueError: the phrase is empty or does not occur; the message lists the words of the prompt.
     """
     parts = phrase.split()
     if not parts:
-        raise ValueError(f"target_phrase is empty; name a word of the prompt: {_offer(prompt)}.")
+        raise ValueError(f"target_phrase is empty; name a word of the prompt: {_list_words(prompt)}.")
     pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, parts)) + r"(?!\w)"
     spans = [match.span() for match in re.finditer(pattern, prompt, flags=re.IGNORECASE)]
     if not spans:
         raise ValueError(
             f"target_phrase {phrase!r} does not occur in the prompt {prompt!r} as whole words; "
-            f"the words there are: {_offer(prompt)}."
+            f"the words are: {_list_words(prompt)}."
         )
     return spans
 
 
 def target_token_positions(tokenizer, prompt: str, phrase: str) -> list[int]:
-    """Positions of the tokens that spell `phrase` in `prompt`, counted with the start token at 0.
+    """Positions of the tokens of `phrase` in `prompt`; the start token is position 0.
 
     Args:
         tokenizer: a fast tokenizer of transformers (one that reports character offsets).
-        prompt: the text as it is encoded, cut at `tokenizer.model_max_length`.
+        prompt: the text to encode, truncated at `tokenizer.model_max_length`.
         phrase: one or more whole words of it.
     Returns:
         Ascending positions over all occurrences within the tokenizer's limit.
@@ -55,18 +55,18 @@ def target_token_positions(tokenizer, prompt: str, phrase: str) -> list[int]:
         limit = tokenizer.model_max_length
         reach = max((end for _, end in offsets), default=0)
         raise ValueError(
-            f"target_phrase {phrase!r} falls beyond the {limit} tokens that the text encoder reads; "
-            f"shorten the prompt or move the phrase forward. Words within the limit: {_offer(prompt[:reach])}."
+            f"target_phrase {phrase!r} is beyond the {limit} tokens that the text encoder reads; "
+            f"shorten the prompt or move the phrase forward. Words within the limit: {_list_words(prompt[:reach])}."
         )
     return positions
 
 
 def encode_offsets(tokenizer, prompt: str) -> list[tuple[int, int]]:
-    """Character span of each token of `prompt`, cut at the tokenizer's limit; special tokens are (0, 0)."""
+    """Character span of each token of `prompt`, truncated at the tokenizer's limit; special tokens have (0, 0)."""
     encoded = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True)
     return [tuple(span) for span in encoded["offset_mapping"]]
 
 
-def _offer(prompt: str) -> str:
+def _list_words(prompt: str) -> str:
     words = list(dict.fromkeys(words_of(prompt)))
     return ", ".join(words) if words else "none (the prompt has no words)"

@@ -28,7 +28,7 @@ from tiny import (
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from realcustom import AlternatingDPMSolverScheduler, RealCustomAdapter, RealCustomPipeline, Request, Subject
-from realcustom.assemble import single_file_family
+from realcustom.from_parts import single_file_family
 
 PROMPT = "a dog and a cat"
 

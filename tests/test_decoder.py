@@ -7,6 +7,7 @@ from diffusers import AutoencoderDC
 from PIL import Image
 
 from realcustom.decoder import LatentDecoder
+from realcustom.latent_preview import LatentPreview
 from tests.tiny import tiny_pipeline
 
 MINI = "assets/mini"
@@ -32,7 +33,7 @@ def values(image: Image.Image) -> np.ndarray:
 def test_glance_is_near_what_the_autoencoder_makes(shipped, name, size):
     """It has nine tenths of the image's variance; of any size, square or not."""
     latents = latents_of(shipped, name, size)
-    decoded, seen = shipped.decode(latents), shipped.glance(latents)
+    decoded, seen = shipped.decode(latents), LatentPreview(shipped).decode(latents)
     assert seen.size == decoded.size == size
     variance = values(decoded).var(axis=(0, 1)).mean()
     assert np.mean((values(seen) - values(decoded)) ** 2) < variance / 10
@@ -42,15 +43,16 @@ def test_glance_is_the_same_in_every_process(shipped):
     """What it is fitted to does not depend on chance: two fits give one image."""
     latents = latents_of(shipped, "dog", (128, 128))
     torch.manual_seed(5)
-    assert LatentDecoder(shipped.vae).glance(latents).tobytes() == shipped.glance(latents).tobytes()
+    again = LatentPreview(LatentDecoder(shipped.vae))
+    assert again.decode(latents).tobytes() == LatentPreview(shipped).decode(latents).tobytes()
 
 
 def test_a_pipeline_decodes_with_the_autoencoder_it_has_now():
     """One that is put in its place by assignment, as people do, makes images and previews from then on."""
     pipeline, other = tiny_pipeline(), tiny_pipeline(seed=9).vae
     latents = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
-    before = pipeline.decoder.decode(latents), pipeline.decoder.glance(latents)
+    before = pipeline.decoder.decode(latents), pipeline.latent_preview.decode(latents)
     pipeline.vae = other
-    after = pipeline.decoder.decode(latents), pipeline.decoder.glance(latents)
+    after = pipeline.decoder.decode(latents), pipeline.latent_preview.decode(latents)
     assert all(one.tobytes() != two.tobytes() for one, two in zip(before, after, strict=True))
     assert after[0].tobytes() == LatentDecoder(other).decode(latents).tobytes()

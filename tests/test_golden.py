@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from realcustom import MethodConfig, RealCustomAdapter, RealCustomConfig, RealCustomPipeline, Request, Subject
-from realcustom.attention import VisualAttention
 from realcustom.config import VisionConfig
-from realcustom.mask import SparseMask, aggregate_attention_maps, guidance_masks
+from realcustom.convert import convert_official, convert_timm_vit
+from realcustom.mask import aggregate_attention_maps, guidance_masks
 from realcustom.scheduler import AlternatingDPMSolverScheduler
 from realcustom.vision import VisionFeatures, reference_views, to_pixels
-from realcustom.weights import convert_official, convert_timm_vit
+from realcustom.visual_attention import SparseMask, VisualAttention
 
 FOLDER = Path(os.environ.get("REALCUSTOM_GOLDEN", Path(__file__).parent / "golden"))
 TOLERANCE = {  # five times the differences to float64 that the set states
@@ -255,7 +255,7 @@ def test_reference_images_before_the_encoders(golden):
 @pytest.mark.parametrize("reference", ["ref1", "ref2", "neg"])
 def test_vision_features(golden, reference):
     """Block outputs of both encoders from the source images, and from the black image."""
-    encoders = golden.pipeline._vision_encoders()
+    encoders = golden.pipeline.vision_encoders
     images = {"ref1": lambda: golden.image(0), "ref2": lambda: golden.image(1), "neg": lambda: Image.new("RGB", (8, 8))}
     ours, stored = encoders.encode([images[reference]()]), golden.features(reference)
     for part in ("shallow", "deep", "local"):
@@ -335,14 +335,14 @@ def predict_generation_row(golden, generations, masks, *, negative: bool = False
     sizes = denoiser.sizes(generations[0])
     for i, g in enumerate(generations):
         g.set_masks(torch.ones(len(g.references), *sizes[0]) if masks is None else masks[i])
-    inside = {
+    sparse = {
         level: SparseMask.stack(
             [g.sparse_masks(sizes[level], "height_factor") for g in generations],
             [i * sizes[level][0] * sizes[level][1] for i in range(len(generations))],
         )
         for level in set(denoiser.attention.levels.values())
     }
-    vision = VisualAttention(keys_values=[kv for r in references for kv in r], inside=inside)
+    vision = VisualAttention(keys_values=[kv for r in references for kv in r], masks=sparse)
     texts = [g.negative_text if negative else g.text for g in generations]
     return denoiser.predict(generations, texts, vision=vision)[0]
 

@@ -5,9 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from realcustom import MethodConfig
-from realcustom.attention import LayerVision
 from realcustom.mask import (
-    SparseMask,
     guidance_masks,
     resize_by_height,
     resize_map,
@@ -15,6 +13,7 @@ from realcustom.mask import (
     top_k_mask,
 )
 from realcustom.recorder import attention_times, recorded_levels
+from realcustom.visual_attention import LayerVision, SparseMask
 
 PAPER = MethodConfig()
 

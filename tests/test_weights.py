@@ -12,7 +12,8 @@ from tiny import SDXL_UNET, subject_image, tiny_pipeline, tiny_sd15_unet
 
 from realcustom import RealCustomAdapter, Request, Subject
 from realcustom.attention import AttentionLayers
-from realcustom.weights import check_state, convert_official, load_adapter
+from realcustom.convert import convert_official
+from realcustom.weights import check_state, load_adapter
 
 GOLDEN = Path(__file__).parent / "golden"
 PROJECTOR = "encoder_hidden_states_vision_projection"

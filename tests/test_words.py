@@ -40,7 +40,7 @@ def test_the_error_offers_the_words_there_are():
 
 def test_a_phrase_beyond_the_tokenizers_limit_is_refused_by_name():
     prompt = "abcdefghij klmnopqrst uvwxyz dog"
-    with pytest.raises(ValueError, match=rf"'dog' falls beyond the {TEXT_LENGTH} tokens"):
+    with pytest.raises(ValueError, match=rf"'dog' is beyond the {TEXT_LENGTH} tokens"):
         target_token_positions(tiny_tokenizer(), prompt, "dog")
 
 

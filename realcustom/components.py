@@ -1,0 +1,233 @@
+"""The components of a pipeline: loading, saving, adapters, caches, compilation."""
+
+from os import PathLike
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from typing_extensions import Self
+
+from .adapter import RealCustomAdapter
+from .cache import Cache
+from .conditioning import Conditioner
+from .config import RealCustomConfig, SamplingDefaults
+from .decoder import LatentDecoder
+from .denoiser import Denoiser
+from .from_parts import load_parts
+from .latent_preview import LatentPreview
+from .lora import LoraLoader
+from .text import TextCondition, TextEncoders
+from .vision import VisionEncoders
+from .visual_attention import KeysValues
+from .weights import load_adapter, save_adapter
+
+
+class RealCustomComponents(DiffusionPipeline, LoraLoader):
+    """What a `RealCustomPipeline` consists of.
+
+    Args:
+        vae: `AutoencoderKL` or `AutoencoderDC`.
+        text_encoder, tokenizer, text_encoder_2, tokenizer_2: CLIP; the second pair is None for SD1.5.
+        unet: a stock `UNet2DConditionModel`; its attention processors are replaced by equivalent ones.
+        scheduler: any diffusers scheduler; each generation uses its own copy.
+        image_encoder: `SiglipVisionModel`.
+        image_encoder_2: `Dinov2WithRegistersModel`.
+        adapter: projector and W_Ki, W_Vi; without it, only plain text-to-image is possible.
+        realcustom_config: `RealCustomConfig` or its dict.
+        force_zeros_for_empty_prompt: encode an empty negative prompt as zeros, as stock SDXL does.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->image_encoder_2->adapter->unet->vae"
+    _optional_components = ["text_encoder_2", "tokenizer_2", "image_encoder", "image_encoder_2", "adapter"]
+
+    def __init__(
+        self,
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        scheduler,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        image_encoder=None,
+        image_encoder_2=None,
+        adapter: RealCustomAdapter | None = None,
+        realcustom_config: RealCustomConfig | dict[str, Any] | None = None,
+        force_zeros_for_empty_prompt: bool = True,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            image_encoder=image_encoder,
+            image_encoder_2=image_encoder_2,
+            adapter=adapter,
+        )
+        if not isinstance(realcustom_config, RealCustomConfig):
+            realcustom_config = RealCustomConfig.from_dict(realcustom_config or {})
+        self.register_to_config(
+            realcustom_config=realcustom_config.to_dict(), force_zeros_for_empty_prompt=force_zeros_for_empty_prompt
+        )
+        self.realcustom_config = realcustom_config
+        for part in (unet, vae):
+            # channels_last is fastest. Set here, because the summation order depends on it and all entry points must
+            # produce identical bytes.
+            part.to(memory_format=torch.channels_last)
+        self._decoder = LatentDecoder(vae)
+        self._latent_preview = LatentPreview(self._decoder)
+        self.vae_scale_factor = self._decoder.factor
+        self.denoiser = Denoiser(unet, realcustom_config.method)
+        self.conditioner = Conditioner(
+            realcustom_config.method,
+            zero_empty_prompt=force_zeros_for_empty_prompt,
+            prepare_text=self.denoiser.prepare_text,
+        )
+        self._compiled = False
+        self.offload_hooks: dict[str, Any] = {}  # of components that are on the device only while in use, see memory.py
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **options) -> Self:
+        """As in diffusers, but the default type is fp32, whatever type the files have."""
+        if "torch_dtype" not in options:
+            options.setdefault("dtype", torch.float32)
+        return super().from_pretrained(str(pretrained_model_name_or_path), **options)
+
+    @classmethod
+    def from_parts(
+        cls,
+        base: str | PathLike,
+        adapter: str | PathLike | None = None,
+        *,
+        replace_unet: bool = False,
+        **options,
+    ) -> Self:
+        """Load a base model (SDXL or SD1.5), both vision encoders and an adapter.
+
+        Args:
+            base: see `from_parts.load_parts`.
+            adapter: see `load_realcustom`; None for plain text-to-image until `load_realcustom` is called.
+            replace_unet: see `load_realcustom`.
+            options: of `from_parts.load_parts`: siglip, dinov2, preset, base_config, variant, dtype.
+        Raises:
+            ValueError: a base of another family, a file that is not safetensors, an adapter that does not fit.
+        """
+        pipeline = cls(**load_parts(base, **options))
+        if adapter is not None:
+            pipeline.load_realcustom(adapter, replace_unet)
+        return pipeline
+
+    def to(self, *args, **options) -> Self:
+        """As in diffusers. Clears the caches, which hold tensors on the previous device or of the previous type."""
+        self.clear_caches()
+        return super().to(*args, **options)
+
+    @property
+    def decoder(self) -> LatentDecoder:
+        """The decoder of the current `vae`, which may be replaced by assignment."""
+        if self._decoder.vae is not self.vae:
+            self._decoder = LatentDecoder(self.vae)
+            self._latent_preview = LatentPreview(self._decoder)
+        return self._decoder
+
+    @property
+    def latent_preview(self) -> LatentPreview:
+        """The preview decoder of the current `vae`."""
+        assert self.decoder is self._decoder  # renews the preview if the VAE has been replaced
+        return self._latent_preview
+
+    @property
+    def sampling(self) -> SamplingDefaults:
+        """The defaults of settings that a request leaves open."""
+        return self.realcustom_config.sampling
+
+    @property
+    def text_encoders(self) -> TextEncoders:
+        pairs = [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
+        return TextEncoders(
+            [pair for pair in pairs if pair[1] is not None],
+            pooled_projection=self.realcustom_config.method.pooled_projection,
+            release=lambda: self._offload("text_encoder", "text_encoder_2"),
+        )
+
+    @property
+    def vision_encoders(self) -> VisionEncoders | None:
+        """None unless both are loaded."""
+        if self.image_encoder is None or self.image_encoder_2 is None:
+            return None
+        return VisionEncoders(
+            self.image_encoder,
+            self.image_encoder_2,
+            self.realcustom_config.vision,
+            self.realcustom_config.method,
+            release=lambda: self._offload("image_encoder", "image_encoder_2"),
+        )
+
+    def _offload(self, *names: str) -> None:
+        for name in names:
+            if name in self.offload_hooks:
+                self.offload_hooks[name].offload()
+
+    @property
+    def text_cache(self) -> Cache[TextCondition]:
+        return self.conditioner.text_cache
+
+    @property
+    def reference_cache(self) -> Cache[KeysValues]:
+        return self.conditioner.reference_cache
+
+    def clear_caches(self) -> None:
+        """Discard encoded texts and references. Call it after changing weights in place."""
+        self.conditioner.clear()
+
+    def load_realcustom(self, path: str | PathLike, replace_unet: bool = False) -> None:
+        """Load an adapter from a safetensors file or from the authors' .pth (see `weights.load_adapter`).
+
+        Args:
+            replace_unet: plain UNet weights in the same file replace those of the UNet instead of being refused.
+        Raises:
+            ValueError: an unreadable file, or one for another model. Nothing has changed then.
+        """
+        if (encoders := self.vision_encoders) is None:
+            raise ValueError("load both vision encoders first; the adapter must match the width of their features.")
+        adapter, plain = load_adapter(path, self.unet, vision_dim=encoders.num_channels, replace_unet=replace_unet)
+        self.unet.load_state_dict(plain, strict=False)
+        self.register_modules(adapter=adapter.to(self._execution_device, self.unet.dtype))
+        self.clear_caches()
+
+    def save_realcustom(self, path: str | PathLike) -> None:
+        """Save the adapter as one safetensors file that `load_realcustom` reads.
+
+        Raises:
+            ValueError: the pipeline has no adapter.
+        """
+        if self.adapter is None:
+            raise ValueError("there is no adapter to save; call load_realcustom first.")
+        save_adapter(self.adapter, path)
+
+    def compile(self, *, whole: bool = False, **options) -> None:
+        """Compile the UNet with `torch.compile`: its transformer blocks, or the whole UNet.
+
+        Programs are compiled when first needed; `warm_up` compiles all of them. Batch sizes are dynamic, image sizes
+        are not.
+
+        Args:
+            whole: compile one program per kind of UNet call instead of one per shape of block. Steps are faster, but
+                compilation takes many times longer, and the texts and references of images that step together are
+                copied for all layers at once. New weights and LoRAs take effect; after any other change of the UNet's
+                modules, such as a hook or FreeU, compile again.
+            options: of `torch.compile`, such as `mode="max-autotune-no-cudagraphs"`.
+        Raises:
+            ValueError: memory tier "low" loads the UNet layer by layer, so it cannot be one program.
+        """
+        # Programs differ by one or several rows, with and without references, recording or not, and by level.
+        torch._dynamo.config.recompile_limit += 64
+        if whole:
+            self.denoiser.compile(**options)
+        else:
+            self.unet.compile_repeated_blocks(fullgraph=True, **options)
+        self._compiled = True
