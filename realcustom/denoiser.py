@@ -96,10 +96,11 @@ class Denoiser:
     def guidance_branch(self, generations: Sequence[Generation]) -> None:
         """Text only. The recorded attention to the target words becomes the new guidance masks (Eq. 14, 15, 18)."""
         texts = [g.text for g in generations]
-        _, relevance = self.predict(generations, texts, recorder=self._recorder(generations), return_output=False)
+        _, relevance = self.predict(generations, texts, recorder=self.make_recorder(generations), return_output=False)
         self.set_masks(generations, relevance)
 
-    def _recorder(self, generations: Sequence[Generation]) -> AttentionRecorder:
+    def make_recorder(self, generations: Sequence[Generation]) -> AttentionRecorder:
+        """A recorder of what the target words of these generations attend to."""
         num_subjects = max(2, *(len(g.references) for g in generations))  # `torch.compile` specializes on a size of 1
         tokens = torch.stack([_pad_rows(g.target_tokens, num_subjects) for g in generations])  # [B, S, T]
         return AttentionRecorder(self.attention.levels, self.method.mask_maps, tokens)
@@ -123,7 +124,7 @@ class Denoiser:
             [*conditional, *guided],
             [g.text for g in conditional] + [g.negative_text for g in guided if g.negative_text is not None],
             vision=self._visual_attention(conditional, guided),
-            recorder=self._recorder(recorded) if recorded else None,
+            recorder=self.make_recorder(recorded) if recorded else None,
         )
         assert outputs is not None
         if relevance is not None:

@@ -124,9 +124,10 @@ class RealCustomPipeline(RealCustomComponents):
     @torch.no_grad()
     def decode(self, generations: Sequence[Generation]) -> list[Image.Image]:
         """Decode generations to images, one by one, so that an image does not depend on the others."""
-        return [self.decoder.decode(self._final_latents(g)) for g in generations]
+        return [self.decoder.decode(self.final_latents(g)) for g in generations]
 
-    def _final_latents(self, generation: Generation) -> Tensor:
+    def final_latents(self, generation: Generation) -> Tensor:
+        """The latents [channels, h, w] that `decode` decodes; see `MethodConfig.final_latents`."""
         estimate = self.realcustom_config.method.final_latents == "clean_estimate"
         if estimate and generation.done:
             assert generation.predicted_clean is not None
@@ -239,8 +240,8 @@ class RealCustomPipeline(RealCustomComponents):
         if output_type == "pil":
             return self.decode(generations)
         if output_type == "latent":
-            return torch.stack([self._final_latents(g) for g in generations])
-        images = [self.decoder.decode(self._final_latents(g), output_type) for g in generations]
+            return torch.stack([self.final_latents(g) for g in generations])
+        images = [self.decoder.decode(self.final_latents(g), output_type) for g in generations]
         return torch.stack(images) if output_type == "pt" else np.stack(images)
 
 

@@ -62,7 +62,7 @@ def broken(path: Path, change) -> None:
         (lambda s: s.pop("projector.deep_mlp.bias"), "lacks 1 .*projector.deep_mlp.bias"),
         (lambda s: s.update(extra=torch.ones(1)), "1 unknown .*extra"),
         (lambda s: s.update({"projector.deep_mlp.bias": torch.ones(3)}), r"projector.deep_mlp.bias has shape \[3\]"),
-        (lambda s: s.update({"projector.deep_mlp.bias": torch.ones(32).int()}), "deep_mlp.bias holds torch.int32"),
+        (lambda s: s.update({"projector.deep_mlp.bias": torch.ones(32).int()}), "deep_mlp.bias has type torch.int32"),
     ],
 )
 def test_wrong_keys_and_shapes_are_named_and_nothing_changes(saved, change, message):
@@ -79,10 +79,10 @@ def test_wrong_keys_and_shapes_are_named_and_nothing_changes(saved, change, mess
     [
         ("{", "not JSON"),
         ("[1]", "must be a JSON object"),
-        (json.dumps({"condition_dim": 768, "vision_dim": 64, "head_dim": 32}), "condition_dim 768, this model has 32"),
-        (json.dumps({"condition_dim": 32, "vision_dim": 2176, "head_dim": 32}), "vision_dim 2176, this model has 64"),
-        (json.dumps({"condition_dim": 32, "vision_dim": 64, "head_dim": 0}), "heads of width 0"),
-        (json.dumps({"condition_dim": 32, "vision_dim": 64}), "heads of width None"),
+        (json.dumps({"condition_dim": 768, "vision_dim": 64, "head_dim": 32}), "condition_dim 768, but this model has 32"),
+        (json.dumps({"condition_dim": 32, "vision_dim": 2176, "head_dim": 32}), "vision_dim 2176, but this model has 64"),
+        (json.dumps({"condition_dim": 32, "vision_dim": 64, "head_dim": 0}), "head_dim 0 does not divide"),
+        (json.dumps({"condition_dim": 32, "vision_dim": 64}), "head_dim None does not divide"),
     ],
 )
 def test_a_wrong_header_is_refused_by_name(saved, header, message):
@@ -98,7 +98,7 @@ def test_a_wrong_header_is_refused_by_name(saved, header, message):
 def test_a_truncated_file_and_a_missing_one_are_refused(saved):
     pipeline, path = saved
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         pipeline.load_realcustom(path)
     official_checkpoint(pipeline, path.with_suffix(".pth"), {})
     path.with_suffix(".pth").write_bytes(path.with_suffix(".pth").read_bytes()[:1000])
