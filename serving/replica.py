@@ -20,15 +20,27 @@ from .settings import LiveSettings, Settings, resolve_path
 PRESETS = ("paper", "release")
 
 
-def load_pipeline(settings: Settings) -> RealCustomPipeline:
-    """The pipeline of `settings.model` on its device.
+def model_path(settings: Settings) -> str:
+    """Folder of the model on this machine, or its name on the hub.
 
     Raises:
         FileNotFoundError: a path that this machine does not have.
     """
     path = resolve_path(settings.model)
     if not Path(path).exists() and (Path(path).is_absolute() or path.count("/") != 1 or path.startswith("assets/")):
-        raise FileNotFoundError(f"model {settings.model!r} is neither a folder of the project nor of this machine.")
+        raise FileNotFoundError(
+            f"model {settings.model!r} does not exist. Give a folder in diffusers layout or a hub name (owner/name)."
+        )
+    return path
+
+
+def load_pipeline(settings: Settings) -> RealCustomPipeline:
+    """The pipeline of `settings.model` on its device.
+
+    Raises:
+        FileNotFoundError: see `model_path`.
+    """
+    path = model_path(settings)
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if settings.device == "cuda" else "float32"

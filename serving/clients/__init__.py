@@ -3,7 +3,7 @@
 Light: httpx and PIL; ray is imported only when a handle raises.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from realcustom.request import Request, Subject, seed_variations
@@ -51,6 +51,6 @@ class Client(Protocol):
 
     def stream(
         self, request: Request, *, previews: bool | int = True, timeout_s: float | None = None
-    ) -> AsyncIterator[Event]: ...
+    ) -> AsyncGenerator[Event, None]: ...
 
     async def generate(self, request: Request, *, timeout_s: float | None = None) -> Result: ...

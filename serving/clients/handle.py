@@ -42,6 +42,10 @@ class HandleClient:
         except asyncio.TimeoutError:
             raise Unavailable(f"no replica has answered within {self._timeout_s:.3g} s.", 30.0) from None
 
+    def close(self) -> None:
+        """Stop the background threads of the handle. Call this before `ray.shutdown`: they would start another Ray."""
+        self._handle.shutdown()
+
     async def generate(self, request: Request, *, timeout_s: float | None = None) -> Result:
         async with aclosing(self.stream(request, previews=False, timeout_s=timeout_s)) as events:
             async for event in events:

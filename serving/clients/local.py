@@ -21,16 +21,14 @@ class LocalServer(HandleClient):
         self.url = url
         self._owns_ray = owns_ray
 
+    async def stats(self) -> dict[str, float]:
+        """Statistics of the replica, see `Engine.stats`."""
+        return await self._handle.stats.remote()
+
     def shutdown(self) -> None:
         """Stop the server, and Ray if `start` started it."""
-        import ray
-        from ray import serve
-
-        self._handle.shutdown()  # its reports to the server would otherwise go on, and start another Ray
-        if self._owns_ray:
-            ray.shutdown()
-        else:
-            serve.delete(NAME)
+        self.close()
+        _stop(owns_ray=self._owns_ray)
 
 
 def start(
@@ -42,6 +40,9 @@ def start(
         settings: default: the shipped model.
         host, port: of the HTTP interface; None takes a free port.
         route_prefix: path under which the interface is found.
+    Raises:
+        FileNotFoundError: the model does not exist.
+        ServerError: the model cannot be loaded. What was started is stopped, as after any other error or Ctrl-C.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "2")  # one that died is replaced after this time
@@ -49,18 +50,48 @@ def start(
     from ray import serve
 
     from ..build import REPLICA, app
+    from ..replica import model_path
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    settings = settings or Settings()
+    model_path(settings)  # raises now and not in each of the replica's attempts to start
     port = port or free_port(host)
     owns_ray = not ray.is_initialized()
-    if owns_ray:
-        _start_ray()
-    serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
-    settings = settings or Settings()
-    serve.run(app(settings), name=NAME, route_prefix=route_prefix)
-    handle = serve.get_deployment_handle(REPLICA, app_name=NAME)
+    try:
+        if owns_ray:
+            _start_ray()
+        serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+        try:
+            serve.run(app(settings), name=NAME, route_prefix=route_prefix)
+        except RuntimeError as error:
+            raise ServerError(f"the server did not start: {_failure() or error}") from error
+        handle = serve.get_deployment_handle(REPLICA, app_name=NAME)
+    except BaseException:
+        _stop(owns_ray=owns_ray)
+        raise
     url = f"http://{host}:{port}{route_prefix.rstrip('/')}"
     return LocalServer(handle, url, owns_ray=owns_ray, settings=settings)
+
+
+def _failure() -> str | None:
+    """The error that kept a deployment from starting: the last line of the traceback in its status."""
+    from ray import serve
+
+    application = serve.status().applications.get(NAME)
+    for deployment in application.deployments.values() if application else ():
+        if deployment.status == "DEPLOY_FAILED" and deployment.message.strip():
+            return deployment.message.strip().splitlines()[-1]
+    return None
+
+
+def _stop(*, owns_ray: bool) -> None:
+    import ray
+    from ray import serve
+
+    if owns_ray:
+        ray.shutdown()
+    else:
+        serve.delete(NAME)
 
 
 def _start_ray(tries: int = 2) -> None:
