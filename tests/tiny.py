@@ -1,11 +1,14 @@
-"""The real classes at toy size: what every test builds its pipeline from. Random weights, seconds on one core."""
+"""Toy-size pipelines for tests: the real classes with small dimensions and random weights.
+
+A tiny pipeline is built in less than a second and generates 64 x 64 px images.
+"""
 
 import json
 import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 from PIL import Image, ImageDraw
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -20,11 +23,12 @@ from transformers import (
 )
 
 from realcustom import MethodConfig, RealCustomAdapter, RealCustomConfig, RealCustomPipeline, SamplingDefaults
-from realcustom.config import VisionConfig
+from realcustom.config import PresetName, VisionConfig
 
 TEXT_LENGTH = 24
+PROMPT = "a dog and a cat"
 
-# Where the published SDXL UNet departs from the defaults of diffusers' class.
+# Arguments of UNet2DConditionModel for the published SDXL UNet; all others have their default.
 SDXL_UNET = dict(
     sample_size=128,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -41,7 +45,7 @@ SDXL_UNET = dict(
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer without merges: every letter is a token, so words have several tokens."""
+    """Return a CLIP tokenizer without merges: each letter is a token, so that words have several tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +59,7 @@ def tiny_tokenizer() -> CLIPTokenizer:
 
 
 def tiny_unet() -> UNet2DConditionModel:
-    """SDXL's shape: no attention at the first level, cross-attention at the second and third."""
+    """Return a UNet with the structure of SDXL: no attention at the first level, cross-attention at the next two."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -76,7 +80,7 @@ def tiny_unet() -> UNet2DConditionModel:
 
 
 def tiny_sd15_unet() -> UNet2DConditionModel:
-    """SD1.5's shape: cross-attention at the first three levels and in the middle."""
+    """Return a UNet with the structure of SD1.5: cross-attention at the first three levels and in the middle block."""
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(8, 8, 16, 16),
@@ -88,6 +92,7 @@ def tiny_sd15_unet() -> UNet2DConditionModel:
 
 
 def tiny_text_config(hidden_size: int = 16) -> CLIPTextConfig:
+    """Return a text encoder configuration that fits `tiny_tokenizer`."""
     return CLIPTextConfig(
         hidden_size=hidden_size,
         intermediate_size=32,
@@ -103,6 +108,7 @@ def tiny_text_config(hidden_size: int = 16) -> CLIPTextConfig:
 
 
 def tiny_vae() -> AutoencoderKL:
+    """Return a VAE with 4 latent channels that scales images down by 4."""
     return AutoencoderKL(
         block_out_channels=(8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -114,6 +120,7 @@ def tiny_vae() -> AutoencoderKL:
 
 
 def tiny_vision_encoders(num_layers: int = 3) -> tuple[SiglipVisionModel, Dinov2WithRegistersModel]:
+    """Return SigLIP and DINOv2 for 16 x 16 px images, 16 tokens each."""
     vision = dict(
         hidden_size=32,
         num_hidden_layers=num_layers,
@@ -126,9 +133,17 @@ def tiny_vision_encoders(num_layers: int = 3) -> tuple[SiglipVisionModel, Dinov2
     return siglip, Dinov2WithRegistersModel(Dinov2WithRegistersConfig(mlp_ratio=1, **vision))
 
 
-def tiny_pipeline(seed: int = 0, preset: str = "paper", scheduler=None) -> RealCustomPipeline:
-    """A whole pipeline for 64 x 64 px images; weights are random but large enough for everything to have effect."""
-    generator_state = torch.get_rng_state()
+def tiny_pipeline(
+    seed: int = 0, preset: PresetName = "paper", scheduler: SchedulerMixin | None = None
+) -> RealCustomPipeline:
+    """Return a complete pipeline for 64 x 64 px images. The global random state is left unchanged.
+
+    Args:
+        seed: of the weights. They are scaled up so that each input has a visible effect on the image.
+        preset: of the method, see `MethodConfig.preset`.
+        scheduler: default: DDIM with v-prediction.
+    """
+    rng_state = torch.get_rng_state()
     torch.manual_seed(seed)
     unet = tiny_unet()
     siglip, dino = tiny_vision_encoders()
@@ -162,20 +177,44 @@ def tiny_pipeline(seed: int = 0, preset: str = "paper", scheduler=None) -> RealC
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
-    torch.set_rng_state(generator_state)
+    torch.set_rng_state(rng_state)
     return pipeline
 
 
 def subject_image(color: str = "red", size: tuple[int, int] = (48, 40)) -> Image.Image:
-    """A colored blob on white."""
+    """Return a colored ellipse on white; `size` is (width, height) in pixels."""
     image = Image.new("RGB", size, "white")
     ImageDraw.Draw(image).ellipse([8, 6, size[0] - 8, size[1] - 6], fill=color, outline="black")
     return image
 
 
-def sharpen(pipeline: RealCustomPipeline, factor: float = 3) -> RealCustomPipeline:
-    """Attention that tells positions apart. In a random model all positions are nearly as relevant, so that the last
-    bit of a float sum, which depends on the batch, decides which of them a mask selects; a trained one is clearer."""
+def dog(color: str = "red", scope_ratio: float | None = None) -> Subject:
+    """A subject that becomes the dog of `PROMPT`."""
+    return Subject(image=subject_image(color), target_phrase="dog", scope_ratio=scope_ratio)
+
+
+def cat(color: str = "blue", scope_ratio: float | None = None) -> Subject:
+    """A subject that becomes the cat of `PROMPT`."""
+    return Subject(image=subject_image(color), target_phrase="cat", scope_ratio=scope_ratio)
+
+
+def run(pipeline: RealCustomPipeline, generations: list[Generation]) -> list[torch.Tensor]:
+    """Run generations together until all are done; return the latents of each."""
+    pipeline.run(generations)
+    return [generation.latents for generation in generations]
+
+
+def latents_of(pipeline: RealCustomPipeline, request: Request, **options) -> torch.Tensor:
+    """Final latents of one request that runs alone; `options` are those of `prepare`."""
+    return run(pipeline, [pipeline.prepare(request, **options)])[0]
+
+
+def sharpen(pipeline: RealCustomPipeline, factor: float = 3.0) -> RealCustomPipeline:
+    """Scale up the query and key weights in place and return the pipeline, for tests that compare masks.
+
+    With random weights all positions are almost equally relevant, and rounding errors, which depend on the batch
+    size, decide which positions a mask selects. Sharper attention avoids these ties, as trained weights do.
+    """
     with torch.no_grad():
         for name, parameter in pipeline.unet.named_parameters():
             if "to_q" in name or "to_k" in name:
