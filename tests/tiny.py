@@ -22,7 +22,16 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from realcustom import MethodConfig, RealCustomAdapter, RealCustomConfig, RealCustomPipeline, SamplingDefaults
+from realcustom import (
+    Generation,
+    MethodConfig,
+    RealCustomAdapter,
+    RealCustomConfig,
+    RealCustomPipeline,
+    Request,
+    SamplingDefaults,
+    Subject,
+)
 from realcustom.config import PresetName, VisionConfig
 
 TEXT_LENGTH = 24
