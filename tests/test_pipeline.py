@@ -1,18 +1,17 @@
-"""Properties of the whole pipeline at toy size."""
+"""Properties of the complete pipeline at toy size."""
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
-from tiny import subject_image, tiny_pipeline, tiny_unet
+from diffusers.models.attention_processor import AttnProcessor2_0
+from tiny import PROMPT, cat, dog, latents_of, run, tiny_pipeline, tiny_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from realcustom import RealCustomPipeline, Request, Subject
+from realcustom import RealCustomPipeline, Request
 from realcustom.attention import AttentionLayers
 from realcustom.denoiser import Denoiser
 from realcustom.scheduler import AlternatingDPMSolverScheduler
-
-PROMPT = "a dog and a cat"
 
 
 @pytest.fixture(scope="module")
@@ -20,51 +19,34 @@ def pipeline() -> RealCustomPipeline:
     return tiny_pipeline()
 
 
-def dog(color="red", **settings) -> Subject:
-    return Subject(image=subject_image(color), target_phrase="dog", **settings)
-
-
-def cat(color="blue", **settings) -> Subject:
-    return Subject(image=subject_image(color), target_phrase="cat", **settings)
-
-
-def run(pipeline, generations) -> list[torch.Tensor]:
-    """All generations to their end, those still under way stepping together."""
-    while active := [g for g in generations if not g.done]:
-        pipeline.step(active)
-    return [g.latents for g in generations]
-
-
-def latents(pipeline, request, **options) -> torch.Tensor:
-    return run(pipeline, [pipeline.prepare(request, **options)])[0]
-
-
-def test_without_subjects_it_is_plain_diffusers(pipeline):
-    """The UNet with our processors equals the same UNet with diffusers' own."""
+def test_text_to_image_equals_stock_attention(pipeline):
+    """Without subjects, the UNet with this project's attention processors equals the UNet with those of diffusers."""
     request = Request(prompt=PROMPT, seed=3)
-    ours = latents(pipeline, request)
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
-    before = dict(pipeline.unet.attn_processors)
+    computed = latents_of(pipeline, request)
+    processors = dict(pipeline.unet.attn_processors)
     pipeline.unet.set_attn_processor(AttnProcessor2_0())
     try:
-        theirs = latents(pipeline, request)
+        stock = latents_of(pipeline, request)
     finally:
-        pipeline.unet.set_attn_processor(before)
-    assert torch.allclose(ours, theirs, atol=1e-5)
+        pipeline.unet.set_attn_processor(processors)
+    assert torch.allclose(computed, stock, atol=1e-5)
 
 
-def test_a_zero_mask_is_exactly_the_text_alone(pipeline):
-    subject = Request(prompt=PROMPT, subjects=(dog(),), seed=3)
-    alone = Request(prompt=PROMPT, seed=3)
-    assert torch.equal(latents(pipeline, subject, masks=torch.zeros(1, 8, 8)), latents(pipeline, alone))
+def test_zero_mask_equals_text_only(pipeline):
+    """A subject with an all-zero mask has no effect; the result is bit-identical to text-to-image."""
+    with_subject = Request(prompt=PROMPT, subjects=(dog(),), seed=3)
+    text_only = Request(prompt=PROMPT, seed=3)
+    zeros = torch.zeros(1, 8, 8)
+    assert torch.equal(latents_of(pipeline, with_subject, masks=zeros), latents_of(pipeline, text_only))
 
 
-def test_the_reference_matters_and_more_inside_its_mask(pipeline):
+def test_reference_has_more_effect_inside_its_mask(pipeline):
+    """Replacing the reference changes the latents inside the mask more than twice as much as outside."""
     mask = torch.zeros(1, 8, 8)
     mask[:, :4, :4] = 1
     first, second = (
-        latents(pipeline, Request(prompt=PROMPT, subjects=(dog(c),), seed=3), masks=mask) for c in ("red", "green")
+        latents_of(pipeline, Request(prompt=PROMPT, subjects=(dog(color),), seed=3), masks=mask)
+        for color in ("red", "green")
     )
     change = (first - second).abs().mean(0)
     assert change[:8, :8].mean() > 2 * change[8:, 8:].mean()
@@ -82,8 +64,11 @@ def mixed_requests() -> list[Request]:
 
 
 @pytest.mark.parametrize("preset", ["paper", "release"])
-def test_a_mixed_batch_gives_each_the_image_it_gets_alone(preset):
-    """Different steps, subjects, scopes, T_stop, CFG, schedulers and seeds advance in one call."""
+def test_mixed_batch_matches_single_runs(preset):
+    """Generations with different steps, subjects, scopes, T_stop, CFG, schedulers and seeds share UNet calls.
+
+    Each result equals that of a run alone, also for generations that join later than others.
+    """
     pipeline = tiny_pipeline(preset=preset)
     schedulers = [
         None,
@@ -93,18 +78,43 @@ def test_a_mixed_batch_gives_each_the_image_it_gets_alone(preset):
         None,
         AlternatingDPMSolverScheduler(prediction_type="v_prediction"),
     ]
-    alone = [latents(pipeline, r, scheduler=s) for r, s in zip(mixed_requests(), schedulers, strict=True)]
-    made = [pipeline.prepare(r, scheduler=s) for r, s in zip(mixed_requests(), schedulers, strict=True)]
-    pipeline.step(made[:1])  # joins must work in mid-flight too
-    pipeline.step(made[:3])
-    for ours, expected in zip(run(pipeline, made), alone, strict=True):
-        assert (ours - expected).abs().max() <= 1e-4
+    single = [latents_of(pipeline, r, scheduler=s) for r, s in zip(mixed_requests(), schedulers, strict=True)]
+    generations = [pipeline.prepare(r, scheduler=s) for r, s in zip(mixed_requests(), schedulers, strict=True)]
+    pipeline.step(generations[:1])  # the others join at different steps of the first
+    pipeline.step(generations[:3])
+    for batched, expected in zip(run(pipeline, generations), single, strict=True):
+        assert (batched - expected).abs().max() <= 1e-4
 
 
-def test_the_same_seed_is_the_same_image_and_another_is_not(pipeline):
-    one, two, other = (np.asarray(pipeline(PROMPT, subjects=[dog()], seed=s).images[0]).astype(int) for s in (5, 5, 6))
-    assert np.array_equal(one, two)
-    assert np.abs(one - other).max() > 3
+def test_run_matches_single_runs_for_mixed_sizes_and_steps(pipeline):
+    """`run` advances generations of different sizes and numbers of steps; each result equals that of a run alone.
+
+    Every generation takes exactly its own number of steps, and `on_step` is called once per round.
+    """
+    requests = [
+        Request(prompt=PROMPT, subjects=(dog(),), seed=1, num_inference_steps=3),
+        Request(prompt=PROMPT, subjects=(cat(),), seed=2, num_inference_steps=5, height=48, width=80),
+        Request(prompt=PROMPT, seed=3, num_inference_steps=1, height=48, width=80),
+        Request(prompt=PROMPT, subjects=(dog("green"), cat()), seed=4, num_inference_steps=4),
+    ]
+    single = [latents_of(pipeline, request) for request in requests]
+    generations = [pipeline.prepare(request) for request in requests]
+    step_indices = []
+    pipeline.run(generations, on_step=lambda: step_indices.append([g.step_index for g in generations]))
+    assert all(g.done for g in generations)
+    assert step_indices == [[min(3, i), min(5, i), 1, min(4, i)] for i in range(1, 6)]
+    for generation, expected in zip(generations, single, strict=True):
+        assert generation.latents.shape == expected.shape
+        assert (generation.latents - expected).abs().max() <= 1e-4
+
+
+def test_seed_determines_the_image(pipeline):
+    """Equal seeds yield identical images; another seed yields a different image."""
+    first, second, other = (
+        np.asarray(pipeline(PROMPT, subjects=[dog()], seed=seed).images[0]).astype(int) for seed in (5, 5, 6)
+    )
+    assert np.array_equal(first, second)
+    assert np.abs(first - other).max() > 3
 
 
 @pytest.mark.parametrize(
@@ -115,8 +125,11 @@ def test_the_same_seed_is_the_same_image_and_another_is_not(pipeline):
         ({"mask_source": "generation_branch"}, [1, 0, 0]),
     ],
 )
-def test_the_guidance_branch_runs_when_it_must(pipeline, monkeypatch, settings, expected):
-    """Up to T_stop at every step, or every k-th, or only at the first; without subjects never."""
+def test_guidance_branch_runs_only_when_needed(pipeline, monkeypatch, settings, expected):
+    """Before T_stop, the guidance branch runs in every step, every k-th step, or only in the first one.
+
+    After T_stop and without subjects it does not run.
+    """
     calls = []
     original = Denoiser.guidance_branch
     monkeypatch.setattr(Denoiser, "guidance_branch", lambda s, g: (calls.append(1), original(s, g)))
@@ -125,30 +138,43 @@ def test_the_guidance_branch_runs_when_it_must(pipeline, monkeypatch, settings, 
         calls.clear()
         pipeline.step([generation])
         assert len(calls) == number
-    latents(pipeline, Request(prompt=PROMPT))
+    latents_of(pipeline, Request(prompt=PROMPT))
     assert not calls
 
 
-def test_masks_of_the_generation_branch_follow_it(pipeline):
-    """Without a row of their own masks still change until T_stop, and not after; no UNet call is added."""
-    request = Request(
-        prompt=PROMPT,
-        subjects=(dog(),),
-        seed=3,
-        num_inference_steps=5,
-        early_stop_step=3,
-        mask_source="generation_branch",
-    )
+def masks_per_step(pipeline, request: Request) -> list[torch.Tensor]:
+    """The guidance masks after each step."""
     generation, masks = pipeline.prepare(request), []
-    while not generation.done:
-        pipeline.step([generation])
-        masks.append(generation.guidance_masks)
-    # a step records the mask of the next one
+    pipeline.run([generation], on_step=lambda: masks.append(generation.guidance_masks))
+    return masks
+
+
+def test_masks_of_the_generation_branch_change_until_early_stop(pipeline):
+    """With `mask_source="generation_branch"`, masks change until T_stop and then stay the same."""
+    masks = masks_per_step(
+        pipeline,
+        Request(
+            prompt=PROMPT,
+            subjects=(dog(),),
+            seed=3,
+            num_inference_steps=5,
+            early_stop_step=3,
+            mask_source="generation_branch",
+        ),
+    )
+    # A step records the mask of the next step.
     assert not torch.equal(masks[0], masks[1]) and masks[1] is masks[2] is masks[3] is masks[4]
 
 
-def test_with_a_zero_mask_both_branches_attend_alike(pipeline):
-    """The approximation is exact where the reference has no effect: both rows then see the same text and image."""
+def test_last_mask_is_reused_after_early_stop(pipeline):
+    """Masks change in each step before T_stop; later steps reuse the last mask."""
+    masks = masks_per_step(pipeline, Request(prompt=PROMPT, subjects=(dog(),), early_stop_step=2))
+    assert not torch.equal(masks[0], masks[1])
+    assert masks[1] is masks[2] is masks[3]
+
+
+def test_both_mask_sources_agree_for_a_zero_mask(pipeline):
+    """The mask of the generation branch is exact if the reference has no effect: both rows have equal inputs then."""
     generation = pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), seed=3, mask_source="generation_branch"))
     pipeline.denoiser.guidance_branch([generation])
     exact = generation.guidance_masks
@@ -157,36 +183,28 @@ def test_with_a_zero_mask_both_branches_attend_alike(pipeline):
     assert torch.allclose(generation.guidance_masks, exact, atol=1e-5)
 
 
-def test_after_early_stop_the_last_mask_stays(pipeline):
-    generation = pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), early_stop_step=2))
-    masks = []
-    while not generation.done:
-        pipeline.step([generation])
-        masks.append(generation.guidance_masks)
-    assert not torch.equal(masks[0], masks[1])
-    assert masks[1] is masks[2] is masks[3]
-
-
-def test_guidance_scale_one_runs_no_unconditional_row(pipeline, monkeypatch):
+def test_guidance_scale_one_has_no_unconditional_row(pipeline, monkeypatch):
+    """With guidance_scale 1, a step computes a single row."""
     rows = []
     original = Denoiser.predict
     monkeypatch.setattr(Denoiser, "predict", lambda s, r, *a, **k: (rows.append(len(r)), original(s, r, *a, **k))[1])
-    latents(pipeline, Request(prompt=PROMPT, guidance_scale=1.0, num_inference_steps=2))
+    latents_of(pipeline, Request(prompt=PROMPT, guidance_scale=1.0, num_inference_steps=2))
     assert rows == [1, 1]
 
 
-def test_a_reference_is_encoded_once(pipeline, monkeypatch):
+def test_references_are_encoded_once(pipeline, monkeypatch):
+    """Equal reference images are encoded once, within a request and across requests."""
     pipeline.clear_caches()
     calls = []
     forward = pipeline.adapter.forward
     monkeypatch.setattr(pipeline.adapter, "forward", lambda f: (calls.append(1), forward(f))[1])
-    latents(pipeline, Request(prompt=PROMPT, subjects=(dog("navy"), cat("navy"))))
-    latents(pipeline, Request(prompt="a dog", subjects=(dog("navy"),), seed=9))
+    latents_of(pipeline, Request(prompt=PROMPT, subjects=(dog("navy"), cat("navy"))))
+    latents_of(pipeline, Request(prompt="a dog", subjects=(dog("navy"),), seed=9))
     assert len(calls) == 1
 
 
-def test_texts_are_projected_once_and_not_in_every_step(pipeline, monkeypatch):
-    """No step asks a text cross-attention layer for keys or values; a known prompt is not projected again either."""
+def test_text_keys_and_values_are_computed_once(pipeline, monkeypatch):
+    """Text keys and values are computed once per text, not in every step and not again for a cached prompt."""
     pipeline.clear_caches()
     calls = []
     layers = [m for name, m in pipeline.unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
@@ -200,60 +218,61 @@ def test_texts_are_projected_once_and_not_in_every_step(pipeline, monkeypatch):
     assert len(calls) == 2 * len(layers)
 
 
-def test_texts_projected_before_are_those_projected_in_the_layers(pipeline):
+def test_precomputed_text_keys_and_values_equal_those_of_the_layers(pipeline):
+    """The result is the same whether text keys and values are computed in advance or in each layer call."""
     request = Request(prompt=PROMPT, negative_prompt="a cat", subjects=(dog(), cat()), seed=3)
-    before = latents(pipeline, request)
+    precomputed = latents_of(pipeline, request)
     pipeline.clear_caches()
     pipeline.denoiser.allow_early_exit = False
     try:
-        in_layers = latents(pipeline, request)
+        in_layers = latents_of(pipeline, request)
     finally:
         pipeline.denoiser.allow_early_exit = True
         pipeline.clear_caches()
-    assert torch.allclose(before, in_layers, atol=1e-5)
+    assert torch.allclose(precomputed, in_layers, atol=1e-5)
 
 
-def test_a_pipeline_that_changes_its_type_forgets_what_it_knew():
-    """Keys and values of the former type would not fit the weights of the new one."""
+def test_changing_the_dtype_clears_the_caches():
+    """After `to(dtype)`, a cached request runs in the new dtype: keys and values of the old dtype are discarded."""
     pipeline = tiny_pipeline()
     request = Request(prompt=PROMPT, subjects=(dog(),), seed=0, num_inference_steps=1)
-    latents(pipeline, request)
+    latents_of(pipeline, request)
     pipeline.to(torch.bfloat16)
-    assert latents(pipeline, request).isfinite().all()
+    assert latents_of(pipeline, request).isfinite().all()
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation makes."""
+    """Records the number of elements of the largest tensor that any operation allocates."""
 
     def __init__(self):
         super().__init__()
-        self.numel, self.operation = 0, ""
+        self.numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for made in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(made, torch.Tensor) and made.numel() > self.numel and not made._is_view():
-                self.numel, self.operation = made.numel(), str(func)
+        if not func.is_view:
+            tensors = [x for x in (out if isinstance(out, tuple | list) else (out,)) if isinstance(x, torch.Tensor)]
+            self.numel = max([self.numel, *(tensor.numel() for tensor in tensors)])
         return out
 
 
-def test_no_step_makes_an_attention_map(pipeline):
-    """The largest tensor of a step, guidance branch and two subjects included, is no larger than plain text-to-image's.
+def test_no_attention_map_is_materialized(pipeline):
+    """The largest tensor of a step with guidance branch and two subjects is no larger than that of text-to-image.
 
-    A single head's self-attention map of one row alone would be four times as large.
+    The self-attention map of a single head and row would be four times larger.
     """
     sizes = {}
-    for name, subjects in (("plain", ()), ("two subjects", (dog(), cat()))):
+    for name, subjects in (("text_to_image", ()), ("two subjects", (dog(), cat()))):
         generation = pipeline.prepare(Request(prompt=PROMPT, subjects=subjects, seed=0, height=256, width=256))
         with LargestTensor() as largest:
             pipeline.step([generation])
         sizes[name] = largest.numel
     positions = (256 // 4 // 2) ** 2
-    assert sizes["two subjects"] == sizes["plain"] < positions**2 / 4
+    assert sizes["two subjects"] == sizes["text_to_image"] < positions**2 / 4
 
 
-class Queries(TorchDispatchMode):
-    """Counts the positions that ask fused attention with `num_keys` keys."""
+class QueryCounter(TorchDispatchMode):
+    """Counts the query positions of fused attention calls with `num_keys` keys."""
 
     def __init__(self, num_keys):
         super().__init__()
@@ -265,15 +284,18 @@ class Queries(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_visual_attention_costs_what_its_masks_cover(pipeline):
-    """One tenth of the largest level's positions ask for one tenth of its attention; nobody asks for the rest."""
+def test_cost_of_visual_attention_follows_the_mask_area(pipeline):
+    """Only positions inside a mask are queries of visual attention: a scope of 0.1 needs far fewer than a scope of 1.
+
+    At smaller attention resolutions, a resized mask covers a larger fraction than 0.1.
+    """
     counts = []
     for scope in (1.0, 0.1):
         request = Request(prompt=PROMPT, subjects=(dog(scope_ratio=scope),), seed=0, height=256, width=256)
         generation = pipeline.prepare(request)
         pipeline.denoiser.guidance_branch([generation])
         (reference,) = generation.references
-        with Queries(num_keys=next(iter(reference.values()))[0].shape[1]) as queries:
+        with QueryCounter(num_keys=next(iter(reference.values()))[0].shape[1]) as queries:
             pipeline.denoiser.generation_branch([generation])
         counts.append(queries.count)
     assert 0.1 * counts[0] < counts[1] < 0.5 * counts[0]
@@ -281,8 +303,8 @@ def test_visual_attention_costs_what_its_masks_cover(pipeline):
 
 @pytest.mark.parametrize("preset", ["paper", "release"])
 @pytest.mark.parametrize("height,width", [(64, 96), (40, 72), (104, 56), (36, 44), (8, 120)])
-def test_any_multiple_of_the_grid_works(preset, height, width):
-    """Also where a level's size is odd and halving it rounds up; this model's grid is 4 px."""
+def test_any_multiple_of_the_scale_factor_is_a_valid_size(preset, height, width):
+    """Sizes that are multiples of 4 px work, including those where a level has an odd size and halving rounds up."""
     pipeline = tiny_pipeline(preset=preset)
     output = pipeline(PROMPT, subjects=[dog(), cat()], height=height, width=width, num_inference_steps=2)
     assert output.images[0].size == (width, height)
@@ -297,51 +319,57 @@ def test_any_multiple_of_the_grid_works(preset, height, width):
         ({"num_images_per_prompt": 0}, "num_images"),
     ],
 )
-def test_bad_calls_are_refused(pipeline, settings, message):
+def test_invalid_settings_raise(pipeline, settings, message):
+    """An invalid setting of the call raises a ValueError that names it."""
     with pytest.raises(ValueError, match=message):
         pipeline(PROMPT, **settings)
 
 
-def test_saving_and_loading_gives_the_same_image(pipeline, tmp_path):
+def test_save_and_load_round_trip(pipeline, tmp_path):
+    """A saved and reloaded pipeline has the same configuration and generates the same latents."""
     pipeline.save_pretrained(tmp_path / "model")
-    again = RealCustomPipeline.from_pretrained(tmp_path / "model")
-    again.set_progress_bar_config(disable=True)
+    loaded = RealCustomPipeline.from_pretrained(tmp_path / "model")
+    loaded.set_progress_bar_config(disable=True)
     request = Request(prompt=PROMPT, subjects=(dog(),), seed=1)
-    assert torch.allclose(latents(pipeline, request), latents(again, request), atol=1e-5)
-    assert again.realcustom_config == pipeline.realcustom_config
+    assert torch.allclose(latents_of(pipeline, request), latents_of(loaded, request), atol=1e-5)
+    assert loaded.realcustom_config == pipeline.realcustom_config
 
 
-def test_the_callback_sees_and_may_replace_latents(pipeline):
-    seen = []
+def test_callback_receives_and_can_replace_latents(pipeline):
+    """`callback_on_step_end` is called after each step with the timestep; returned latents replace the current ones."""
+    calls = []
 
     def callback(pipe, index, timestep, values):
-        seen.append((index, int(timestep)))
+        calls.append((index, int(timestep)))
         return {"latents": torch.zeros_like(values["latents"])} if index == 3 else {}
 
     output = pipeline(PROMPT, callback_on_step_end=callback, output_type="latent", num_images_per_prompt=2)
-    assert [i for i, _ in seen] == [0, 1, 2, 3]
-    assert seen[0][1] > seen[-1][1]
+    assert [index for index, _ in calls] == [0, 1, 2, 3]
+    assert calls[0][1] > calls[-1][1]
     assert output.images.shape == (2, 4, 16, 16)
     assert output.images.abs().max() == 0
 
 
 @pytest.mark.parametrize("output_type,shape", [("np", (2, 64, 64, 3)), ("pt", (2, 3, 64, 64))])
 def test_output_types(pipeline, output_type, shape):
+    """Array output types have the shapes of the diffusers convention."""
     output = pipeline(PROMPT, output_type=output_type, num_images_per_prompt=2, num_inference_steps=1)
     assert tuple(output.images.shape) == shape
 
 
 @pytest.mark.parametrize("force_upcast", [True, False])
-def test_a_half_precision_vae_that_overflows_decodes_in_single(force_upcast):
+def test_vae_with_force_upcast_decodes_in_fp32(force_upcast):
+    """A half-precision VAE is converted to fp32 exactly if its configuration has `force_upcast`."""
     pipeline = tiny_pipeline()
     pipeline.vae.register_to_config(force_upcast=force_upcast)
     pipeline.vae.to(torch.float16)
-    made = pipeline.decoder.decode(torch.zeros(4, 16, 16), "np")
-    assert np.isfinite(made).all()
+    pixels = pipeline.decoder.decode(torch.zeros(4, 16, 16), "np")
+    assert np.isfinite(pixels).all()
     assert pipeline.vae.dtype == (torch.float32 if force_upcast else torch.float16)
 
 
-def test_processors_can_be_taken_out_again():
+def test_attention_processors_can_be_removed():
+    """`AttentionLayers.remove` restores the processors that were installed before."""
     unet = tiny_unet()
     before = {name: type(processor) for name, processor in unet.attn_processors.items()}
     layers = AttentionLayers(unet)
@@ -350,38 +378,44 @@ def test_processors_can_be_taken_out_again():
     assert {name: type(processor) for name, processor in unet.attn_processors.items()} == before
 
 
-def test_guidance_leaves_the_unet_early_and_nothing_stays_connected(pipeline):
-    """The guidance pass never reaches the UNet's end, and a later plain call neither records nor leaves."""
-    reached = []
-    hook = pipeline.unet.conv_out.register_forward_hook(lambda *_: reached.append(1))
+def test_guidance_branch_ends_early_and_leaves_no_state(pipeline):
+    """The guidance branch does not run the last layer of the UNet. After each call all processors are empty."""
+    calls = []
+    hook = pipeline.unet.conv_out.register_forward_hook(lambda *_: calls.append(1))
     try:
         generation = pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), seed=0))
         pipeline.denoiser.guidance_branch([generation])
-        assert not reached
+        assert not calls
         pipeline.denoiser.generation_branch([generation])
-        assert reached == [1]
+        assert calls == [1]
     finally:
         hook.remove()
     for processor in pipeline.unet.attn_processors.values():
         assert processor.text is None and processor.vision is None and processor.recording is None
 
 
-def test_references_are_copied_for_one_transformer_at_a_time(pipeline):
-    """Inside each transformer its own text layers see texts and references and no others do; so copies stay few."""
+def test_keys_and_values_are_stacked_for_one_transformer_at_a_time(pipeline):
+    """While a transformer runs, exactly its own cross-attention layers hold stacked keys and values.
+
+    This bounds the memory of the copies.
+    """
     processors = {name.removesuffix(".processor"): p for name, p in pipeline.unet.attn_processors.items()}
     transformers = {name.split(".transformer_blocks.")[0] for name in processors}
-    seeing = {}
-    look = lambda name: lambda *_: seeing.update({name: {n for n, p in processors.items() if p.vision or p.text}})
+    set_layers = {}
+
+    def record_set_layers(name: str):
+        return lambda *_: set_layers.update({name: {n for n, p in processors.items() if p.vision or p.text}})
+
     hooks = [
-        pipeline.unet.get_submodule(f"{name}.transformer_blocks.0").register_forward_hook(look(name))
+        pipeline.unet.get_submodule(f"{name}.transformer_blocks.0").register_forward_hook(record_set_layers(name))
         for name in transformers
     ]
-    hooks.append(pipeline.unet.conv_out.register_forward_hook(look("conv_out")))
+    hooks.append(pipeline.unet.conv_out.register_forward_hook(record_set_layers("conv_out")))
     try:
-        latents(pipeline, Request(prompt=PROMPT, subjects=(dog(), cat()), seed=0, num_inference_steps=1))
+        latents_of(pipeline, Request(prompt=PROMPT, subjects=(dog(), cat()), seed=0, num_inference_steps=1))
     finally:
         for hook in hooks:
             hook.remove()
     for name in transformers:
-        assert seeing[name] == {n for n in processors if n.startswith(name + ".") and n.endswith("attn2")} != set()
-    assert seeing["conv_out"] == set()
+        assert set_layers[name] == {n for n in processors if n.startswith(name + ".") and n.endswith("attn2")} != set()
+    assert set_layers["conv_out"] == set()
