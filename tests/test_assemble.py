@@ -1,7 +1,10 @@
-"""A pipeline from public parts: SDXL or SD1.5 in diffusers' layout, vision encoders and an adapter beside it."""
+"""Pipelines assembled from a base model (SDXL or SD1.5), two vision encoders and an adapter."""
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,9 @@ from diffusers import (
 from safetensors.torch import save_file
 from single_file import write_single_file
 from tiny import (
-    subject_image,
+    PROMPT,
+    cat,
+    dog,
     tiny_sd15_unet,
     tiny_text_config,
     tiny_tokenizer,
@@ -27,18 +32,19 @@ from tiny import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from realcustom import AlternatingDPMSolverScheduler, RealCustomAdapter, RealCustomPipeline, Request, Subject
+from realcustom import AlternatingDPMSolverScheduler, RealCustomAdapter, RealCustomPipeline, Request
 from realcustom.from_parts import single_file_family
+from realcustom.weights import save_adapter
 
-PROMPT = "a dog and a cat"
+REPOSITORY = Path(__file__).parents[1]
 
 
 def base_model(family: str):
-    """A whole stock pipeline with random weights."""
+    """A complete stock pipeline with random weights."""
     torch.manual_seed(0)
     common = dict(
         vae=tiny_vae(),
-        # of different widths, as the real ones are: by these diffusers tells them apart in a single file
+        # Widths differ between families, because diffusers identifies the family of a single file by them.
         text_encoder=CLIPTextModel(tiny_text_config(8 if family == "sdxl" else 16)),
         tokenizer=tiny_tokenizer(),
         scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
@@ -52,15 +58,13 @@ def base_model(family: str):
 
 @pytest.fixture(scope="module", params=["sdxl", "sd15"])
 def parts(request, tmp_path_factory):
-    """Folders of a base model, both encoders (with as many blocks as the full-size ones) and an adapter file."""
+    """Folders of a base model and both vision encoders (with 27 blocks, as SigLIP has), and an adapter file."""
     folder = tmp_path_factory.mktemp(request.param)
     base = base_model(request.param)
     base.save_pretrained(folder / "base")
     for name, encoder in zip(("siglip", "dinov2"), tiny_vision_encoders(num_layers=27)):
         encoder.save_pretrained(folder / name)
     adapter = RealCustomAdapter.for_unet(base.unet, vision_dim=64, head_dim=32)
-    from realcustom.weights import save_adapter
-
     save_adapter(adapter, folder / "adapter.safetensors")
     return request.param, folder
 
@@ -75,52 +79,57 @@ def assembled(parts):
     return family, pipeline
 
 
-def test_defaults_are_the_papers_for_the_family(assembled):
+def test_defaults_are_those_of_the_paper(assembled):
+    """Sampling defaults are the paper's for each family, with DDIM and SigLIP's exact GELU."""
     family, pipeline = assembled
     sampling = pipeline.sampling
-    ours = (sampling.num_inference_steps, sampling.early_stop_step, sampling.guidance_scale, sampling.scope_ratio)
-    assert ours == ((25, 12, 7.5, 0.2) if family == "sdxl" else (50, 25, 12.5, 0.2))
+    defaults = (sampling.num_inference_steps, sampling.early_stop_step, sampling.guidance_scale, sampling.scope_ratio)
+    assert defaults == ((25, 12, 7.5, 0.2) if family == "sdxl" else (50, 25, 12.5, 0.2))
     assert isinstance(pipeline.scheduler, DDIMScheduler)
     assert pipeline.image_encoder.config.hidden_act == "gelu"
 
 
-def test_without_subjects_it_is_the_stock_pipeline(parts, assembled):
-    """Text to image through our loop equals diffusers' own pipeline from the same noise, pixel for pixel."""
+def test_text_to_image_equals_the_stock_pipeline(parts, assembled):
+    """Without subjects, the image equals that of the stock diffusers pipeline from the same noise."""
     family, folder = parts
     stock_class = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
     stock = stock_class.from_pretrained(folder / "base")
     stock.set_progress_bar_config(disable=True)
     settings = dict(height=64, width=96, num_inference_steps=4, guidance_scale=3.0, output_type="np")
-    theirs = stock(PROMPT, generator=torch.Generator().manual_seed(7), **settings).images[0]
-    ours = assembled[1](PROMPT, seed=7, **settings).images[0]
-    assert np.abs(ours - theirs).max() < 1e-4
+    expected = stock(PROMPT, generator=torch.Generator().manual_seed(7), **settings).images[0]
+    computed = assembled[1](PROMPT, seed=7, **settings).images[0]
+    assert np.abs(computed - expected).max() < 1e-4
 
 
-def test_subjects_of_any_size_and_number(assembled):
+def test_two_subjects_at_several_sizes(assembled):
+    """Masks have the size of the largest attention resolution, and the masks of two subjects do not overlap."""
     family, pipeline = assembled
-    subjects = [Subject(image=subject_image(c), target_phrase=w) for c, w in (("red", "dog"), ("blue", "cat"))]
     for height, width in ((64, 64), (72, 104)):
-        output = pipeline(PROMPT, subjects=subjects, height=height, width=width, num_inference_steps=2, seed=1)
-        high = 2 if family == "sdxl" else 1  # SDXL has no attention at the latent's own resolution
+        output = pipeline(PROMPT, subjects=[dog(), cat()], height=height, width=width, num_inference_steps=2, seed=1)
+        high = 2 if family == "sdxl" else 1  # SDXL has no attention at the resolution of the latents
         assert output.images[0].size == (width, height)
         assert output.masks[0].shape == (2, -(-height // 4 // high), -(-width // 4 // high))
         assert not (output.masks[0].bool()[0] & output.masks[0].bool()[1]).any()
 
 
-def test_saved_and_loaded_it_is_the_same_model(assembled, tmp_path):
+def images_of(*pipelines: RealCustomPipeline) -> list[np.ndarray]:
+    """The image of one fixed request from each pipeline."""
+    settings = dict(subjects=[dog()], seed=2, height=64, width=64, num_inference_steps=2, output_type="np")
+    return [pipeline(PROMPT, **settings).images for pipeline in pipelines]
+
+
+def test_save_and_load_round_trip(assembled, tmp_path):
+    """A saved and reloaded pipeline generates the same image."""
     _, pipeline = assembled
     pipeline.save_pretrained(tmp_path / "model")
-    again = RealCustomPipeline.from_pretrained(tmp_path / "model")
-    again.set_progress_bar_config(disable=True)
-    request = dict(
-        subjects=[Subject(image=subject_image(), target_phrase="dog")], height=64, width=64, num_inference_steps=2
-    )
-    one, other = (p(PROMPT, seed=2, output_type="np", **request).images for p in (pipeline, again))
-    assert np.abs(one - other).max() < 1e-5
+    loaded = RealCustomPipeline.from_pretrained(tmp_path / "model")
+    loaded.set_progress_bar_config(disable=True)
+    before, after = images_of(pipeline, loaded)
+    assert np.abs(before - after).max() < 1e-5
 
 
-def test_a_single_file_gives_the_same_model_as_a_folder(parts, assembled, tmp_path):
-    """The layout of the original checkpoints, with configurations and tokenizers from a folder."""
+def test_single_file_equals_the_folder(parts, assembled, tmp_path):
+    """A single file in the layout of the original checkpoints loads the same model as the diffusers folder."""
     _, folder = parts
     write_single_file(base_model(parts[0]), tmp_path / "model.safetensors")
     pipeline = RealCustomPipeline.from_parts(
@@ -131,14 +140,12 @@ def test_a_single_file_gives_the_same_model_as_a_folder(parts, assembled, tmp_pa
         dinov2=folder / "dinov2",
     )
     pipeline.set_progress_bar_config(disable=True)
-    settings = dict(
-        subjects=[Subject(image=subject_image(), target_phrase="dog")], height=64, width=64, num_inference_steps=2
-    )
-    one, other = (p(PROMPT, seed=2, output_type="np", **settings).images for p in (pipeline, assembled[1]))
-    assert np.abs(one - other).max() < 1e-5
+    from_file, from_folder = images_of(pipeline, assembled[1])
+    assert np.abs(from_file - from_folder).max() < 1e-5
 
 
-def test_the_release_preset_brings_its_sampler(parts):
+def test_release_preset_uses_its_own_sampler(parts):
+    """Preset "release" loads the authors' sampler for SDXL and raises for SD1.5; without an adapter, subjects raise."""
     family, folder = parts
     load = lambda: RealCustomPipeline.from_parts(
         folder / "base", siglip=folder / "siglip", dinov2=folder / "dinov2", preset="release"
@@ -150,12 +157,12 @@ def test_the_release_preset_brings_its_sampler(parts):
     pipeline = load()
     assert isinstance(pipeline.scheduler, AlternatingDPMSolverScheduler)
     with pytest.raises(ValueError, match="no RealCustom"):
-        pipeline.prepare(Request(prompt=PROMPT, subjects=(Subject(image=subject_image(), target_phrase="dog"),)))
+        pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),)))
 
 
 @pytest.mark.parametrize("sampler", [LCMScheduler, EulerDiscreteScheduler])
 def test_few_steps_without_guidance(assembled, sampler, monkeypatch):
-    """Distilled checkpoints: T_stop as a fraction scales with the steps, CFG 1 has no unconditional row."""
+    """Settings of distilled checkpoints: a fractional T_stop scales with the steps, CFG 1 has no unconditional row."""
     _, pipeline = assembled
     scheduler = sampler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     monkeypatch.setattr(pipeline, "scheduler", scheduler)
@@ -163,14 +170,14 @@ def test_few_steps_without_guidance(assembled, sampler, monkeypatch):
     hook = pipeline.unet.conv_in.register_forward_hook(lambda module, args, out: rows.append(len(out)))
     settings = dict(num_inference_steps=4, guidance_scale=1.0, early_stop_step=0.5, height=64, width=64)
     try:
-        pipeline(PROMPT, subjects=[Subject(image=subject_image(), target_phrase="dog")], seed=1, **settings)
+        pipeline(PROMPT, subjects=[dog()], seed=1, **settings)
     finally:
         hook.remove()
     assert rows == [1, 1, 1, 1, 1, 1]  # a guidance and a generation pass for two steps, then generation passes
 
 
-def test_lora_weights_change_the_image_and_can_be_unloaded(assembled, tmp_path):
-    """`load_lora_weights` reaches the attention layers under our processors."""
+def test_lora_weights_can_be_loaded_and_unloaded(assembled, tmp_path):
+    """`load_lora_weights` changes the result through the custom attention processors; unloading restores it."""
     _, pipeline = assembled
     layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2"
     width = pipeline.unet.get_submodule(layer.removeprefix("unet.")).to_q.in_features
@@ -182,7 +189,7 @@ def test_lora_weights_change_the_image_and_can_be_unloaded(assembled, tmp_path):
         state[f"{layer}.{part}.lora_B.weight"] = torch.randn(width, 4) * 3
     save_file(state, tmp_path / "lora.safetensors")
     settings = dict(seed=3, num_inference_steps=2, height=64, width=64, output_type="latent")
-    subjects = [Subject(image=subject_image(), target_phrase="dog")]
+    subjects = [dog()]
     before = pipeline(PROMPT, subjects=subjects, **settings).images
     pipeline.load_lora_weights(tmp_path / "lora.safetensors")
     with_lora = pipeline(PROMPT, subjects=subjects, **settings).images
@@ -193,11 +200,11 @@ def test_lora_weights_change_the_image_and_can_be_unloaded(assembled, tmp_path):
 
 
 def kohya_lora(pipeline, path) -> None:
-    """A LoRA of the first text encoder and of one UNet layer, under the names that training scripts give them."""
+    """Save a LoRA of the first text encoder and of one UNet layer under the names of the kohya training scripts."""
     encoder = "lora_te1" if pipeline.text_encoder_2 is not None else "lora_te"
     layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     attention = f"{encoder}_text_model_encoder_layers_0_self_attn"
-    modules = {  # diffusers tells the kind of file by the output projection, which every such file has
+    modules = {  # diffusers identifies the format by the output projection
         **{f"{attention}_{part}_proj": pipeline.text_encoder.config.hidden_size for part in ("q", "out")},
         f"lora_unet_{layer.replace('.', '_')}": pipeline.unet.get_submodule(layer).in_features,
     }
@@ -210,27 +217,27 @@ def kohya_lora(pipeline, path) -> None:
     save_file(state, path)
 
 
-def test_a_lora_of_the_text_encoder_changes_texts_that_are_remembered(assembled, tmp_path):
-    """Loading, scaling, switching off and unloading each take effect on a prompt that was encoded before."""
+def test_text_encoder_lora_affects_cached_prompts(assembled, tmp_path):
+    """Loading, scaling, disabling and unloading a LoRA of the text encoder take effect on a cached prompt."""
     _, pipeline = assembled
     kohya_lora(pipeline, tmp_path / "lora.safetensors")
-    embeds = lambda: pipeline.prepare(Request(prompt=PROMPT, height=64, width=64)).text.embeds
-    before = embeds()
+    encode = lambda: pipeline.prepare(Request(prompt=PROMPT, height=64, width=64)).text.embeds
+    before = encode()
     pipeline.load_lora_weights(tmp_path / "lora.safetensors", adapter_name="style")
     try:
-        loaded = embeds()
+        loaded = encode()
         pipeline.set_adapters("style", 0.5)
-        half = embeds()
+        half = encode()
         pipeline.disable_lora()
-        off = embeds()
+        disabled = encode()
     finally:
         pipeline.unload_lora_weights()
     assert (loaded - before).abs().max() > 1e-3 and (half - loaded).abs().max() > 1e-3
-    assert torch.allclose(off, before, atol=1e-5) and torch.allclose(embeds(), before, atol=1e-5)
+    assert torch.allclose(disabled, before, atol=1e-5) and torch.allclose(encode(), before, atol=1e-5)
 
 
 def test_latents_are_never_clipped(parts, tmp_path):
-    """DDIM clips to [-1, 1] unless told otherwise, and other samplers' files have no word about it."""
+    """DDIM does not clip the latents, even if the base model's scheduler configuration has no `clip_sample`."""
     _, folder = parts
     shutil.copytree(folder / "base", tmp_path / "base")
     EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1).save_pretrained(tmp_path / "base/scheduler")
@@ -241,13 +248,14 @@ def test_latents_are_never_clipped(parts, tmp_path):
     assert isinstance(pipeline.scheduler, DDIMScheduler) and not pipeline.scheduler.config.clip_sample
 
 
-def test_other_models_and_other_files_are_refused_by_name(tmp_path):
+def test_other_models_and_files_raise(tmp_path):
+    """A model of another family, a file of another kind and a missing file raise a ValueError with the reason."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ValueError, match="is a FluxPipeline"):
         RealCustomPipeline.from_parts(tmp_path / "model")
     save_file({"some.weight": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="not an SDXL or SD1.5 checkpoint"):
+    with pytest.raises(ValueError, match=r"not an SDXL or SD1\.5 checkpoint"):
         RealCustomPipeline.from_parts(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"nothing\.safetensors is not a file"):
         RealCustomPipeline.from_parts(tmp_path / "nothing.safetensors")
@@ -256,7 +264,8 @@ def test_other_models_and_other_files_are_refused_by_name(tmp_path):
         RealCustomPipeline.from_parts(tmp_path / "model.ckpt")
 
 
-def test_a_model_made_for_inpainting_is_refused(tmp_path):
+def test_inpainting_models_raise(tmp_path):
+    """A UNet with more input channels than the VAE has latent channels raises a ValueError."""
     base = base_model("sd15")
     base.register_modules(unet=UNet2DConditionModel.from_config(base.unet.config, in_channels=9))
     base.save_pretrained(tmp_path / "model")
@@ -264,14 +273,18 @@ def test_a_model_made_for_inpainting_is_refused(tmp_path):
         RealCustomPipeline.from_parts(tmp_path / "model", siglip=None, dinov2=None)
 
 
-def test_single_files_are_told_apart_by_their_weights(tmp_path):
-    for mark, family in (("conditioner.embedders.1.model.x", "sdxl"), ("cond_stage_model.transformer.x", "sd15")):
-        save_file({mark: torch.ones(1)}, tmp_path / "file.safetensors")
+def test_single_file_family_is_identified_by_weight_names(tmp_path):
+    """`single_file_family` identifies SDXL and SD1.5 by the names of the weights."""
+    for name, family in (("conditioner.embedders.1.model.x", "sdxl"), ("cond_stage_model.transformer.x", "sd15")):
+        save_file({name: torch.ones(1)}, tmp_path / "file.safetensors")
         assert single_file_family(tmp_path / "file.safetensors") == family
 
 
-def test_dino_positions_are_resampled_as_timm_does(tmp_path):
-    """A grid of positions made for a larger input, bicubic and antialiased, equals one resampled beforehand."""
+def test_dino_position_embeddings_are_resampled_as_in_timm():
+    """Position embeddings for a larger input are resampled bicubically with antialiasing, as timm does.
+
+    The output equals that of an encoder whose embeddings were resampled in advance.
+    """
     _, dino = tiny_vision_encoders()
     _, small = tiny_vision_encoders()
     small.load_state_dict(dino.state_dict())
@@ -281,9 +294,25 @@ def test_dino_positions_are_resampled_as_timm_does(tmp_path):
     resampled = torch.nn.functional.interpolate(grid, (3, 3), mode="bicubic", antialias=True)
     small.embeddings.position_embeddings.data = torch.cat([positions[:, :1], resampled.flatten(2).mT], dim=1)
     small.config.image_size = 12
-    pixels = torch.randn(1, 3, 14, 14)  # as 384 px with patches of 14: the last rows and columns are dropped
+    pixels = torch.randn(1, 3, 14, 14)  # not a multiple of the patch size: the last rows and columns are dropped
     with torch.no_grad():
-        ours, expected = (
+        computed, expected = (
             m(pixel_values=p).last_hidden_state for m, p in ((dino, pixels), (small, pixels[..., :12, :12]))
         )
-    assert torch.allclose(ours, expected, atol=1e-5)
+    assert torch.allclose(computed, expected, atol=1e-5)
+
+
+def test_help_imports_no_model_library():
+    """`python -m realcustom.assemble --help` prints its usage without importing torch, diffusers or transformers."""
+    script = """
+import runpy, sys
+sys.argv = ["assemble", "--help"]
+try:
+    runpy.run_module("realcustom.assemble", run_name="__main__")
+finally:
+    print("imported:", sorted({"torch", "diffusers", "transformers"} & sys.modules.keys()))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "usage: python -m realcustom.assemble" in result.stdout
+    assert result.stdout.endswith("imported: []\n")
