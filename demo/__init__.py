@@ -1,1 +1,1 @@
-"""The browser demo: a Gradio page over any client of `serving.clients`."""
+"""The browser demo: a Gradio page on top of any client from `serving.clients`."""

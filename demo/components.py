@@ -6,27 +6,44 @@ from math import ceil, sqrt
 
 from PIL import Image
 
+from .mask_overlay import SUBJECT_COLORS
 
-def progress(text: str, fraction: float) -> str:
-    """A line of text over a thin bar; `fraction` in [0, 1] of the bar is filled."""
+
+def progress(text: str, fraction: float, words: Sequence[str] = ()) -> str:
+    """HTML: a line of text above a thin progress bar, filled to `fraction` in [0, 1].
+
+    Args:
+        words: target words, shown at the right in the colors of their masks.
+    """
+    legend = "".join(
+        f'<span style="color: {SUBJECT_COLORS[i % len(SUBJECT_COLORS)]}">● {escape(word)}</span>'
+        for i, word in enumerate(words)
+    )
     return (
-        f'<div class="stage-line" role="status">{escape(text)}</div>'
-        f'<div class="stage-bar"><div style="width: {100 * fraction:.1f}%"></div></div>'
+        f'<div class="status-line"><span role="status">{escape(text)}</span>'
+        f'<span class="status-legend">{legend}</span></div>'
+        f'<div class="status-bar"><div style="width: {100 * fraction:.1f}%"></div></div>'
     )
 
 
-def side_by_side(images: Sequence[Image.Image], side: int = 220) -> Image.Image:
-    """The images as square thumbnails of `side` px in one row."""
-    row = Image.new("RGB", (side * len(images), side), "white")
+def failure(text: str) -> str:
+    """HTML: an error message in place of `progress`."""
+    return f'<div class="status-line status-error" role="alert">{escape(text)}</div><div class="status-bar"></div>'
+
+
+def side_by_side(images: Sequence[Image.Image], side_px: int = 220) -> Image.Image:
+    """The images as square thumbnails in one row."""
+    row = Image.new("RGB", (side_px * len(images), side_px), "white")
     for index, image in enumerate(images):
-        row.paste(image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (index * side, 0))
+        thumbnail = image.convert("RGB").resize((side_px, side_px), Image.Resampling.LANCZOS)
+        row.paste(thumbnail, (index * side_px, 0))
     return row
 
 
 def tiled(images: Sequence[Image.Image | None]) -> Image.Image | None:
-    """Images of one size in a grid as square as can be; one that is not there yet leaves its place empty.
+    """Images of one size in a grid that is as square as possible; the cell of a missing image is white.
 
-    A single image is returned as it is; None as long as there is none.
+    A single image is returned unchanged; None if all images are missing.
     """
     first = next((image for image in images if image is not None), None)
     if first is None or len(images) == 1:

@@ -1,20 +1,28 @@
-"""From what a visitor chose to events of the images under way. Only forwards; no model lives in this process."""
+"""State of the images that one click on "Generate" requests, updated from the server's events."""
 
-import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from PIL import Image
 
-from serving.clients import Client, InvalidRequest, Progress, Queued, Request, Result, seed_variations
+from serving.clients import Client, Event, Progress, Queued, Request, seed_variations
+from serving.clients.merge import merge_streams
 
-HEARTBEAT_S = 1.0  # an update at least this often: Gradio notices a closed tab only when it has something to send
+HEARTBEAT_S = 1.0  # the page is updated at least this often: Gradio detects a closed tab only when it sends an update
 
 
 @dataclass
 class ImageState:
-    """What is known of one image: its place in line, its steps, the latest view of it, and at last the result."""
+    """State of one image.
+
+    Attributes:
+        position: number of images ahead in the queue; None once the image is in progress.
+        step, num_steps: completed and total denoising steps; `num_steps` is 0 before the first progress event.
+        image: latest preview, or the result.
+        masks: guidance masks of `image`, mode "L", one per subject.
+        seed: seed of the result; None until the image is done.
+    """
 
     position: int | None = None
     step: int = 0
@@ -23,7 +31,7 @@ class ImageState:
     masks: tuple[Image.Image, ...] = ()
     seed: int | None = None
 
-    def apply(self, event: Queued | Progress | Result) -> None:
+    def apply(self, event: Event) -> None:
         if isinstance(event, Queued):
             self.position = event.position
         elif isinstance(event, Progress):
@@ -36,77 +44,52 @@ class ImageState:
 
 
 @dataclass
-class ImagesState:
-    """All images of one press of the button."""
+class GenerationState:
+    """State of all images of one click."""
 
     images: list[ImageState] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
-        return all(p.seed is not None for p in self.images)
+        return all(image.seed is not None for image in self.images)
 
     @property
     def fraction(self) -> float:
-        """Of all steps, how many are done, in [0, 1]; 0 before the number of steps is known."""
-        return sum(p.step / p.num_steps for p in self.images if p.num_steps) / len(self.images)
+        """Completed fraction of all steps, in [0, 1]."""
+        if self.done:
+            return 1.0
+        return sum(image.step / image.num_steps for image in self.images if image.num_steps) / len(self.images)
 
     def status(self) -> str:
+        """One line of text."""
         if self.done:
-            seeds = [str(p.seed) for p in self.images]
+            seeds = [str(image.seed) for image in self.images]
             return f"Done. Seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}."
-        under_way = [p for p in self.images if p.num_steps]
-        if under_way:
-            step, steps = sum(p.step for p in under_way), sum(p.num_steps for p in under_way)
-            return f"Step {step // len(under_way)} of {steps // len(under_way)}"
-        places = [p.position for p in self.images if p.position is not None]
-        if not places:
+        active = [image for image in self.images if image.num_steps]
+        if active:  # the average; images of one click run together
+            step, num_steps = sum(image.step for image in active), sum(image.num_steps for image in active)
+            return f"Step {step // len(active)} of {num_steps // len(active)}"
+        positions = [image.position for image in self.images if image.position is not None]
+        if not positions:
             return "Starting…"
-        images = "image" if min(places) == 1 else "images"
-        return f"Waiting in line: {min(places)} {images} before yours." if min(places) else "Next in line…"
+        if min(positions) == 0:
+            return "Queued: yours is next."
+        return f"Queued: {min(positions)} image{'s' if min(positions) > 1 else ''} ahead of yours."
 
 
-async def generate_images(client: Client, request: Request, number: int) -> AsyncIterator[ImagesState]:
-    """`number` images with consecutive seeds, made together; yields their state as it changes, and every second.
+async def generate_images(client: Client, request: Request, num_images: int) -> AsyncGenerator[GenerationState, None]:
+    """Request `num_images` images with consecutive seeds at the same time.
 
-    Closing the iterator closes every stream, which frees the replica within a step.
+    Yields the same state object whenever it has changed, and at least every `HEARTBEAT_S` seconds; events that arrive
+    together are one update. Closing the generator cancels all images.
     """
-    request = request.with_seed()
-    state = ImagesState([ImageState() for _ in range(number)])
-    heard: asyncio.Queue = asyncio.Queue()
-
-    async def follow(image: ImageState, own: Request) -> None:
-        try:
-            async with aclosing(client.stream(own, previews=True)) as events:
-                async for event in events:
-                    image.apply(event)
-                    heard.put_nowait(None)
-        except Exception as error:
-            heard.put_nowait(error)
-
-    async def beat() -> None:
-        while True:
-            await asyncio.sleep(HEARTBEAT_S)
-            heard.put_nowait(None)
-
-    tasks = [asyncio.create_task(follow(p, r)) for p, r in zip(state.images, seed_variations(request, number))]
-    tasks.append(asyncio.create_task(beat()))
-    try:
-        done = False
-        while not done:
-            # Not `wait_for`: before Python 3.12 it loses a cancellation that meets an event, and with it the Stop.
-            if (error := await heard.get()) is not None:
-                raise error
-            while not heard.empty():  # several events at once are one update of the page
-                if (error := heard.get_nowait()) is not None:
-                    raise error
-            done = state.done  # before yielding: what arrives while the page is updated must be told, too
+    state = GenerationState([ImageState() for _ in range(num_images)])
+    requests = seed_variations(request.with_seed(), num_images)
+    streams = [client.stream(request, previews=True) for request in requests]
+    async with aclosing(merge_streams(streams, heartbeat_s=HEARTBEAT_S)) as batches:
+        async for batch in batches:
+            for index, event in batch:
+                state.images[index].apply(event)
             yield state
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def no_word_chosen(words: list[str]) -> InvalidRequest:
-    offer = f": {', '.join(dict.fromkeys(words))}" if words else ""
-    return InvalidRequest(f"Click the word of the prompt that the subject should become{offer}.")
+            if state.done:
+                return

@@ -1,21 +1,23 @@
-"""How the page looks: system fonts only, so that it loads nothing from elsewhere."""
+"""Theme and CSS of the page. System fonts only, so that the page loads nothing from other hosts.
 
-import gradio as gr
+The only file that uses class names of Gradio's own elements, which are not part of its API.
+"""
+
+from gradio.themes import Soft, sizes
 
 from .mask_overlay import SUBJECT_COLORS
 
-FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
-
-THEME = gr.themes.Soft(
+THEME = Soft(
     primary_hue="orange",
     secondary_hue="blue",
     neutral_hue="stone",
-    font=FONTS,
+    font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
     font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
-    radius_size=gr.themes.sizes.radius_lg,
+    radius_size=sizes.radius_lg,
 )
 
-_CHIP_COLORS = "\n".join(
+# Chips and slots of a subject in the color of its mask.
+_SUBJECT_CSS = "\n".join(
     f".words-{i} label.selected {{ background: {color} !important; border-color: {color} !important; "
     f"color: white !important; }}\n.words-{i} label.selected span {{ color: white !important; }}\n"
     f".slot-{i} {{ border-top: 4px solid {color} !important; }}"
@@ -30,10 +32,17 @@ CSS = f"""
 .words label span {{ margin-left: 0 !important; }}
 .enlarged img {{ width: 100% !important; height: 100% !important; object-fit: contain !important; }}
 .enlarged .grid-wrap {{ min-height: 0 !important; }}
-.stage-line {{ min-height: 1.6em; }}
-.stage-bar {{ height: 4px; margin-top: 4px; border-radius: 2px; background: var(--border-color-primary); }}
-.stage-bar div {{ height: 100%; border-radius: 2px; background: var(--color-accent); transition: width 0.2s; }}
+.enlarged .caption-label {{ font-size: var(--text-xs) !important; }}
+.status .html-container {{ padding: 0 !important; }}
+.status-line {{ display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 16px; min-height: 1.6em; }}
+.status-legend {{ display: flex; flex-wrap: wrap; gap: 0 12px; font-weight: 600; }}
+.status-error {{ color: var(--error-text-color, #b91c1c); font-weight: 600; }}
+.status-bar {{ height: 4px; margin-top: 4px; border-radius: 2px; background: var(--border-color-primary); }}
+.status-bar div {{ height: 100%; border-radius: 2px; background: var(--color-accent); transition: width 0.2s; }}
+.method-sliders .min_value, .method-sliders .max_value {{ display: none; }}
+.icon-button-wrapper:not(:has(button, a)) {{ display: none !important; }}
+.examples img {{ cursor: pointer; }}
+footer .divider {{ display: none !important; }}
 .known {{ color: var(--body-text-color-subdued); font-size: 0.9em; }}
-footer {{ opacity: 0.6; }}
-{_CHIP_COLORS}
+{_SUBJECT_CSS}
 """

@@ -1,4 +1,4 @@
-"""The page's own logic, on a real engine with the toy pipeline."""
+"""Logic of the demo page, on a real engine with the toy pipeline."""
 
 import asyncio
 from contextlib import aclosing
@@ -8,77 +8,89 @@ import pytest
 from PIL import Image
 from tiny import subject_image, tiny_pipeline
 
-from demo.components import progress, side_by_side, tiled
-from demo.generation_state import generate_images
+from demo.components import failure, progress, side_by_side, tiled
+from demo.form import read_form
+from demo.generation_state import GenerationState, ImageState, generate_images
 from demo.mask_overlay import SUBJECT_COLORS, overlay_masks
-from demo.tabs import Task, _read
-from serving.clients import InvalidRequest, Queued, Request, Subject
+from demo.task import TASKS, Task
+from serving.clients import InvalidRequest, Queued, Request, Subject, words_of
 from serving.engine.engine import Engine
 
 SETTINGS = (0.5, 2, 3.0, 4, True, "7", "", 2)  # scope, T_stop, CFG, steps, fast masks, seed, negative prompt, images
-ONE = Task(name="One", text="", num_slots=1, many_words=False)
-MANY = Task(name="Many", text="", num_slots=1, many_words=True)
-SLOTS = Task(name="Slots", text="", num_slots=2, many_words=False)
+ONE = Task(name="One", text="", num_slots=1, multiple_words=False)
+MANY = Task(name="Many", text="", num_slots=1, multiple_words=True)
+SLOTS = Task(name="Slots", text="", num_slots=2, multiple_words=False)
+
+
+class EngineClient:
+    """An engine behind the interface of `serving.clients.Client`, without Ray."""
+
+    def __init__(self) -> None:
+        self._pipeline = tiny_pipeline()
+        self.engine = Engine(self._pipeline)
+
+    def stream(self, request, *, previews=True, timeout_s=None):
+        return self.engine.stream(request.resolve(self._pipeline.sampling), previews, timeout_s)
 
 
 @pytest.fixture(scope="module")
-def engine():
-    engine = Engine(tiny_pipeline())
-    yield engine
-    engine.close()
+def client():
+    client = EngineClient()
+    yield client
+    client.engine.close()
 
 
-def test_a_chosen_word_becomes_a_subject_with_the_pages_settings():
-    request, number = _read(ONE, ("a dog runs", subject_image(), "dog", "", *SETTINGS))
+def test_selected_word_becomes_a_subject_with_the_settings_of_the_page():
+    request, number = read_form(ONE, ("a dog runs", subject_image(), "dog", "", *SETTINGS))
     assert [s.target_phrase for s in request.subjects] == ["dog"]
     assert (request.subjects[0].scope_ratio, request.early_stop_step, request.guidance_scale) == (0.5, 2, 3.0)
     assert (request.num_inference_steps, request.seed, number) == (4, 7, 2)
     assert request.mask_source == "generation_branch"
 
 
-def test_several_words_share_one_image_and_a_phrase_replaces_clicks():
-    clicked, _ = _read(MANY, ("a red dog and a cat", subject_image(), ["dog", "cat"], "", *SETTINGS))
-    typed, _ = _read(MANY, ("a red dog and a cat", subject_image(), ["dog"], "red dog, cat", *SETTINGS))
-    assert [s.target_phrase for s in clicked.subjects] == ["dog", "cat"]
+def test_several_words_share_one_image_and_typed_phrases_replace_selected_words():
+    selected, _ = read_form(MANY, ("a red dog and a cat", subject_image(), ["dog", "cat"], "", *SETTINGS))
+    typed, _ = read_form(MANY, ("a red dog and a cat", subject_image(), ["dog"], "red dog, cat", *SETTINGS))
+    assert [s.target_phrase for s in selected.subjects] == ["dog", "cat"]
     assert [s.target_phrase for s in typed.subjects] == ["red dog", "cat"]
 
 
-def test_empty_slots_are_left_out():
-    request, _ = _read(SLOTS, ("a dog and a cat", subject_image(), "dog", "", None, None, "", *SETTINGS))
+def test_empty_slots_are_ignored():
+    request, _ = read_form(SLOTS, ("a dog and a cat", subject_image(), "dog", "", None, None, "", *SETTINGS))
     assert len(request.subjects) == 1
 
 
 @pytest.mark.parametrize(
     "values,message",
     [
-        (("a dog", None, "dog", ""), "Add an image for 'dog'"),
-        (("a dog", subject_image(), None, ""), "Click the word .*: a, dog"),
-        (("", None, None, ""), "Write a prompt"),
-        (("a dog", None, None, ""), "Add an image of the subject"),
+        (("a dog", None, "dog", ""), "Upload an image for 'dog'"),
+        (("a dog", subject_image(), None, ""), "Select the word .*: a, dog"),
+        (("", None, None, ""), "Enter a prompt"),
+        (("a dog", None, None, ""), "Upload an image of the subject"),
     ],
 )
-def test_what_is_missing_is_said(values, message):
+def test_missing_input_raises_a_message_that_names_it(values, message):
     with pytest.raises(InvalidRequest, match=message):
-        _read(ONE, (*values, *SETTINGS))
+        read_form(ONE, (*values, *SETTINGS))
 
 
-def test_no_seed_draws_one_and_what_is_none_is_refused():
+def test_empty_seed_is_unset_and_invalid_seed_raises():
     values = ["a dog runs", subject_image(), "dog", "", *SETTINGS]
-    read = lambda seed: _read(ONE, (*values[:9], seed, *values[10:]))[0]
+    read = lambda seed: read_form(ONE, (*values[:9], seed, *values[10:]))[0]
     assert read("").seed is None and read(None).seed is None and read(" 12 ").seed == 12
-    for wrong in ("-1", "1.5", "lucky"):
-        with pytest.raises(InvalidRequest, match=f"seed is '{wrong}'.*whole number"):
-            read(wrong)
+    for invalid in ("-1", "1.5", "lucky"):
+        with pytest.raises(InvalidRequest, match=f"seed is '{invalid}'.*whole number"):
+            read(invalid)
 
 
 def dog(seed=1) -> Request:
     return Request(prompt="a dog", subjects=(Subject(image=subject_image(), target_phrase="dog"),), seed=seed)
 
 
-def test_several_images_use_consecutive_seeds_and_end_together(engine):
+def test_several_images_use_consecutive_seeds_and_report_joint_progress(client):
     async def run():
-        async with aclosing(generate_images(engine, dog(seed=5), 3)) as states:
-            return [(s.status(), [p.seed for p in s.images], s.fraction) async for s in states]
+        async with aclosing(generate_images(client, dog(seed=5), 3)) as states:
+            return [(s.status(), [image.seed for image in s.images], s.fraction) async for s in states]
 
     seen = asyncio.run(run())
     assert seen[-1] == ("Done. Seeds 5, 6, 7.", [5, 6, 7], 1)
@@ -87,17 +99,17 @@ def test_several_images_use_consecutive_seeds_and_end_together(engine):
     assert fractions == sorted(fractions) and fractions[0] < 1
 
 
-def test_stopping_frees_the_engine(engine):
-    """Closing the stream in the middle, as the stop button does, leaves nothing under way."""
+def test_closing_the_generator_frees_the_engine(client):
+    """Closing the generator after the first step, as the Stop button does, leaves no waiting or active image."""
 
     async def run():
         request = Request(prompt="a dog", num_inference_steps=100, seed=1)
-        async with aclosing(generate_images(engine, request, 2)) as states:
+        async with aclosing(generate_images(client, request, 2)) as states:
             async for state in states:
-                if any(p.step for p in state.images):
+                if any(image.step for image in state.images):
                     break
         for _ in range(100):
-            stats = engine.stats()
+            stats = client.engine.stats()
             if not (stats["waiting"] or stats["preparing"] or stats["active"]):
                 return True
             await asyncio.sleep(0.02)
@@ -107,10 +119,10 @@ def test_stopping_frees_the_engine(engine):
 
 
 @pytest.mark.parametrize("ticks", range(8))
-def test_stopping_is_heard_whenever_it_comes(ticks):
-    """Also in the very moment in which an event wakes the page: some turns of the event loop after it was sent."""
+def test_cancellation_is_not_lost_when_it_coincides_with_an_event(ticks):
+    """Cancel the consumer a few event loop iterations after the client sends an event."""
 
-    class Steady:
+    class OneEventClient:
         def __init__(self):
             self.sent = asyncio.Event()
 
@@ -120,28 +132,47 @@ def test_stopping_is_heard_whenever_it_comes(ticks):
             await asyncio.sleep(60)
 
     async def run():
-        client = Steady()
+        client = OneEventClient()
 
-        async def watch():
+        async def consume():
             async with aclosing(generate_images(client, dog(), 1)) as states:
                 async for _ in states:
                     pass
 
-        watching = asyncio.create_task(watch())
+        task = asyncio.create_task(consume())
         await asyncio.sleep(0.05)
         client.sent.set()
         for _ in range(ticks):
             await asyncio.sleep(0)
-        watching.cancel()
-        done, _ = await asyncio.wait({watching}, timeout=5)
-        assert done and watching.cancelled()
+        task.cancel()
+        done, _ = await asyncio.wait({task}, timeout=5)
+        assert done and task.cancelled()
 
     asyncio.run(run())
 
 
-def test_an_error_of_one_image_reaches_the_page(engine):
+@pytest.mark.parametrize(
+    "positions,status",
+    [
+        ((None, None), "Starting…"),
+        ((0, 1), "Queued: yours is next."),
+        ((1, 2), "Queued: 1 image ahead of yours."),
+        ((3, 4), "Queued: 3 images ahead of yours."),
+    ],
+)
+def test_status_reports_the_first_position_in_the_queue(positions, status):
+    assert GenerationState([ImageState(position=position) for position in positions]).status() == status
+
+
+def test_example_words_occur_in_their_prompt_and_example_images_exist():
+    for example in (example for task in TASKS for example in task.examples):
+        assert all(path.is_file() for path in example.paths)
+        assert {word for words in example.words for word in words} <= set(words_of(example.prompt))
+
+
+def test_error_of_one_image_is_raised(client):
     async def run():
-        async with aclosing(generate_images(engine, Request(prompt="a dog", height=65, seed=1), 2)) as states:
+        async with aclosing(generate_images(client, Request(prompt="a dog", height=65, seed=1), 2)) as states:
             async for _ in states:
                 pass
 
@@ -149,7 +180,7 @@ def test_an_error_of_one_image_reaches_the_page(engine):
         asyncio.run(run())
 
 
-def test_masks_are_shown_in_their_subjects_colours_and_only_there():
+def test_overlay_has_the_color_of_the_subject_inside_its_mask_only():
     image = Image.new("RGB", (20, 10), "white")
     left = Image.new("L", (20, 10))
     left.paste(255, (0, 0, 10, 10))
@@ -159,25 +190,31 @@ def test_masks_are_shown_in_their_subjects_colours_and_only_there():
     assert np.abs(shown[5, 5] - color).sum() < np.abs(shown[5, 5] - 255).sum()
 
 
-def test_progress_fills_its_bar_and_shows_text_as_text():
+def test_progress_names_the_target_words_in_the_colors_of_their_masks():
+    html = progress("Done", 1, ["cat", "car"])
+    for word, color in zip(("cat", "car"), SUBJECT_COLORS):
+        assert f'<span style="color: {color}">● {word}</span>' in html
+
+
+def test_progress_sets_the_width_of_the_bar_and_escapes_text():
     assert "width: 25.0%" in progress("Step 1 of 4", 0.25)
-    assert "<b>" not in progress("<b>", 0)
+    assert "<b>" not in progress("<b>", 0) and "<b>" not in failure("<b>")
 
 
-def test_thumbnails_stand_side_by_side_in_order():
-    row = side_by_side([subject_image("red"), subject_image("blue")], side=32)
+def test_thumbnails_are_in_one_row_in_order():
+    row = side_by_side([subject_image("red"), subject_image("blue")], side_px=32)
     red, blue = subject_image("red").resize((32, 32)), subject_image("blue").resize((32, 32))
     assert row.size == (64, 32)
-    for place, wanted in ((0, red), (32, blue)):
-        shown = np.asarray(row.crop((place, 0, place + 32, 32))).astype(int)
-        assert np.abs(shown - np.asarray(wanted.convert("RGB"))).mean() < 8
+    for left, expected in ((0, red), (32, blue)):
+        shown = np.asarray(row.crop((left, 0, left + 32, 32))).astype(int)
+        assert np.abs(shown - np.asarray(expected.convert("RGB"))).mean() < 8
 
 
-def test_images_under_way_keep_their_places_in_the_grid():
-    """Two of three are there: each in its own place, the missing one white; one alone is shown as it is."""
+def test_each_image_keeps_its_grid_cell():
+    """The cell of a missing image is white; a single image is returned unchanged."""
     red, blue = Image.new("RGB", (8, 6), "red"), Image.new("RGB", (8, 6), "blue")
     grid = tiled([red, None, blue])
     assert grid.size == (16, 12)
-    colors = [grid.getpixel(place) for place in ((1, 1), (9, 1), (1, 7), (9, 7))]
+    colors = [grid.getpixel(position) for position in ((1, 1), (9, 1), (1, 7), (9, 7))]
     assert colors == [(255, 0, 0), (255, 255, 255), (0, 0, 255), (255, 255, 255)]
     assert tiled([red]) is red
