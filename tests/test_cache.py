@@ -1,23 +1,27 @@
-"""The cache of encoded prompts and references."""
+"""The cache of encoded texts and references."""
 
 import threading
+
+import pytest
 
 from realcustom.cache import Cache
 
 
-def test_the_values_asked_for_last_stay():
-    cache, made = Cache(max_bytes=2, size_of=lambda value: 1), []
-    get = lambda key: cache.get(key, lambda: made.append(key) or key)
+def test_least_recently_used_values_are_evicted():
+    """A full cache evicts the value whose last use is longest ago; hits, misses and bytes are counted."""
+    cache, computed = Cache(max_bytes=2, size_of=lambda value: 1), []
+    get = lambda key: cache.get(key, lambda: computed.append(key) or key)
     for key in "abacab":
         assert get(key) == key
-    assert made == ["a", "b", "c", "b"]  # "c" took the place of "b", which had been asked for before "a"
+    assert computed == ["a", "b", "c", "b"]  # "c" evicted "b", because "a" had been used after "b"
     assert (cache.hits, cache.misses, cache.num_bytes) == (2, 4, 2)
     cache.clear()
     get("a")
-    assert made[-1] == "a" and cache.num_bytes == 1
+    assert computed[-1] == "a" and cache.num_bytes == 1
 
 
-def test_a_value_larger_than_the_cache_stays_alone():
+def test_value_larger_than_the_budget_is_kept_alone():
+    """The newest value is kept even if it exceeds the budget; the next value evicts it."""
     cache = Cache(max_bytes=5, size_of=len)
     assert [cache.get(text, lambda text=text: text) for text in ("abc", "a long one", "a long one")][-1] == "a long one"
     assert (cache.hits, cache.num_bytes) == (1, 10)
@@ -25,28 +29,32 @@ def test_a_value_larger_than_the_cache_stays_alone():
     assert cache.num_bytes == 2
 
 
-def test_two_threads_make_a_value_once_and_a_failure_is_not_kept():
-    cache, made = Cache(max_bytes=10, size_of=lambda value: 1), []
-    begun, go_on = threading.Event(), threading.Event()
+def test_concurrent_threads_compute_a_value_once():
+    """A thread that requests a value that another thread is computing waits for it."""
+    cache, computed = Cache(max_bytes=10, size_of=lambda value: 1), []
+    started, proceed = threading.Event(), threading.Event()
 
-    def make():
-        made.append(1)
-        begun.set()
-        go_on.wait(10)
+    def compute():
+        computed.append(1)
+        started.set()
+        proceed.wait(10)
         return "value"
 
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(cache.get("key", make))) for _ in range(2)]
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(cache.get("key", compute))) for _ in range(2)]
     threads[0].start()
-    begun.wait(10)
+    started.wait(10)
     threads[1].start()
-    go_on.set()
+    proceed.set()
     for thread in threads:
         thread.join(10)
-    assert found == ["value", "value"] and len(made) == 1
-    for failing in (lambda: 1 / 0, lambda: "better"):
-        try:
-            cache.get("other", failing)
-        except ZeroDivisionError:
-            continue
-    assert cache.get("other", lambda: "too late") == "better"
+    assert results == ["value", "value"] and len(computed) == 1
+
+
+def test_failed_computations_are_not_cached():
+    """An exception reaches the caller; the next call computes the value, and later calls return that value."""
+    cache = Cache(max_bytes=10, size_of=lambda value: 1)
+    with pytest.raises(ZeroDivisionError):
+        cache.get("key", lambda: 1 / 0)
+    assert cache.get("key", lambda: "first") == "first"
+    assert cache.get("key", lambda: "second") == "first"
