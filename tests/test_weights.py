@@ -1,4 +1,4 @@
-"""Adapter files: round trip, strictness, and errors before anything is changed."""
+"""Adapter files: round trip, strict checks, and errors that leave the pipeline unchanged."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import SDXL_UNET, subject_image, tiny_pipeline, tiny_sd15_unet
 
@@ -27,28 +28,28 @@ def saved(tmp_path):
     return pipeline, path
 
 
-def latents(pipeline):
+def latents_after_one_step(pipeline):
     request = Request(prompt="a dog", subjects=(Subject(image=subject_image(), target_phrase="dog"),), seed=0)
     generation = pipeline.prepare(request)
     pipeline.step([generation])
     return generation.latents
 
 
-def test_an_adapter_file_carries_the_whole_adapter(saved):
+def test_adapter_file_round_trip(saved):
+    """An adapter file holds the complete adapter: loading it into another pipeline gives the same latents."""
     pipeline, path = saved
     other = tiny_pipeline()
     with torch.no_grad():
         for parameter in other.adapter.parameters():
             parameter.normal_()
     other.clear_caches()
-    assert not torch.allclose(latents(other), latents(pipeline), atol=1e-3)
+    assert not torch.allclose(latents_after_one_step(other), latents_after_one_step(pipeline), atol=1e-3)
     other.load_realcustom(path)
-    assert torch.allclose(latents(other), latents(pipeline), atol=1e-5)
+    assert torch.allclose(latents_after_one_step(other), latents_after_one_step(pipeline), atol=1e-5)
 
 
-def broken(path: Path, change) -> None:
-    from safetensors import safe_open
-
+def modify_state(path: Path, change) -> None:
+    """Apply `change` to the tensors of a safetensors file and keep its metadata."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     state = load_file(path)
@@ -65,9 +66,10 @@ def broken(path: Path, change) -> None:
         (lambda s: s.update({"projector.deep_mlp.bias": torch.ones(32).int()}), "deep_mlp.bias has type torch.int32"),
     ],
 )
-def test_wrong_keys_and_shapes_are_named_and_nothing_changes(saved, change, message):
+def test_wrong_keys_shapes_and_types_raise(saved, change, message):
+    """A missing, unknown or mismatched tensor raises a ValueError that names it; the adapter stays in place."""
     pipeline, path = saved
-    broken(path, change)
+    modify_state(path, change)
     before = pipeline.adapter
     with pytest.raises(ValueError, match=message):
         pipeline.load_realcustom(path)
@@ -79,14 +81,20 @@ def test_wrong_keys_and_shapes_are_named_and_nothing_changes(saved, change, mess
     [
         ("{", "not JSON"),
         ("[1]", "must be a JSON object"),
-        (json.dumps({"condition_dim": 768, "vision_dim": 64, "head_dim": 32}), "condition_dim 768, but this model has 32"),
-        (json.dumps({"condition_dim": 32, "vision_dim": 2176, "head_dim": 32}), "vision_dim 2176, but this model has 64"),
+        (
+            json.dumps({"condition_dim": 768, "vision_dim": 64, "head_dim": 32}),
+            "condition_dim 768, but this model has 32",
+        ),
+        (
+            json.dumps({"condition_dim": 32, "vision_dim": 2176, "head_dim": 32}),
+            "vision_dim 2176, but this model has 64",
+        ),
         (json.dumps({"condition_dim": 32, "vision_dim": 64, "head_dim": 0}), "head_dim 0 does not divide"),
         (json.dumps({"condition_dim": 32, "vision_dim": 64}), "head_dim None does not divide"),
     ],
 )
-def test_a_wrong_header_is_refused_by_name(saved, header, message):
-    """Another family's widths, and headers that nobody can read; the file is named, the adapter stays."""
+def test_wrong_metadata_raises(saved, header, message):
+    """Unreadable metadata and widths of another model raise a ValueError that names the file; the adapter stays."""
     pipeline, path = saved
     before = pipeline.adapter
     save_file(load_file(path), path, metadata={"realcustom_adapter": header})
@@ -95,7 +103,8 @@ def test_a_wrong_header_is_refused_by_name(saved, header, message):
     assert pipeline.adapter is before
 
 
-def test_a_truncated_file_and_a_missing_one_are_refused(saved):
+def test_truncated_and_missing_files_raise(saved):
+    """A truncated .safetensors or .pth file and a missing file raise a ValueError with the reason."""
     pipeline, path = saved
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="not a complete safetensors file"):
@@ -113,17 +122,18 @@ class Payload:
         return (print, ("code from a pickle ran",))
 
 
-def test_a_pickle_with_code_is_refused_without_running_it(saved, capsys):
+def test_pickled_code_is_not_executed(saved, capsys):
+    """A .pth file with a pickled call raises a ValueError, and the call does not run."""
     pipeline, path = saved
-    evil = path.with_suffix(".pth")
-    torch.save({"x": Payload()}, evil)
+    malicious = path.with_suffix(".pth")
+    torch.save({"x": Payload()}, malicious)
     with pytest.raises(ValueError, match="could not be read as plain weights"):
-        pipeline.load_realcustom(evil)
+        pipeline.load_realcustom(malicious)
     assert "code from a pickle ran" not in capsys.readouterr().out
 
 
 def official_checkpoint(pipeline, path: Path, unet_weights: dict) -> None:
-    """The pipeline's adapter under the authors' names, with plain UNet weights beside it."""
+    """Save the pipeline's adapter under the authors' names, together with plain UNet weights."""
     projector = {"deep_mlp": "projector_base", "cross_scale_attention": "min_attention", "high_mlp": "projector",
                  "cross_layer_attention": "min_attention2", "shallow_mlp": "projector2"}  # fmt: skip
     state = dict(unet_weights)
@@ -137,8 +147,11 @@ def official_checkpoint(pipeline, path: Path, unet_weights: dict) -> None:
     torch.save(state, path)
 
 
-def test_plain_unet_weights_in_the_authors_file_are_refused_or_applied_on_request(tmp_path):
-    """Neither silently: refused by name, and where asked for they replace the UNet's, strictly checked."""
+def test_plain_unet_weights_need_replace_unet(tmp_path):
+    """UNet weights in an adapter file raise an error by default and replace the UNet's with `replace_unet=True`.
+
+    In both cases unknown names raise an error.
+    """
     path = tmp_path / "RealCustom.pth"
     pipeline = tiny_pipeline()
     name = "conv_in.weight"
@@ -158,8 +171,11 @@ def test_plain_unet_weights_in_the_authors_file_are_refused_or_applied_on_reques
 
 
 @pytest.mark.parametrize("layout", ["highres", "shallow"])
-def test_every_key_of_the_authors_full_size_checkpoints_is_accounted_for(layout):
-    """Names and shapes of their SDXL checkpoints fill an adapter for SDXL's UNet exactly; no memory is needed."""
+def test_all_keys_of_the_official_checkpoints_are_converted(layout):
+    """The names and shapes of the authors' SDXL checkpoints match an adapter for the SDXL UNet exactly.
+
+    The only tensors left out are those that the authors' code does not use.
+    """
     listed = json.loads((GOLDEN / f"official_{layout}_keys.json").read_text())
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(SDXL_UNET)
@@ -169,16 +185,17 @@ def test_every_key_of_the_authors_full_size_checkpoints_is_accounted_for(layout)
             unet, vision_dim=1152 + 1024, cross_layer=layout == "shallow", cross_scale=layout == "highres"
         )
     check_state(own, adapter.state_dict(), layout)
-    overwritten = ("min_attention.", "projector.") if layout == "shallow" else ()  # in the authors' shallow projector
-    left_out = [n for n in state if n.startswith(tuple(f"{PROJECTOR}.{module}" for module in overwritten))]
-    assert not plain and len(own) == len(state) - len(left_out)
+    # The authors' shallow projector overwrites the result of these modules.
+    overwritten = ("min_attention.", "projector.") if layout == "shallow" else ()
+    unused = [n for n in state if n.startswith(tuple(f"{PROJECTOR}.{module}" for module in overwritten))]
+    assert not plain and len(own) == len(state) - len(unused)
     assert sum(t.numel() for t in state.values()) == listed["counts"]["n_new_params"]
     assert len(unet.state_dict()) == listed["counts"]["n_plain_sdxl_tensors"]
-    forward = [name for name in AttentionLayers(unet).levels if name.endswith("attn2")]
-    assert forward == listed["attn2_blocks_in_forward_order"]
+    forward_order = [name for name in AttentionLayers(unet).levels if name.endswith("attn2")]
+    assert forward_order == listed["attn2_blocks_in_forward_order"]
 
 
-def test_an_adapter_of_another_family_is_refused(saved):
-    """An adapter of the SDXL shape does not enter a UNet with other layers."""
+def test_adapter_of_another_model_family_raises(saved):
+    """An adapter for an SDXL UNet cannot be loaded for an SD1.5 UNet."""
     with pytest.raises(ValueError, match="for another model"):
         load_adapter(saved[1], tiny_sd15_unet(), vision_dim=64)
