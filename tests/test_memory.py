@@ -1,4 +1,4 @@
-"""Memory tiers: the same image, with fewer weights on the device."""
+"""Memory tiers: equal results with fewer weights on the device."""
 
 import pytest
 import torch
@@ -8,25 +8,25 @@ from realcustom import Subject, apply_memory_tier
 from realcustom.memory import ENCODERS, weight_bytes
 
 
-def make(pipeline):
+def generate(pipeline):
     subjects = [Subject(image=subject_image(), target_phrase="dog")]
     return pipeline("a dog", subjects=subjects, seed=1, output_type="latent").images[0]
 
 
 @pytest.mark.parametrize("tier", ["medium", "low"])
 @pytest.mark.parametrize("preset", ["paper", "release"])
-def test_a_lower_tier_makes_the_same_image(tier, preset):
-    """The hooks bring every part over when it is needed, also where the release reads an encoder's inside."""
+def test_lower_tiers_generate_the_same_latents(tier, preset):
+    """All tiers generate the same latents, also for the release preset, which calls a submodule of a text encoder."""
     high, lower = tiny_pipeline(preset=preset), tiny_pipeline(preset=preset)
     apply_memory_tier(high, "cpu")
     apply_memory_tier(lower, "cpu", tier)
-    assert torch.allclose(make(high), make(lower), atol=1e-5)
+    assert torch.allclose(generate(high), generate(lower), atol=1e-5)
     assert set(lower.offload_hooks) == set(ENCODERS)
 
 
 @pytest.mark.parametrize("tier", ["high", "medium", "low"])
-def test_an_adapter_loaded_after_placing_goes_where_the_work_is(tier, monkeypatch, tmp_path):
-    """Where the UNet's weights wait in main memory, its own device is not the one that computes."""
+def test_adapter_is_loaded_onto_the_execution_device(tier, monkeypatch, tmp_path):
+    """An adapter loaded after `apply_memory_tier` is on the execution device, even if the UNet is offloaded."""
     pipeline = tiny_pipeline()
     pipeline.save_realcustom(tmp_path / "adapter.safetensors")
     apply_memory_tier(pipeline, "cpu", tier)
@@ -35,47 +35,46 @@ def test_an_adapter_loaded_after_placing_goes_where_the_work_is(tier, monkeypatc
     assert pipeline.adapter.device.type == "meta"
 
 
-def test_encoders_leave_the_device_after_use(monkeypatch):
-    """Each new prompt and reference sends its encoders away again."""
+def test_encoders_are_offloaded_after_use(monkeypatch):
+    """Each encoder is offloaded after it has encoded a new prompt or reference; cached ones do not load it."""
     pipeline = tiny_pipeline()
     apply_memory_tier(pipeline, "cpu", "medium")
-    sent_away = []
+    offloaded = []
     for name, hook in pipeline.offload_hooks.items():
-        monkeypatch.setattr(hook, "offload", lambda name=name: sent_away.append(name))
-    make(pipeline)
-    assert set(sent_away) == set(ENCODERS)
-    sent_away.clear()
-    make(pipeline)  # everything is remembered by now
-    assert not sent_away
+        monkeypatch.setattr(hook, "offload", lambda name=name: offloaded.append(name))
+    generate(pipeline)
+    assert set(offloaded) == set(ENCODERS)
+    offloaded.clear()
+    generate(pipeline)  # prompt and reference are cached
+    assert not offloaded
 
 
-def test_lower_tiers_hold_fewer_bytes():
+def test_lower_tiers_keep_fewer_bytes_on_the_device():
+    """Resident bytes decrease with each tier, peaks are no smaller, and "high" counts all stored weights."""
     pipeline = tiny_pipeline()
     sizes = [weight_bytes(pipeline, tier) for tier in ("high", "medium", "low")]
     assert sizes[0]["resident"] > sizes[1]["resident"] > sizes[2]["resident"]
     assert all(s["peak"] >= s["resident"] for s in sizes) and sizes[1]["peak"] < sizes[0]["peak"]
-    stored = sum(v.nbytes for m in modules(pipeline) for v in m.state_dict().values())
-    assert stored <= sizes[0]["resident"] < 1.01 * stored  # positions that are not stored come on top
-
-
-def modules(pipeline):
-    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    stored = sum(v.nbytes for m in modules for v in m.state_dict().values())
+    assert stored <= sizes[0]["resident"] < 1.01 * stored  # non-persistent buffers are not stored
 
 
 def test_large_images_are_decoded_in_tiles():
-    """The largest tensor of decoding stays the same however large the image is."""
+    """In tier "medium", the largest output of the VAE decoder does not grow with the image size."""
     pipeline = tiny_pipeline()
     apply_memory_tier(pipeline, "cpu", "medium")
     sizes = []
     for side in (24, 48):
-        seen = []
-        hook = pipeline.vae.decoder.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.numel()))
+        numels = []
+        hook = pipeline.vae.decoder.register_forward_hook(lambda module, args, out, n=numels: n.append(out.numel()))
         assert pipeline.decoder.decode(torch.zeros(4, side, side)).size == (4 * side, 4 * side)
         hook.remove()
-        sizes.append(max(seen))
+        sizes.append(max(numels))
     assert sizes[0] == sizes[1]
 
 
-def test_another_tier_is_refused():
-    with pytest.raises(ValueError, match="memory is 'tiny'"):
+def test_unknown_tier_raises():
+    """An unknown tier raises a ValueError that names it."""
+    with pytest.raises(ValueError, match="the memory tier is 'tiny'"):
         apply_memory_tier(tiny_pipeline(), "cpu", "tiny")
