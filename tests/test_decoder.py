@@ -1,25 +1,25 @@
-"""Latents become images; a glance is close to what the autoencoder makes of them."""
+"""Latent decoding, and how closely previews approximate it."""
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderDC
 from PIL import Image
+from tiny import tiny_pipeline
 
+from realcustom.assets import EXAMPLE_IMAGES, MINI_MODEL
 from realcustom.decoder import LatentDecoder
 from realcustom.latent_preview import LatentPreview
-from tests.tiny import tiny_pipeline
-
-MINI = "assets/mini"
 
 
 @pytest.fixture(scope="module")
-def shipped() -> LatentDecoder:
-    return LatentDecoder(AutoencoderDC.from_pretrained(MINI, subfolder="vae", dtype=torch.float32))
+def mini_decoder() -> LatentDecoder:
+    return LatentDecoder(AutoencoderDC.from_pretrained(MINI_MODEL, subfolder="vae", dtype=torch.float32))
 
 
-def latents_of(decoder: LatentDecoder, name: str, size: tuple[int, int]) -> torch.Tensor:
-    image = Image.open(f"assets/examples/{name}.png").convert("RGB").resize(size)
+def encode_example(decoder: LatentDecoder, name: str, size: tuple[int, int]) -> torch.Tensor:
+    """Latents [C, h, w] of an example image, resized to `size` = (width, height)."""
+    image = Image.open(EXAMPLE_IMAGES / f"{name}.png").convert("RGB").resize(size)
     pixels = torch.from_numpy(np.array(image)).movedim(-1, 0).float()[None] / 127.5 - 1
     with torch.no_grad():
         return decoder.vae.encode(pixels).latent[0] * decoder.vae.config.scaling_factor
@@ -30,25 +30,25 @@ def values(image: Image.Image) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name,size", [("dog", (128, 128)), ("cat_and_car", (96, 160))])
-def test_glance_is_near_what_the_autoencoder_makes(shipped, name, size):
-    """It has nine tenths of the image's variance; of any size, square or not."""
-    latents = latents_of(shipped, name, size)
-    decoded, seen = shipped.decode(latents), LatentPreview(shipped).decode(latents)
-    assert seen.size == decoded.size == size
+def test_preview_approximates_the_decoded_image(mini_decoder, name, size):
+    """A preview of any size, square or not, explains more than 90% of the variance of the decoded image."""
+    latents = encode_example(mini_decoder, name, size)
+    decoded, preview = mini_decoder.decode(latents), LatentPreview(mini_decoder).decode(latents)
+    assert preview.size == decoded.size == size
     variance = values(decoded).var(axis=(0, 1)).mean()
-    assert np.mean((values(seen) - values(decoded)) ** 2) < variance / 10
+    assert np.mean((values(preview) - values(decoded)) ** 2) < variance / 10
 
 
-def test_glance_is_the_same_in_every_process(shipped):
-    """What it is fitted to does not depend on chance: two fits give one image."""
-    latents = latents_of(shipped, "dog", (128, 128))
+def test_preview_fit_is_deterministic(mini_decoder):
+    """Two fits yield the same preview, whatever the global random state."""
+    latents = encode_example(mini_decoder, "dog", (128, 128))
     torch.manual_seed(5)
-    again = LatentPreview(LatentDecoder(shipped.vae))
-    assert again.decode(latents).tobytes() == LatentPreview(shipped).decode(latents).tobytes()
+    refitted = LatentPreview(LatentDecoder(mini_decoder.vae))
+    assert refitted.decode(latents).tobytes() == LatentPreview(mini_decoder).decode(latents).tobytes()
 
 
-def test_a_pipeline_decodes_with_the_autoencoder_it_has_now():
-    """One that is put in its place by assignment, as people do, makes images and previews from then on."""
+def test_assigned_vae_is_used_for_images_and_previews():
+    """After `pipeline.vae = other`, images and previews are decoded with the new autoencoder."""
     pipeline, other = tiny_pipeline(), tiny_pipeline(seed=9).vae
     latents = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
     before = pipeline.decoder.decode(latents), pipeline.latent_preview.decode(latents)
