@@ -1,6 +1,6 @@
-"""SDXL and SD1.5 in all their size with random weights: `python -m pytest -m slow -s tests/test_full_size.py`.
+"""SDXL and SD1.5 at full size with random weights: `python -m pytest -m slow -s tests/test_full_size.py`.
 
-Weights are bfloat16 where the CPU multiplies it and float32 elsewhere (17 GB of memory for SDXL); some minutes.
+Takes several minutes. Weights are bfloat16 if the CPU has instructions for it, otherwise float32 (17 GB for SDXL).
 """
 
 import resource
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("family,size", [("sdxl", 512), ("sd15", 512)])
 def test_two_subjects_two_steps(family, size):
-    """Every part has its published shape, fits the others, and two subjects share out an image without overlap."""
+    """All parts have their published shapes and work together; the masks of two subjects do not overlap."""
     start = time.perf_counter()
     pipeline = random_pipeline(family)
     loaded = time.perf_counter()
@@ -31,22 +31,21 @@ def test_two_subjects_two_steps(family, size):
     )
     generation = pipeline.prepare(request)
     prepared = time.perf_counter()
-    while not generation.done:
-        pipeline.step([generation])
+    pipeline.run([generation])
     stepped = time.perf_counter()
-    (made,) = pipeline.decode([generation])
+    (image,) = pipeline.decode([generation])
     decoded = time.perf_counter()
 
     sizes = {"sdxl": (2048, (32, 32)), "sd15": (768, (64, 64))}
     width, mask_size = sizes[family]
     assert generation.text.embeds.shape == (77, width)
     tokens = {tuple(keys.shape[:2]) for keys, _ in generation.references[0].values()}
-    assert tokens == {(1, 2 * 729)}  # shallow, and deep with local views, each 27 x 27
+    assert tokens == {(1, 2 * 729)}  # shallow tokens and deep tokens, each 27 x 27
     assert generation.guidance_masks.shape == (2, *mask_size)
     assert not (generation.guidance_masks[0].bool() & generation.guidance_masks[1].bool()).any()
-    assert generation.latents.isfinite().all() and made.size == (size, size)
-    moments = (start, loaded, prepared, stepped, decoded)
-    seconds = zip(("load", "prepare", "2 steps", "decode"), (b - a for a, b in pairwise(moments)))
+    assert generation.latents.isfinite().all() and image.size == (size, size)
+    times = (start, loaded, prepared, stepped, decoded)
+    seconds = zip(("load", "prepare", "2 steps", "decode"), (b - a for a, b in pairwise(times)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"\n{family}, {pipeline.unet.dtype}: "
