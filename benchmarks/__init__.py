@@ -1,1 +1,1 @@
-"""Speed and memory, as ratios measured side by side in one run."""
+"""Benchmarks: scripts that measure speed, memory and serving, each with a `--help`."""

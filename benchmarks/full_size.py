@@ -1,11 +1,11 @@
-"""SDXL and SD1.5 with all their published shapes and random weights: speed, memory and shapes need no download.
+"""SDXL and SD1.5 with their published shapes and random weights, to measure speed and memory without a download.
 
-All layers of the text and vision encoders share the weights of one layer. They run once per prompt and reference, so
-nothing measured depends on their values, and in float32 the whole of SDXL fits a machine with 24 GB that way.
+All layers of a text or vision encoder share the weights of one layer. Encoders run once per prompt and reference, so no
+measurement depends on their values, and SDXL in float32 fits into 24 GB of memory.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import get_args
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -22,12 +22,14 @@ from transformers import (
 )
 
 from realcustom import Generation, RealCustomAdapter, RealCustomConfig, RealCustomPipeline
+from realcustom.assets import MINI_MODEL
+from realcustom.config import ModelFamily
 
-TOKENIZER = Path(__file__).parents[1] / "assets/mini/tokenizer"  # any CLIP tokenizer will do for random weights
+TOKENIZER = MINI_MODEL / "tokenizer"  # with random weights, any CLIP tokenizer works
 TEXT_LENGTH = 77
-FAMILIES = ("sdxl", "sd15")
+FAMILIES = get_args(ModelFamily)
 
-# Each UNet where it departs from the defaults of diffusers' class, which are SD1.5's.
+# Arguments of UNet2DConditionModel; all others have their default, which is SD1.5's.
 SDXL_UNET = dict(
     sample_size=128,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -85,14 +87,14 @@ def _vision_encoders() -> dict[str, nn.Module]:
 
 
 def default_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the processor multiplies it; a CPU without such instructions emulates it, 70 times slower here."""
+    """bfloat16, or float32 on a CPU without bfloat16 instructions, where emulation is about 70 times slower."""
     capabilities = torch.cpu.get_capabilities()
-    multiplies = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if torch.device(device).type != "cpu" or multiplies else torch.float32
+    has_bfloat16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if torch.device(device).type != "cpu" or has_bfloat16 else torch.float32
 
 
-def random_pipeline(family: str, device: str = "cpu", dtype: torch.dtype | None = None) -> RealCustomPipeline:
-    """A whole pipeline of `family` ("sdxl" or "sd15") with random weights; on device "meta" without any memory."""
+def random_pipeline(family: ModelFamily, device: str = "cpu", dtype: torch.dtype | None = None) -> RealCustomPipeline:
+    """A complete pipeline with random weights. On device "meta" it allocates no memory."""
     dtype = dtype or default_dtype(device)
     with torch.device("meta"):
         unet = UNet2DConditionModel(**(SDXL_UNET if family == "sdxl" else SD15_UNET))
@@ -117,45 +119,46 @@ def random_pipeline(family: str, device: str = "cpu", dtype: torch.dtype | None 
     return pipeline
 
 
-def let_masks_lie_together(pipeline: RealCustomPipeline) -> None:
-    """Give the masks of random weights the shape that those of trained weights have; all else is computed as ever.
+def make_masks_compact(pipeline: RealCustomPipeline) -> None:
+    """Replace the relevance from random attention so that each mask is a compact region, as with trained weights.
 
-    Random weights look everywhere. A strewn mask of 20% of the positions touches 60% of those at half the resolution,
-    one that lies together little more than 20%, and visual attention costs by the position.
+    The cost of visual attention is proportional to the number of masked positions. A scattered mask of 20% of the
+    positions covers 60% of the positions at half the resolution; a compact one covers little more than 20%. The
+    relevance is still computed, so that its cost is measured.
     """
-    choose = pipeline.denoiser.set_masks
+    set_masks = pipeline.denoiser.set_masks
 
-    def choose_around_centres(generations: Sequence[Generation], relevance: torch.Tensor) -> None:
+    def set_compact_masks(generations: Sequence[Generation], relevance: torch.Tensor) -> None:
         num_subjects, height, width = relevance.shape[1:]
         y = torch.linspace(-1, 1, height, device=relevance.device)[:, None]
-        x = torch.linspace(0, 2 * num_subjects, width, device=relevance.device)  # side by side, centers at 1, 3, ...
-        distances = [y**2 + (x - centre) ** 2 for centre in range(1, 2 * num_subjects, 2)]
-        choose(generations, (1 / (1 + torch.stack(distances))).expand_as(relevance))
+        x = torch.linspace(0, 2 * num_subjects, width, device=relevance.device)  # subjects have centers at 1, 3, ...
+        distances = [y**2 + (x - center) ** 2 for center in range(1, 2 * num_subjects, 2)]
+        set_masks(generations, (1 / (1 + torch.stack(distances))).expand_as(relevance))
 
-    pipeline.denoiser.set_masks = choose_around_centres
+    pipeline.denoiser.set_masks = set_compact_masks
 
 
 def _materialize(module: nn.Module, device: str, repeated: bool) -> None:
-    """Random weights in place of those on "meta"; `repeated`: the same tensor for all of a name and shape."""
+    """Replace weights on the meta device by random ones; `repeated` shares one tensor per name and shape."""
     module.requires_grad_(False).eval()
     if device == "meta":
         return
     generator = torch.Generator(device).manual_seed(0)
-    made: dict[tuple, torch.Tensor] = {}
+    shared: dict[tuple, torch.Tensor] = {}
     for owner in module.modules():
         for name, value in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
-            kind = (name, value.shape)
-            if not repeated or kind not in made:
-                made[kind] = _random(name, torch.empty_like(value, device=device), generator)
-            is_weight = isinstance(value, nn.Parameter)
-            setattr(owner, name, nn.Parameter(made[kind], requires_grad=False) if is_weight else made[kind])
+            key = (name, value.shape)
+            if not repeated or key not in shared:
+                shared[key] = _random(name, torch.empty_like(value, device=device), generator)
+            is_parameter = isinstance(value, nn.Parameter)
+            setattr(owner, name, nn.Parameter(shared[key], requires_grad=False) if is_parameter else shared[key])
 
 
 def _random(name: str, value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     if name == "position_ids":
         return value.copy_(torch.arange(value.shape[-1]).expand_as(value))
     if value.ndim > 1:
-        # Drawing billions of numbers takes minutes on a CPU, so that they begin anew after a million.
+        # Drawing billions of numbers takes minutes on a CPU, so they repeat after a million.
         numbers = torch.randn(min(value.numel(), 2**20), generator=generator, device=value.device)
         numbers = numbers.repeat(-(-value.numel() // len(numbers)))[: value.numel()].view_as(value)
         return value.copy_(numbers * value[0].numel() ** -0.5)

@@ -1,11 +1,12 @@
-"""Subject-driven generation against plain diffusers text-to-image on the same UNet: time, memory and operations.
+"""Time, memory and FLOPs of subject-driven generation relative to text-to-image by diffusers with the same UNet.
 
-    python benchmarks/speed.py                                     # the shipped model on this machine
+    python benchmarks/speed.py                                     # the embedded model on this machine
     python benchmarks/speed.py --model sdxl --size 512 --steps 2 --rounds 2 --compiled --only memory images
     python benchmarks/speed.py --model sdxl --device cuda --batch 1 2 4 8
 
-Both sides are timed in turns (A B A B ...) in one run; what counts is the ratio of the medians. Both run eagerly and
-compiled, in blocks or whole, on the same tensors. Nothing is downloaded: SDXL and SD1.5 have random weights.
+Both pipelines use the same tensors and are timed alternately (A B A B ...) in one run, eagerly and compiled. Compare
+the ratios of the medians; absolute times depend on the machine. SDXL and SD1.5 have random weights, so nothing is
+downloaded.
 """
 
 import argparse
@@ -23,207 +24,226 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.full_size import FAMILIES, default_dtype, let_masks_lie_together, random_pipeline
-from benchmarks.workbench import Workbench, peak_bytes, request, side_by_side
-from realcustom import RealCustomPipeline, Request
+from benchmarks.full_size import FAMILIES, default_dtype, make_masks_compact, random_pipeline
+from benchmarks.workbench import Workbench, benchmark_request, peak_bytes, time_alternately
+from realcustom import Generation, RealCustomPipeline, Request
+from realcustom.assets import MINI_MODEL
 from realcustom.visual_attention import SparseMask
 
 APPROXIMATIONS = {
     "exact": {},
     "mask of the generation branch": {"mask_source": "generation_branch"},
-    "mask at every 2nd step": {"mask_interval": 2},
-    "mask at every 3rd step": {"mask_interval": 3},
-    "mask at every 6th step": {"mask_interval": 6},
+    "mask every 2nd step": {"mask_interval": 2},
+    "mask every 3rd step": {"mask_interval": 3},
+    "mask every 6th step": {"mask_interval": 6},
 }
 
 
-def time_images(benches: dict[str, Workbench], number: int, rounds: int) -> dict[str, float]:
-    """Whole images, every step of them, `number` together; text and references are known."""
-    ways = {
-        f"{side} {how}": partial(work, number)
-        for how, bench in benches.items()
-        for side, work in (("plain", bench.text_to_image), ("ours", bench.ours))
+def time_images(benches: dict[str, Workbench], batch_size: int, rounds: int) -> dict[str, float]:
+    """Seconds of all steps of `batch_size` images that are generated together, with cached texts and references.
+
+    Args:
+        benches: execution mode ("eager", "compiled blocks", ...) -> its workbench.
+    """
+    works = {
+        f"{pipeline} {mode}": partial(work, batch_size)
+        for mode, bench in benches.items()
+        for pipeline, work in (("text_to_image", bench.text_to_image), ("realcustom", bench.realcustom))
     }
-    bench = benches["eager"]
-    for each in benches.values():
-        each.generations(number)  # texts and references are known from here on
-    taken = side_by_side(ways, bench.device, rounds)
-    fastest = min(value for name, value in taken.items() if name.startswith("ours"))
-    report = {f"{name} s": value for name, value in taken.items()}
-    for how in benches:
-        report[f"ours / plain, {how}"] = taken[f"ours {how}"] / taken[f"plain {how}"]
-        if how != "eager":
-            report[f"ours {how} / plain eager"] = taken[f"ours {how}"] / taken["plain eager"]
-    asked = bench.request
-    rows = asked.num_inference_steps * (1 + (asked.guidance_scale > 1))
-    report["rows, ours / plain"] = (rows + asked.early_stop_step) / rows
-    report["rows per second"] = number * (rows + asked.early_stop_step) / fastest
+    eager = benches["eager"]
+    for bench in benches.values():
+        bench.prepare(batch_size)  # fills the caches
+    times = time_alternately(works, eager.device, rounds)
+    report = {f"{name} s": value for name, value in times.items()}
+    for mode in benches:
+        report[f"realcustom / text_to_image, {mode}"] = times[f"realcustom {mode}"] / times[f"text_to_image {mode}"]
+        if mode != "eager":
+            ratio = times[f"realcustom {mode}"] / times["text_to_image eager"]
+            report[f"realcustom {mode} / text_to_image eager"] = ratio
+    request = eager.request
+    text_to_image_rows = request.num_inference_steps * (1 + (request.guidance_scale > 1))
+    rows = text_to_image_rows + request.early_stop_step
+    report["rows, realcustom / text_to_image"] = rows / text_to_image_rows
+    fastest = min(value for name, value in times.items() if name.startswith("realcustom"))
+    report["rows per second"] = batch_size * rows / fastest
     return report
 
 
-def memory(bench: Workbench, number: int) -> dict[str, float]:
-    """Most memory of a step with mask beyond weights and cached references, on both sides."""
-    short = dict(num_inference_steps=1, early_stop_step=1)
-    bench.generations(number)  # the references are cached from here on
-    plain = peak_bytes(lambda: bench.text_to_image(number, **short), bench.device)
-    ours = peak_bytes(lambda: bench.ours(number, **short), bench.device)
+def memory(bench: Workbench, batch_size: int) -> dict[str, float]:
+    """Peak memory of a step with a new mask, without weights and cached references; and the size of the caches."""
+    one_step = dict(num_inference_steps=1, early_stop_step=1)
+    bench.prepare(batch_size)  # fills the caches
+    text_to_image = peak_bytes(lambda: bench.text_to_image(batch_size, **one_step), bench.device)
+    realcustom = peak_bytes(lambda: bench.realcustom(batch_size, **one_step), bench.device)
     return {
-        "plain MB": plain / 1e6,
-        "ours MB": ours / 1e6,
-        "ours / plain": ours / plain,
-        "keys and values of the references MB": bench.pipeline.reference_cache.num_bytes / 1e6,
-        "texts with their keys and values MB": bench.pipeline.text_cache.num_bytes / 1e6,
+        "text_to_image MB": text_to_image / 1e6,
+        "realcustom MB": realcustom / 1e6,
+        "realcustom / text_to_image": realcustom / text_to_image,
+        "reference cache MB": bench.pipeline.reference_cache.num_bytes / 1e6,
+        "text cache MB": bench.pipeline.text_cache.num_bytes / 1e6,
     }
 
 
 @torch.no_grad()
 def parts(bench: Workbench, rounds: int) -> dict[str, float]:
-    """Seconds of each part of the work on one image, and of a step of each kind."""
+    """Seconds of each part of the work on one image."""
     pipeline, denoiser = bench.pipeline, bench.pipeline.denoiser
-    (generation,) = bench.generations()
-    # The first of its two steps records for the second.
-    (recording,) = bench.generations(mask_source="generation_branch", num_inference_steps=2, early_stop_step=2)
+    (generation,) = bench.prepare()
+    # The first of its two steps records the mask of the second.
+    (recording,) = bench.prepare(mask_source="generation_branch", num_inference_steps=2, early_stop_step=2)
 
-    def prepare_new() -> None:
+    def prepare_uncached() -> None:
         pipeline.clear_caches()
-        bench.generations()
+        bench.prepare()
 
     denoiser.guidance_branch([generation])
+    assert generation.guidance_masks is not None
     relevance = generation.guidance_masks[None]
     recording.set_masks(generation.guidance_masks)
     assert recording.records_next_mask
     works = {
-        "prepare, new prompt and reference": prepare_new,
-        "prepare, known prompt and reference": bench.generations,
+        "prepare, new prompt and reference": prepare_uncached,
+        "prepare, cached prompt and reference": bench.prepare,
         "guidance branch with mask": lambda: denoiser.guidance_branch([generation]),
-        "of which choosing the positions": lambda: denoiser.set_masks([generation], relevance),
+        "mask selection, part of the guidance branch": lambda: denoiser.set_masks([generation], relevance),
         "generation branch": lambda: denoiser.generation_branch([generation]),
         "generation branch, recording the next mask": lambda: denoiser.generation_branch([recording]),
-        "plain text-to-image of one step": lambda: bench.text_to_image(num_inference_steps=1, early_stop_step=1),
+        "text_to_image, one step": lambda: bench.text_to_image(num_inference_steps=1, early_stop_step=1),
         "decode": lambda: pipeline.decode([generation]),
     }
-    return {f"{name} s": value for name, value in side_by_side(works, bench.device, rounds).items()}
+    return {f"{name} s": value for name, value in time_alternately(works, bench.device, rounds).items()}
 
 
 def approximations(bench: Workbench, rounds: int, num_images: int) -> dict[str, dict[str, float]]:
-    """Time against plain text-to-image, and how far the final masks are those of the exact mode with the same seeds.
+    """Time of each approximate mode relative to text-to-image, and the IoU of its final masks with the exact ones.
 
     Args:
-        num_images: for the masks; 0 leaves them out, as random weights' tell nothing.
+        num_images: images to average the IoU over; 0 omits it, because masks of random weights are meaningless.
     """
-    ways = {name: partial(bench.ours, **changes) for name, changes in APPROXIMATIONS.items()}
-    bench.generations()
-    taken = side_by_side({"plain": bench.text_to_image, **ways}, bench.device, rounds)
-    report = {name: {"ours / plain": taken[name] / taken["plain"]} for name in APPROXIMATIONS}
+    works = {name: partial(bench.realcustom, **settings) for name, settings in APPROXIMATIONS.items()}
+    bench.prepare()  # fills the caches
+    times = time_alternately({"text_to_image": bench.text_to_image, **works}, bench.device, rounds)
+    report = {name: {"realcustom / text_to_image": times[name] / times["text_to_image"]} for name in APPROXIMATIONS}
     if not num_images:
         return report
     masks = {
-        name: [mask > 0 for g in bench.ours(num_images, **changes) for mask in g.guidance_masks]
-        for name, changes in APPROXIMATIONS.items()
+        name: [mask > 0 for g in bench.realcustom(num_images, **settings) for mask in g.guidance_masks]
+        for name, settings in APPROXIMATIONS.items()
     }
-    overlap = lambda one, two: float((one & two).sum() / (one | two).sum())
+    iou = lambda a, b: float((a & b).sum() / (a | b).sum())
     for name in APPROXIMATIONS:
-        report[name]["mask IoU"] = statistics.mean(map(overlap, masks["exact"], masks[name]))
+        report[name]["mask IoU"] = statistics.mean(map(iou, masks["exact"], masks[name]))
     return report
 
 
-def _cpu_attention(query, key, value, *_, out_shape=None, **__) -> int:
-    """The counter knows the fused attention of GPUs only."""
-    return sdpa_flop_count(query, key, value)
-
-
 @torch.no_grad()
-def operations(pipeline: RealCustomPipeline, asked: Request) -> dict[str, float]:
-    """Operations of one image against plain text-to-image with as many steps; exact counts, no timing."""
-    generation = pipeline.prepare(asked)
-    plain = pipeline.prepare(Request(prompt=asked.prompt, height=asked.height, width=asked.width, seed=0))
-    for name in ("text", "negative_text"):  # which plain text-to-image projects anew in every step
-        if (text := getattr(plain, name)) is not None:
-            setattr(plain, name, replace(text, keys_values=None))
-    counts, denoiser = {}, pipeline.denoiser
-    if pipeline.unet.device.type == "meta":  # shapes do not tell where a mask is; its share of positions is γ_scope
-        generation.sparse_masks = partial(_share_of_positions, generation.request.subjects[0].scope_ratio)
+def operations(pipeline: RealCustomPipeline, request: Request) -> dict[str, float]:
+    """Exact FLOPs of one image relative to text-to-image with the same number of steps; nothing is timed."""
+    generation = pipeline.prepare(request)
+    text_only = pipeline.prepare(replace(request, subjects=()))
+    # A stock pipeline computes the keys and values of the text in every step.
+    text_only.text = replace(text_only.text, keys_values=None)
+    if text_only.negative_text is not None:
+        text_only.negative_text = replace(text_only.negative_text, keys_values=None)
+    denoiser = pipeline.denoiser
+    if pipeline.unet.device.type == "meta":
+        _assume_mask_area(generation)
     works = {
         "guidance": lambda: denoiser.guidance_branch([generation]),
         "generation": lambda: denoiser.generation_branch([generation]),
-        "plain": lambda: denoiser.generation_branch([plain]),
+        "text_to_image": lambda: denoiser.generation_branch([text_only]),
     }
-    known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
+    # torch only registers the fused attention kernels of GPUs.
+    cpu_kernel = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
+    flops = {}
     for name, work in works.items():
-        with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        with FlopCounterMode(display=False, custom_mapping=cpu_kernel) as counter:
             work()
-        counts[name] = counter.get_total_flops()
+        flops[name] = counter.get_total_flops()
     steps, stop = generation.num_steps, generation.request.early_stop_step
-    ours = stop * counts["guidance"] + steps * counts["generation"]
+    realcustom = stop * flops["guidance"] + steps * flops["generation"]
     return {
-        "plain step TFLOP": counts["plain"] / 1e12,
-        "guidance branch / plain step": counts["guidance"] / counts["plain"],
-        "generation branch / plain step": counts["generation"] / counts["plain"],
-        "image / plain image": ours / (steps * counts["plain"]),
-        "floor in rows": (2 * steps + stop) / (2 * steps),
+        "text_to_image step TFLOP": flops["text_to_image"] / 1e12,
+        "guidance branch / text_to_image step": flops["guidance"] / flops["text_to_image"],
+        "generation branch / text_to_image step": flops["generation"] / flops["text_to_image"],
+        "realcustom / text_to_image": realcustom / (steps * flops["text_to_image"]),
+        "rows, realcustom / text_to_image": (2 * steps + stop) / (2 * steps),
     }
 
 
-def _share_of_positions(share: float, size: tuple[int, int], way: str) -> SparseMask:
-    count = math.ceil(share * size[0] * size[1])
-    return SparseMask(torch.empty(1, count, dtype=torch.int64, device="meta"), torch.empty(1, count, 1, device="meta"))
+def _cpu_attention_flops(query, key, value, *_, out_shape=None, **__) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _assume_mask_area(generation: Generation) -> None:
+    """Give a generation on the meta device masks of the right area: γ_scope of the positions at each resolution."""
+    scope_ratio = generation.request.subjects[0].scope_ratio
+
+    def sparse_masks(size: tuple[int, int], resize_mode: str) -> SparseMask:
+        count = math.ceil(scope_ratio * size[0] * size[1])
+        index = torch.empty(1, count, dtype=torch.int64, device="meta")
+        return SparseMask(index, torch.empty(1, count, 1, device="meta"))
+
+    generation.sparse_masks = sparse_masks
 
 
 def load(model: str, device: str, dtype: torch.dtype) -> RealCustomPipeline:
     if model in FAMILIES:
         return random_pipeline(model, device, dtype)
-    return RealCustomPipeline.from_pretrained(model, dtype=dtype).to(device)
+    folder = MINI_MODEL if model == "mini" else model
+    return RealCustomPipeline.from_pretrained(folder, dtype=dtype).to(device)
 
 
-def machine(device: str) -> str:
+def describe_machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     names = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} thread(s), no GPU"
 
 
-def measure(flags: argparse.Namespace) -> dict:
-    """The report, printed section by section as it grows."""
-    dtype = getattr(torch, flags.dtype) if flags.dtype else default_dtype(flags.device)
-    weights_are_random = flags.model in FAMILIES
-    shapes_suffice = weights_are_random and set(flags.only) == {"operations"}
-    pipeline = load(flags.model, "meta" if shapes_suffice else flags.device, dtype)
+def measure(args: argparse.Namespace) -> dict:
+    """Measure the selected sections and print each one when it is complete."""
+    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
+    has_random_weights = args.model in FAMILIES
+    only_flops = has_random_weights and set(args.only) == {"operations"}
+    pipeline = load(args.model, "meta" if only_flops else args.device, dtype)
     sampling = pipeline.sampling
-    steps = flags.steps or sampling.num_inference_steps
-    stop = flags.early_stop_step or max(1, round(steps * sampling.early_stop_step / sampling.num_inference_steps))
-    asked = request(flags.size or sampling.height, steps, stop, flags.subjects)
-    benches = {"eager": Workbench(pipeline, asked)}
-    for how in flags.compiled:
-        benches[f"compiled {how}"] = Workbench(pipeline, asked, compiled=how)
-    if weights_are_random:
+    steps = args.steps or sampling.num_inference_steps
+    stop = args.early_stop_step or max(1, round(steps * sampling.early_stop_step / sampling.num_inference_steps))
+    request = benchmark_request(args.size or sampling.height, steps, stop, args.subjects)
+    benches = {"eager": Workbench(pipeline, request)}
+    for unit in args.compiled:
+        benches[f"compiled {unit}"] = Workbench(pipeline, request, compiled=unit)
+    if has_random_weights:
         for bench in benches.values():
-            let_masks_lie_together(bench.pipeline)
+            make_masks_compact(bench.pipeline)
     report: dict = {}
 
     def add(section: str, values: object) -> None:
         report[section] = _rounded(values)
         print(json.dumps({section: report[section]}, indent=2), flush=True)
 
-    add("machine", f"{machine(flags.device)}; torch {torch.__version__}")
+    add("machine", f"{describe_machine(args.device)}; torch {torch.__version__}")
     add(
         "setting",
-        f"{flags.model}, {asked.height} px, {steps} steps, T_stop {stop}, {flags.subjects} subject(s), {dtype}",
+        f"{args.model}, {request.height} px, {steps} steps, T_stop {stop}, {args.subjects} subject(s), {dtype}",
     )
-    if "operations" in flags.only:
-        # Shapes alone cost no time; they cannot tell how several subjects share an image, so there is one.
-        counted = random_pipeline(flags.model, "meta") if flags.model in FAMILIES else pipeline
-        add("operations, one subject", operations(counted, replace(asked, subjects=asked.subjects[:1])))
-    if "memory" in flags.only:
-        add("memory beyond weights", memory(benches["eager"], flags.batch[0]))
-    if "images" in flags.only:
-        for number in flags.batch:
-            add(f"{number} together", time_images(benches, number, flags.rounds))
-    if "parts" in flags.only:
-        for how, bench in benches.items():
-            add(f"parts, {how}", parts(bench, flags.rounds))
-    if "approximations" in flags.only:
-        overlap_images = 0 if weights_are_random else flags.overlap_images
-        add("approximations", approximations(list(benches.values())[-1], flags.rounds, overlap_images))
+    if "operations" in args.only:
+        # Random weights need no memory here: FLOPs follow from shapes. Without values, several subjects cannot select
+        # positions in turn, so there is one subject.
+        counted = random_pipeline(args.model, "meta") if has_random_weights else pipeline
+        add("operations, one subject", operations(counted, replace(request, subjects=request.subjects[:1])))
+    if "memory" in args.only:
+        add("memory beyond weights", memory(benches["eager"], args.batch[0]))
+    if "images" in args.only:
+        for batch_size in args.batch:
+            add(f"batch size {batch_size}", time_images(benches, batch_size, args.rounds))
+    if "parts" in args.only:
+        for mode, bench in benches.items():
+            add(f"parts, {mode}", parts(bench, args.rounds))
+    if "approximations" in args.only:
+        num_images = 0 if has_random_weights else args.iou_images
+        add("approximations", approximations(list(benches.values())[-1], args.rounds, num_images))
     return report
 
 
@@ -236,37 +256,49 @@ def _rounded(values):
 SECTIONS = ("operations", "memory", "images", "parts", "approximations")
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="assets/mini", help="folder of a model, or sdxl / sd15 with random weights")
+    parser.add_argument("--model", default="mini", help="mini, sdxl or sd15 (random weights), or a folder")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: the fast one)")
-    parser.add_argument("--size", type=int, help="px (default: the model's)")
-    parser.add_argument("--steps", type=int, help="(default: the model's)")
-    parser.add_argument("--early-stop-step", type=int, help="T_stop (default: the model's share of the steps)")
-    parser.add_argument("--subjects", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="images that advance together")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="timed turns of each side; of more than two the first is not counted"
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="(default: bfloat16 if the device has instructions for it, otherwise float32)",
     )
-    parser.add_argument("--overlap-images", type=int, default=8, help="images for the masks' overlap")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections of the report")
+    parser.add_argument("--size", type=int, help="image size in px (default: the model's)")
+    parser.add_argument("--steps", type=int, help="(default: the model's)")
+    parser.add_argument("--early-stop-step", type=int, help="T_stop (default: the model's fraction of the steps)")
+    parser.add_argument("--subjects", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes to measure (default: 1)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="measurements of each pipeline; with more than two, the first one is discarded (default: %(default)s)",
+    )
+    parser.add_argument("--iou-images", type=int, default=8, help="images for the IoU of masks (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections to measure")
     parser.add_argument(
         "--compiled",
         nargs="*",
         choices=("blocks", "whole", "unguarded"),
         default=("blocks", "whole"),
-        help="time both sides compiled too: their transformer blocks; their whole UNets; these, diffusers' as well "
-        "without the guards that ours does without (nothing: only eagerly)",
+        help="also time both pipelines compiled: by transformer blocks, the whole UNet, or the whole UNet without "
+        "guards on its modules in both pipelines; no value: eager only (default: blocks whole)",
     )
-    parser.add_argument("--out", type=Path, help="also write the report as JSON")
-    flags = parser.parse_args()
-    if {"whole", "unguarded"} <= set(flags.compiled):
-        parser.error("whole and unguarded would share diffusers' programs; time them in runs of their own.")
-    report = measure(flags)
-    if flags.out:
-        flags.out.parent.mkdir(parents=True, exist_ok=True)
-        flags.out.write_text(json.dumps(report, indent=2) + "\n")
+    parser.add_argument("--out", type=Path, help="write the report to this JSON file")
+    args = parser.parse_args()
+    if {"whole", "unguarded"} <= set(args.compiled):
+        parser.error("'whole' and 'unguarded' would share compiled programs; measure them in separate runs.")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    report = measure(args)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

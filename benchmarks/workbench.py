@@ -1,4 +1,4 @@
-"""Both sides of every comparison on the same tensors, and how their time and memory are taken."""
+"""Runs this project's pipeline and a stock diffusers pipeline on the same tensors; measures time and memory."""
 
 import copy
 import statistics
@@ -19,12 +19,15 @@ PROMPT, PHRASES = "a dog on the beach", ("dog", "beach")
 
 
 class Workbench:
-    """A pipeline, and diffusers' own text-to-image with diffusers' own attention on the same weights.
+    """A RealCustom++ pipeline and a stock diffusers pipeline with stock attention on the same weights.
 
     Args:
-        pipeline: its UNet is not touched; both sides get one of their own around the same tensors.
-        compiled: `torch.compile` both sides: the transformer "blocks", the "whole" UNet as each side's users do, the
-            "unguarded" whole UNet, diffusers' side too without the guards that ours does without, or None.
+        pipeline: supplies the weights. Its UNet is not changed: each pipeline of the workbench has its own UNet module
+            around the same tensors.
+        request: what `realcustom` generates; `text_to_image` uses its prompt and settings without the subjects.
+        compiled: how to compile both UNets. "blocks": the transformer blocks; "whole": the whole UNet, each with the
+            default settings of its library; "unguarded": the whole UNet, both without guards on its modules, as
+            `RealCustomPipeline.compile` does; None: eager.
     """
 
     def __init__(
@@ -40,68 +43,70 @@ class Workbench:
             realcustom_config=pipeline.realcustom_config,
             force_zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt,
         )
-        self.plain = stock_pipeline(pipeline)
+        self.stock = stock_pipeline(pipeline)
         if compiled == "blocks":
             self.pipeline.compile()
-            self.plain.unet.compile_repeated_blocks(fullgraph=True)
+            self.stock.unet.compile_repeated_blocks(fullgraph=True)
         elif compiled:
             self.pipeline.compile(whole=True)
             no_guards = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-            self.plain.unet.compile(fullgraph=True, options=no_guards if compiled == "unguarded" else None)
-        for side in (self.pipeline, self.plain):
-            side.set_progress_bar_config(disable=True)
+            self.stock.unet.compile(fullgraph=True, options=no_guards if compiled == "unguarded" else None)
+        for each in (self.pipeline, self.stock):
+            each.set_progress_bar_config(disable=True)
 
-    def generations(self, number: int = 1, **changes) -> list[Generation]:
-        request = replace(self.request, **changes)
-        return [self.pipeline.prepare(r) for r in seed_variations(request, number)]
+    def prepare(self, batch_size: int = 1, **settings) -> list[Generation]:
+        """Prepare `batch_size` generations of the request, with `settings` replaced, that differ in their seeds."""
+        request = replace(self.request, **settings)
+        return [self.pipeline.prepare(r) for r in seed_variations(request, batch_size)]
 
-    def ours(self, number: int = 1, **changes) -> list[Generation]:
-        """Every step of `number` images; text and references are known from the first call on."""
-        generations = self.generations(number, **changes)
-        while not generations[0].done:
-            self.pipeline.step(generations)
+    def realcustom(self, batch_size: int = 1, **settings) -> list[Generation]:
+        """Run all steps of `batch_size` images; text and references are cached after the first call."""
+        generations = self.prepare(batch_size, **settings)
+        self.pipeline.run(generations)
         return generations
 
-    def text_to_image(self, number: int = 1, **changes) -> None:
-        """As many steps of as many images by diffusers' own pipeline, without subjects."""
-        (generation,) = self.generations(subjects=(), **changes)
+    def text_to_image(self, batch_size: int = 1, **settings) -> None:
+        """Run the same number of steps of the same number of images with the stock pipeline, without subjects."""
+        (generation,) = self.prepare(subjects=(), **settings)
         text, negative = generation.text, generation.negative_text
-        side = generation.latents.shape[-1] * 8  # the stock class believes in 8 px per latent
+        size_px = generation.latents.shape[-1] * 8  # the stock pipelines assume 8 px per latent position
         options = dict(
-            prompt_embeds=text.embeds[None].repeat(number, 1, 1),
-            latents=generation.latents[None].repeat(number, 1, 1, 1).to(self.plain.unet.dtype),
+            prompt_embeds=text.embeds[None].repeat(batch_size, 1, 1),
+            latents=generation.latents[None].repeat(batch_size, 1, 1, 1).to(self.stock.unet.dtype),
         )
         if negative is not None:
-            options["negative_prompt_embeds"] = negative.embeds[None].repeat(number, 1, 1)
+            options["negative_prompt_embeds"] = negative.embeds[None].repeat(batch_size, 1, 1)
         if text.pooled is not None:
-            options["pooled_prompt_embeds"] = text.pooled[None].repeat(number, 1)
+            options["pooled_prompt_embeds"] = text.pooled[None].repeat(batch_size, 1)
             if negative is not None:
-                options["negative_pooled_prompt_embeds"] = negative.pooled[None].repeat(number, 1)
-        self.plain(
+                assert negative.pooled is not None
+                options["negative_pooled_prompt_embeds"] = negative.pooled[None].repeat(batch_size, 1)
+        self.stock(
             **options,
-            height=side,
-            width=side,
+            height=size_px,
+            width=size_px,
             num_inference_steps=generation.request.num_inference_steps,
             guidance_scale=generation.request.guidance_scale,
             output_type="latent",
         )
 
 
-def request(size: int, steps: int, stop: int, subjects: int) -> Request:
+def benchmark_request(size_px: int, num_steps: int, early_stop_step: int, num_subjects: int) -> Request:
+    """A request for a square image with gray references. Time does not depend on the content of a reference."""
     gray = Image.new("RGB", (64, 64), "gray")
     return Request(
         prompt=PROMPT,
-        subjects=tuple(Subject(image=gray, target_phrase=phrase) for phrase in PHRASES[:subjects]),
-        height=size,
-        width=size,
-        num_inference_steps=steps,
-        early_stop_step=stop,
+        subjects=tuple(Subject(image=gray, target_phrase=phrase) for phrase in PHRASES[:num_subjects]),
+        height=size_px,
+        width=size_px,
+        num_inference_steps=num_steps,
+        early_stop_step=early_stop_step,
         seed=0,
     )
 
 
 def same_tensors(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Another UNet, with diffusers' own attention, around the very tensors of this one."""
+    """A new UNet module with stock attention that shares the tensors of `unet`."""
     with torch.device("meta"):
         other = UNet2DConditionModel.from_config(unet.config)
     other.load_state_dict(unet.state_dict(), assign=True)
@@ -109,7 +114,7 @@ def same_tensors(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def stock_pipeline(pipeline: RealCustomPipeline) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    """diffusers' own pipeline around the same tensors; text comes to it encoded, latents leave it undecoded."""
+    """A stock diffusers pipeline that shares the UNet's tensors. It takes encoded text and returns latents."""
     parts = dict(vae=None, text_encoder=None, tokenizer=None, unet=same_tensors(pipeline.unet))
     parts["scheduler"] = copy.deepcopy(pipeline.scheduler)
     if pipeline.text_encoder_2 is None:
@@ -120,6 +125,7 @@ def stock_pipeline(pipeline: RealCustomPipeline) -> StableDiffusionPipeline | St
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds of `work`, including the GPU work that it starts."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -128,17 +134,17 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def side_by_side(ways: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of each way, timed in turns (A B A B ...); of more than two turns the first is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
+def time_alternately(works: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
+    """Median seconds of each work, timed alternately (A B A B ...); of more than two rounds, the first is discarded."""
+    times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
-        for name, work in ways.items():
+        for name, work in works.items():
             times[name].append(seconds(work, device))
     return {name: statistics.median(values[1:] if rounds > 2 else values) for name, values in times.items()}
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that torch's allocator held at once during `work`, beyond what it held before."""
+    """Peak of the bytes that torch's allocator holds during `work`, minus what it held before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -148,19 +154,19 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
-    held = peak = 0
+    allocated = peak = 0
     for size in _allocations(record):
-        held += size
-        peak = max(peak, held)
+        allocated += size
+        peak = max(peak, allocated)
     return peak
 
 
 def _allocations(record: profile) -> list[int]:
-    """Bytes of every allocation (positive) and release (negative), in order."""
-    events, found = list(record.profiler.kineto_results.experimental_event_tree()), []
+    """Bytes of all allocations (positive) and releases (negative), in order of time."""
+    events, allocations = list(record.profiler.kineto_results.experimental_event_tree()), []
     while events:
         event = events.pop()
         events.extend(event.children)
         if event.name == "[memory]":
-            found.append((event.start_time_ns, event.extra_fields.alloc_size))
-    return [size for _, size in sorted(found)]
+            allocations.append((event.start_time_ns, event.extra_fields.alloc_size))
+    return [size for _, size in sorted(allocations)]
