@@ -1,7 +1,8 @@
-"""The deployment that makes images: one pipeline, one engine, health. Ray Serve runs as many as the load needs."""
+"""The deployment `Replica`: one pipeline, one engine, health checks. Ray Serve scales the number of replicas."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from realcustom.request import ResolvedRequest
 from .engine.engine import Engine
 from .engine.memory import MemoryBudget, available, measure
 from .metrics import RayMetrics
-from .protocol.events import Event, Result
+from .protocol.errors import EXPECTED_ERRORS
+from .protocol.events import Event, Result, result_of
 from .protocol.model_info import ModelInfo
+from .ray_private import current_request_id
 from .settings import LiveSettings, Settings, resolve_path
 
 PRESETS = ("paper", "release")
@@ -24,7 +27,7 @@ def model_path(settings: Settings) -> str:
     """Folder of the model on this machine, or its name on the hub.
 
     Raises:
-        FileNotFoundError: a path that this machine does not have.
+        FileNotFoundError: the path does not exist on this machine.
     """
     path = resolve_path(settings.model)
     if not Path(path).exists() and (Path(path).is_absolute() or path.count("/") != 1 or path.startswith("assets/")):
@@ -53,7 +56,7 @@ def load_pipeline(settings: Settings) -> RealCustomPipeline:
 
 
 def model_info(pipeline: RealCustomPipeline, settings: Settings) -> ModelInfo:
-    """What clients need to know; the vocabulary is `vocabulary.json` beside the model, if it has one."""
+    """Description of the model for clients. The vocabulary is read from `vocabulary.json` in the model, if present."""
     method = pipeline.realcustom_config.method
     vocabulary = Path(resolve_path(settings.model)) / "vocabulary.json"
     return ModelInfo(
@@ -66,27 +69,30 @@ def model_info(pipeline: RealCustomPipeline, settings: Settings) -> ModelInfo:
 
 
 class Replica:
-    """One pipeline and its engine; see `serving.build` for how many there are and what they are given.
+    """One pipeline and its engine. `serving.build` sets how many replicas there are, and their resources.
 
     Args:
-        settings: `Settings` with the device chosen (`Settings.placed`).
-        metrics: export what the engine does through Ray Serve, which must be running this replica then.
+        settings: with the device chosen, see `Settings.resolved`.
+        metrics: export the metrics of the engine; needs Ray Serve.
     """
 
     def __init__(self, settings: Settings, metrics: bool = False) -> None:
         if settings.cpu_threads:
             torch.set_num_threads(settings.cpu_threads)
-        self._tuning = settings.live
+        self._settings = settings.live
         self._pipeline = load_pipeline(settings)
         self._info = model_info(self._pipeline, settings)
-        memory_model = measure(self._pipeline)  # also warms up, and a broken model fails here
+        memory_model = measure(self._pipeline)  # also warms up; a broken model fails here
         if settings.compile != "off":
             self._pipeline.compile(whole=settings.compile == "whole")
             self._pipeline.warm_up()
         budget = settings.memory_gb * 2**30 if settings.memory_gb else available(settings.device)
         self._engine = Engine(
             self._pipeline,
-            **settings.engine_options,
+            max_batch_size=settings.max_batch_size,
+            max_queued=settings.max_queued,
+            preview_every=settings.preview_every,
+            stall_timeout_s=settings.stall_timeout_s,
             batch_sizes=settings.batch_sizes,
             budget=MemoryBudget(memory_model, budget),
             synchronize=torch.cuda.synchronize if settings.device == "cuda" else None,
@@ -94,59 +100,82 @@ class Replica:
         )
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Ray Serve calls this with the deployment's `user_config`, at the start and whenever it changes.
+        """Apply the deployment's `user_config`. Ray Serve calls this at the start and after every change.
 
         Args:
-            user_config: fields of `LiveSettings`; those left out are as the replica was started with.
+            user_config: fields of `LiveSettings`; the others have the values that the replica was started with.
         Raises:
-            ValidationError: not what `LiveSettings` takes; the deployment keeps its configuration then.
+            ValidationError: an unknown field or an invalid value; the deployment keeps its configuration.
         """
-        live = LiveSettings.model_validate({**self._tuning.model_dump(), **user_config})
+        live = LiveSettings.model_validate({**self._settings.model_dump(), **user_config})
         self._info = self._info.with_limits(live.limits)
-        self._engine.reconfigure(**live.engine_options)
+        self._engine.reconfigure(
+            max_batch_size=live.max_batch_size,
+            max_queued=live.max_queued,
+            preview_every=live.preview_every,
+            stall_timeout_s=live.stall_timeout_s,
+        )
 
     async def model(self) -> ModelInfo:
         return self._info
 
     async def stats(self) -> dict[str, float]:
+        """See `Engine.stats`."""
         return self._engine.stats()
 
     async def stream(
-        self, request: Request | ResolvedRequest, previews: bool | int = True, timeout_s: float | None = None
-    ) -> AsyncIterator[Event]:
-        """Events of one image. Cancelling the call, or closing the iterator, frees its place within one step."""
+        self, request: Request | ResolvedRequest, *, previews: bool | int = True, timeout_s: float | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """Events of one image. Closing the iterator cancels the image within one step.
+
+        Args:
+            request: the HTTP interface sends a resolved request, which is not checked again.
+            previews: every few steps, never, or this many in total.
+            timeout_s: deadline in seconds from now; at most, and by default, the limit `max_timeout_s`.
+        Raises:
+            InvalidRequest, QueueFull, ServerError: see `serving.protocol.errors`.
+        """
         limits = self._info.limits
         if isinstance(request, Request):
             request = request.resolve(self._info.sampling)
             limits.check(request)
-        events = self._engine.stream(request, previews, limits.timeout_s(timeout_s), _request_id())
-        try:
+        events = self._engine.stream(request, previews, limits.timeout_s(timeout_s), current_request_id())
+        async with aclosing(events):
             async for event in events:
                 yield event
-        finally:
-            await events.aclose()
 
-    async def generate(self, request: Request | ResolvedRequest, timeout_s: float | None = None) -> Result:
+    async def events(
+        self, request: Request | ResolvedRequest, previews: bool | int = True, timeout_s: float | None = None
+    ) -> AsyncGenerator[Event | Exception, None]:
+        """`stream` for Ray Serve handles: an expected error is the last item instead of raised.
+
+        Ray Serve logs a traceback for each error that a replica raises, even if the caller made a mistake.
+        """
+        try:
+            async with aclosing(self.stream(request, previews=previews, timeout_s=timeout_s)) as events:
+                async for event in events:
+                    yield event
+        except EXPECTED_ERRORS as error:
+            yield error
+
+    async def generate(self, request: Request | ResolvedRequest, *, timeout_s: float | None = None) -> Result:
         """The finished image of one request."""
-        return [event async for event in self.stream(request, previews=False, timeout_s=timeout_s)][-1]
+        return await result_of(self.stream(request, previews=False, timeout_s=timeout_s))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `autoscaling.BacklogPolicy` decides by; Ray Serve asks every few seconds."""
+        """Input of `autoscaling.BacklogPolicy`; Ray Serve calls this every second (`metrics_interval_s`)."""
         stats = self._engine.stats()
         images = stats["waiting"] + stats["preparing"] + stats["active"]
         return {"backlog_s": stats["backlog_s"], "images": images}
 
     def check_health(self) -> None:
-        """Ray Serve replaces the replica when this raises."""
+        """Raise if the engine has stopped or stalled; Ray Serve then replaces the replica."""
         self._engine.check_health()
+
+    def close(self) -> None:
+        """Stop the engine; images that are not finished end with `Unavailable`."""
+        self._engine.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_engine"):
-            self._engine.close()
-
-
-def _request_id() -> str:
-    """Of the Ray Serve request that is being answered; the same one the HTTP answer has as X-Request-ID."""
-    from ray.serve.context import _get_serve_request_context
-
-    return _get_serve_request_context().request_id
+            self.close()

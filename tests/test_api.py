@@ -1,4 +1,4 @@
-"""The HTTP interface without Ray: every kind of bad input gets one clear sentence, and good input an image."""
+"""The HTTP interface without Ray: invalid input gets one clear sentence, valid input an image."""
 
 import asyncio
 import base64
@@ -46,9 +46,9 @@ def replica(settings):
     replica = Replica(settings)
     yield replica
     replica.check_health()
-    stats = replica._engine.stats()
+    stats = asyncio.run(replica.stats())
     assert not any(stats[state] for state in ("waiting", "preparing", "active")), stats
-    replica._engine.close()
+    replica.close()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def file_of(image, kind="PNG", **options) -> bytes:
 
 
 def edit(api, images=(), **fields) -> httpx.Response:
-    """POST with `images` as bytes; a field of None is left out."""
+    """POST with `images` as file contents; fields that are None are omitted."""
     fields = {"prompt": PROMPT, "seed": "5", **fields}
     files = [("image", (f"{i}.png", data, "image/png")) for i, data in enumerate(images)]
     fields = {k: v for k, v in fields.items() if v is not None}
@@ -88,7 +88,7 @@ DOG = file_of(subject_image())
 
 
 def bomb() -> bytes:
-    """A PNG that says it is 60000 x 60000 in a few bytes."""
+    """A PNG of a few bytes that declares 60000 x 60000 pixels."""
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     head = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0" * 9)) + chunk(b"IEND", b"")
@@ -146,7 +146,7 @@ BAD = {
     "seed huge": (dict(seed=str(2**63)), "seed"),
     "seed text": (dict(seed="x"), "seed"),
     "model": (dict(model="gpt-image-1"), "gpt-image-1"),
-    "url answers": (dict(response_format="url"), "response_format"),
+    "url response": (dict(response_format="url"), "response_format"),
     "output format": (dict(output_format="bmp"), "output_format"),
     "stream maybe": (dict(stream="maybe"), "stream"),
     "unknown field": (dict(promt="a dog"), "promt"),
@@ -163,11 +163,11 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_bad_input_is_422_with_a_sentence(api, name, stream):
-    """Whatever is wrong, the answer is 422, shaped as OpenAI's errors, and names what is wrong; streaming or not."""
+    """Invalid input gets status 422 and a message in the shape of OpenAI's errors that names it, streaming or not."""
     fields, words = BAD[name]
-    answer = edit(api, **{"stream": stream, **fields})
-    assert answer.status_code == 422, answer.text
-    error = answer.json()["error"]
+    response = edit(api, **{"stream": stream, **fields})
+    assert response.status_code == 422, response.text
+    error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert words in error["message"] and "\n" not in error["message"] and "Traceback" not in error["message"]
 
@@ -181,26 +181,26 @@ TOO_LARGE = {
 
 @pytest.mark.parametrize("name", TOO_LARGE)
 def test_too_large_is_413(api, name):
-    """Files beyond the limits of bytes or pixels are refused without being decoded."""
-    answer = edit(api, [TOO_LARGE[name]], target_phrase="dog")
-    assert answer.status_code == 413 and "image 0" in answer.json()["error"]["message"]
+    """Files with too many bytes or pixels are rejected without being decoded."""
+    response = edit(api, [TOO_LARGE[name]], target_phrase="dog")
+    assert response.status_code == 413 and "image 0" in response.json()["error"]["message"]
 
 
-def test_a_body_beyond_the_limit_is_413(api, settings):
-    """Announced or not, a body that is too long is cut off."""
-    too_much = settings.max_subjects * settings.max_image_bytes + 2**20 + 1
+def test_too_long_body_is_413(api, settings):
+    """A body that is too long is rejected, with and without a Content-Length."""
+    too_many = settings.max_subjects * settings.max_image_bytes + 2**20 + 1
 
     head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
 
     async def chunks():
         yield head
-        for _ in range(too_much // 2**16 + 1):
+        for _ in range(too_many // 2**16 + 1):
             yield b"-" * 2**16
 
     headers = {"content-type": "multipart/form-data; boundary=x"}
-    for content in (head + b"-" * too_much, chunks()):
-        answer = call(api, "POST", "/v1/images/edits", content=content, headers=headers)
-        assert answer.status_code == 413, answer.text
+    for content in (head + b"-" * too_many, chunks()):
+        response = call(api, "POST", "/v1/images/edits", content=content, headers=headers)
+        assert response.status_code == 413, response.text
 
 
 @pytest.mark.parametrize(
@@ -210,9 +210,9 @@ def test_a_body_beyond_the_limit_is_413(api, settings):
     "kind", ["multipart/form-data; boundary=x", "multipart/form-data", "application/json", "text/x"]
 )
 def test_malformed_bodies_are_422(api, content, kind):
-    """A body that is no form is bad input, not a fault."""
-    answer = call(api, "POST", "/v1/images/edits", content=content, headers={"content-type": kind})
-    assert answer.status_code == 422 and answer.json()["error"]["message"]
+    """A body that is not a form is invalid input, not a server error."""
+    response = call(api, "POST", "/v1/images/edits", content=content, headers={"content-type": kind})
+    assert response.status_code == 422 and response.json()["error"]["message"]
 
 
 def test_other_paths_and_methods_have_the_same_error_shape(api):
@@ -235,37 +235,37 @@ GOOD_FILES = {
 
 
 @pytest.mark.parametrize("name", GOOD_FILES)
-def test_every_kind_of_image_is_taken(api, name):
-    answer = edit(api, [GOOD_FILES[name]], target_phrase="dog", num_inference_steps="1")
-    assert answer.status_code == 200, answer.text
+def test_every_kind_of_image_is_accepted(api, name):
+    response = edit(api, [GOOD_FILES[name]], target_phrase="dog", num_inference_steps="1")
+    assert response.status_code == 200, response.text
 
 
 def test_exif_rotation_is_applied(api):
-    """An image stored sideways with a rotation tag gives what the upright one gives."""
+    """An image stored rotated with an EXIF tag gives the same result as the upright image."""
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 270 degrees to display
     upright = subject_image()
     sideways = upright.rotate(90, expand=True)
-    answers = [
+    responses = [
         edit(api, [data], target_phrase="dog").json()["data"][0]["b64_json"]
         for data in (DOG, file_of(sideways, exif=exif))
     ]
-    assert answers[0] == answers[1]
+    assert responses[0] == responses[1]
 
 
-def test_images_come_with_seeds_and_masks(api):
-    """`n` images have seeds in a row, one mask per subject, and each equals the image asked for alone."""
-    answer = edit(api, [DOG], target_phrase=["dog", "cat"], n="3").json()
-    assert [item["seed"] for item in answer["data"]] == [5, 6, 7]
-    assert all(len(item["masks"]) == 2 for item in answer["data"])
+def test_images_have_seeds_and_masks(api):
+    """`n` images have consecutive seeds and one mask per subject; each equals the image requested alone."""
+    response = edit(api, [DOG], target_phrase=["dog", "cat"], n="3").json()
+    assert [item["seed"] for item in response["data"]] == [5, 6, 7]
+    assert all(len(item["masks"]) == 2 for item in response["data"])
     alone = edit(api, [DOG], target_phrase=["dog", "cat"], seed="6").json()["data"][0]
     difference = np.asarray(from_base64(alone["b64_json"])).astype(int) - np.asarray(
-        from_base64(answer["data"][1]["b64_json"])
+        from_base64(response["data"][1]["b64_json"])
     )
     assert np.abs(difference).max() <= 1
 
 
-def test_full_and_short_form_agree(api):
+def test_full_and_short_form_are_equivalent(api):
     """`subjects` and `target_phrase`, `image` and `image[]`, give the same image."""
     full = edit(api, [DOG], subjects='[{"target_phrase": "dog", "scope_ratio": 0.5}]').json()["data"]
     short = edit(api, [DOG], target_phrase="dog", scope_ratio="0.5").json()["data"]
@@ -286,15 +286,15 @@ def test_output_formats_and_size(api):
         assert image.format == name and image.size == (96, 64)
 
 
-def events_of(answer) -> list[dict]:
-    return [json.loads(line[5:]) for line in answer.text.splitlines() if line.startswith("data:")]
+def events_of(response) -> list[dict]:
+    return [json.loads(line[5:]) for line in response.text.splitlines() if line.startswith("data:")]
 
 
-def test_streaming_has_the_names_of_openai(api):
-    """Partial images, then completed ones, for each image; the same bytes as without streaming."""
-    answer = edit(api, [DOG], target_phrase="dog", stream="true", partial_images="2", n="2", num_inference_steps="12")
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    events = events_of(answer)
+def test_stream_uses_openai_event_names(api):
+    """Each image has partial images and a completed one, which equals the image without streaming."""
+    response = edit(api, [DOG], target_phrase="dog", stream="true", partial_images="2", n="2", num_inference_steps="12")
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = events_of(response)
     assert {event["type"] for event in events} <= {"image_edit.partial_image", "image_edit.completed"}
     done = {e["image_index"]: e for e in events if e["type"] == "image_edit.completed"}
     plain = edit(api, [DOG], target_phrase="dog", n="2", num_inference_steps="12").json()["data"]
@@ -325,7 +325,7 @@ def test_models_health_and_description(api, settings):
     assert list(body) == ["multipart/form-data"] and "Error" in schema["components"]["schemas"]
 
 
-def test_an_api_key_is_asked_for(replica, settings):
+def test_api_key_is_required(replica, settings):
     locked = create_api(replica, settings.model_copy(update={"api_key": Settings(api_key="secret").api_key}))
     for headers, status in (
         ({}, 401),
@@ -336,36 +336,27 @@ def test_an_api_key_is_asked_for(replica, settings):
     assert call(locked, "POST", "/v1/images/edits", content=b"x").status_code == 401
 
 
-def test_overload_is_429_with_retry_after(settings):
-    """No place: 429 that says when to come back, and the client raises QueueFull; other images are cancelled."""
+def test_full_queue_is_429_with_retry_after(replica, settings):
+    """A full queue is status 429 with the delay that the backend asks for, streaming or not."""
 
     class Full:
         async def model(self):
-            return await self.inner.model()
+            return await replica.model()
 
         async def stream(self, request, *, previews=True, timeout_s=None):
             raise QueueFull("8 images are waiting already.", 7)
             yield
 
-    full = Full()
-    full.inner = type("Known", (), {"model": lambda self: asyncio.sleep(0, INFO)})()
-    api = create_api(full, settings)
+    api = create_api(Full(), settings)
     for stream in ("false", "true"):
-        answer = edit(api, stream=stream)
-        assert answer.status_code == 429 and answer.headers["retry-after"] == "7"
-        assert answer.json()["error"]["code"] == "overloaded"
+        response = edit(api, stream=stream)
+        assert response.status_code == 429 and response.headers["retry-after"] == "7"
+        assert response.json()["error"]["code"] == "overloaded"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _info(replica):
-    global INFO
-    INFO = asyncio.run(replica.model())
-
-
-def test_http_client_speaks_this_interface(api, replica, monkeypatch):
-    """Model, image and stream through HttpClient equal those of the replica, errors keep their type."""
-    client = HttpClient("http://test", max_retries=0)
-    client._options["transport"] = httpx.ASGITransport(api)
+def test_http_client_matches_the_interface(api, replica):
+    """Model, image and stream of HttpClient equal those of the replica; errors keep their type."""
+    client = HttpClient("http://test", max_retries=0, transport=httpx.ASGITransport(api))
     request = Request(
         prompt=PROMPT,
         subjects=(

@@ -1,4 +1,4 @@
-"""Both clients: faults of the way there are repeated a bounded number of times, and nothing waits for ever."""
+"""Both clients retry failed attempts a bounded number of times, and every request has a deadline."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ ITEM = {"b64_json": to_base64(RESULT.image), "seed": 4, "masks": []}
 
 
 class FakeResponse:
-    """What a Ray Serve handle returns: plays a list of events and errors; Ellipsis is silence."""
+    """Response of a Ray Serve handle: plays a list of events and errors; Ellipsis blocks."""
 
     def __init__(self, script) -> None:
         self._script, self.cancelled = iter(script), False
@@ -54,11 +54,11 @@ class FakeResponse:
 
 
 class FakeHandle:
-    """Answers the n-th call with the n-th script."""
+    """Plays the n-th script for the n-th call."""
 
     def __init__(self, *scripts) -> None:
         self._scripts, self.responses = iter(scripts), []
-        self.stream = self.model = self
+        self.events = self.model = self
 
     def options(self, **_):
         return self
@@ -70,13 +70,13 @@ class FakeHandle:
 
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
-    """Seconds that were waited before repeating; no time passes."""
-    waited = []
+    """Delays before the retries, in seconds; no time passes."""
+    waited: list[float] = []
 
     async def sleep(seconds):
         waited.append(seconds)
 
-    monkeypatch.setattr("serving.clients.http.asyncio.sleep", sleep)
+    monkeypatch.setattr("serving.clients.retry.asyncio.sleep", sleep)
     return waited
 
 
@@ -85,8 +85,8 @@ async def events_of(client) -> list:
         return [event async for event in events]
 
 
-def test_a_image_is_begun_again_elsewhere_and_never_counts_back(waits):
-    """The replica dies at step 3, another gives up, a third finishes: steps are told once, in order."""
+def test_image_restarts_on_another_replica_without_repeating_steps(waits):
+    """The first replica dies at step 3, the second cancels, the third finishes: steps are reported once and in order."""
     handle = FakeHandle(
         [Progress(1, 4), Progress(2, 4), Progress(3, 4), ActorDiedError()],
         [Progress(1, 4), asyncio.CancelledError()],
@@ -97,15 +97,23 @@ def test_a_image_is_begun_again_elsewhere_and_never_counts_back(waits):
 
 
 def test_attempts_are_bounded(waits):
-    """When every replica dies, the caller is told after the last attempt."""
+    """If every replica dies, the error of the last attempt is raised."""
     handle = FakeHandle(*[[ActorDiedError()]] * 5)
-    with pytest.raises(Unavailable, match="gone"):
+    with pytest.raises(Unavailable, match="is gone"):
         asyncio.run(events_of(HandleClient(handle, max_retries=2)))
     assert len(handle.responses) == 3
 
 
-def test_a_request_that_names_no_deadline_has_one():
-    """No replica ever answers: DeadlineExceeded, and the request does not stay behind."""
+def test_errors_that_a_replica_reports_as_values_are_raised(waits):
+    """`Replica.events` reports an error as its last item: a retryable one starts another attempt, others are raised."""
+    handle = FakeHandle([Progress(1, 4), Unavailable("no memory", 1.0)], [Progress(2, 4), InvalidRequest("too large")])
+    with pytest.raises(InvalidRequest, match="too large"):
+        asyncio.run(events_of(HandleClient(handle)))
+    assert len(handle.responses) == 2
+
+
+def test_requests_without_a_deadline_get_the_default():
+    """If no replica responds, the request fails with DeadlineExceeded and is cancelled on the server."""
     handle = FakeHandle([...], [...])
     client = HandleClient(handle, timeout_s=0.2)
     with pytest.raises(DeadlineExceeded, match=r"0\.2"):
@@ -115,20 +123,18 @@ def test_a_request_that_names_no_deadline_has_one():
         asyncio.run(client.model())
 
 
-def http_client(*answers, max_retries=5) -> tuple[HttpClient, list[httpx.Request]]:
-    """A client whose n-th request gets the n-th answer: a response, or an error of the connection."""
+def http_client(*responses, max_retries=5) -> tuple[HttpClient, list[httpx.Request]]:
+    """A client whose n-th request gets the n-th response, or raises it if it is an error of the connection."""
     seen: list[httpx.Request] = []
 
     def handle(request: httpx.Request) -> httpx.Response:
         seen.append(request)
-        answer = answers[len(seen) - 1]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        response = responses[len(seen) - 1]
+        if isinstance(response, Exception):
+            raise response
+        return response
 
-    client = HttpClient("http://test", max_retries=max_retries)
-    client._options["transport"] = httpx.MockTransport(handle)
-    return client, seen
+    return HttpClient("http://test", max_retries=max_retries, transport=httpx.MockTransport(handle)), seen
 
 
 def error(status: int, code: str, retry_after: str | None = None) -> httpx.Response:
@@ -139,12 +145,16 @@ def error(status: int, code: str, retry_after: str | None = None) -> httpx.Respo
 PROXY_500 = httpx.Response(500, text="Internal Server Error")  # Ray Serve's proxy, when the ingress has died
 
 
-def test_http_faults_are_repeated_as_the_server_asks(waits):
-    """No place, no replica, no connection, no process behind the proxy: again, after at least the time that was asked
-    for and longer each time, with the same seed."""
-    answer = httpx.Response(200, json={"data": [ITEM]})
+def test_http_retries_wait_as_long_as_the_server_asks(waits):
+    """Full queue, no replica, no connection, no process behind the proxy: each is retried with the same seed, after
+    at least the requested delay and after longer delays each time."""
+    response = httpx.Response(200, json={"data": [ITEM]})
     client, seen = http_client(
-        error(503, "unavailable", "1"), error(429, "overloaded", "7"), httpx.ConnectError("refused"), PROXY_500, answer
+        error(503, "unavailable", "1"),
+        error(429, "overloaded", "7"),
+        httpx.ConnectError("refused"),
+        PROXY_500,
+        response,
     )
     result = asyncio.run(client.generate(Request(prompt="a dog")))
     assert result.image.tobytes() == RESULT.image.tobytes()
@@ -153,6 +163,7 @@ def test_http_faults_are_repeated_as_the_server_asks(waits):
 
 
 def test_http_attempts_and_time_are_bounded(waits):
+    """The last error is raised after `max_retries` retries, or when the next delay would exceed the deadline."""
     client, seen = http_client(*[error(503, "unavailable", "1")] * 9, max_retries=3)
     with pytest.raises(Unavailable, match="said unavailable"):
         asyncio.run(client.generate(REQUEST))
@@ -164,7 +175,7 @@ def test_http_attempts_and_time_are_bounded(waits):
 
 
 class Broken(httpx.AsyncByteStream):
-    """Server-sent events, and then the connection breaks."""
+    """Server-sent events, then a connection error."""
 
     def __init__(self, *events) -> None:
         self._events = events
@@ -175,8 +186,8 @@ class Broken(httpx.AsyncByteStream):
         raise httpx.ReadError("reset by peer")
 
 
-def test_a_broken_stream_is_begun_again(waits):
-    """A connection that breaks in mid-image is repeated; the caller hears every step once."""
+def test_broken_stream_is_resumed(waits):
+    """After a connection error during an image, the request is repeated; each step is reported once."""
     step = lambda number: {"type": "image_edit.progress", "step": number, "num_steps": 3}
     done = "".join(
         f"data: {json.dumps(event)}\n\n"
@@ -188,7 +199,7 @@ def test_a_broken_stream_is_begun_again(waits):
 
 
 @pytest.mark.parametrize(
-    "answer,kind",
+    "response,kind",
     [
         (error(422, "invalid_request"), InvalidRequest),
         (error(413, "too_large"), TooLarge),
@@ -203,8 +214,9 @@ def test_a_broken_stream_is_begun_again(waits):
         (httpx.RemoteProtocolError("closed"), Unavailable),
     ],
 )
-def test_errors_are_typed(answer, kind):
-    client, _ = http_client(answer, answer, max_retries=0)
+def test_errors_are_typed(response, kind):
+    """Each status code and connection error raises its own type, with and without streaming."""
+    client, _ = http_client(response, response, max_retries=0)
     for ask in (client.generate, lambda request: events_of(client)):
         with pytest.raises(kind) as caught:
             asyncio.run(ask(REQUEST))

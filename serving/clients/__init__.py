@@ -1,6 +1,6 @@
-"""Ask a server for images, over HTTP or a Ray handle, with the same `Request` and the same methods.
+"""Clients of a server, over HTTP or a Ray Serve handle, with the same `Request` and the same methods.
 
-Light: httpx and PIL; ray is imported only when a handle raises.
+Imports httpx, numpy and PIL, but not torch; ray is imported only to translate its errors.
 """
 
 from collections.abc import AsyncGenerator
@@ -40,11 +40,11 @@ __all__ = [
 
 
 class Client(Protocol):
-    """What both clients offer.
+    """The interface of both clients.
 
-    `stream` yields `Queued`, `Progress` and at last `Result`; closing it cancels the image within one step.
-    `timeout_s` is the request's deadline, in seconds from the call; the server has one of its own.
-    All raise `InvalidRequest` (a ValueError), `QueueFull`, `DeadlineExceeded`, `Unavailable` or `ServerError`.
+    `stream` yields `Queued`, `Progress` and, last, `Result`; closing it cancels the image within one step.
+    `timeout_s` is the deadline of the request in seconds from the call; the server's `max_timeout_s` also applies.
+    All methods raise `InvalidRequest` (a ValueError), `QueueFull`, `DeadlineExceeded`, `Unavailable` or `ServerError`.
     """
 
     async def model(self) -> ModelInfo: ...

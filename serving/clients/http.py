@@ -1,11 +1,10 @@
-"""Ask a server over HTTP: the typed client of `POST /v1/images/edits`, with deadline and retries."""
+"""Client of the HTTP interface `POST /v1/images/edits`, with deadline and retries."""
 
 import asyncio
 import json
-import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -13,89 +12,95 @@ import httpx
 from realcustom.request import Request
 
 from ..protocol.errors import DeadlineExceeded, InvalidRequest, QueueFull, ServerError, TooLarge, Unavailable
-from ..protocol.events import Event, Progress, Queued, Result
+from ..protocol.events import Event, Progress, Queued, Result, result_of
 from ..protocol.image_codec import encode_image, from_base64
 from ..protocol.model_info import ModelInfo
+from .retry import RetryPolicy, resume, server_backoff
+
+Fields = dict[str, str]
+Files = list[tuple[str, tuple[str, bytes, str]]]
 
 
 class HttpClient:
-    """Client of the HTTP interface; see `client.Client`.
+    """Client of the HTTP interface; see `serving.clients.Client`.
 
     Args:
         base_url: for example "http://127.0.0.1:8000".
         api_key: sent as a bearer token.
-        timeout_s: longest silence while waiting for the server.
-        max_retries: how often a request is repeated that found no place (429), no replica (503) or no connection; the
-            server says when to come back, and all together half a minute passes, in which a proxy that died is
-            replaced. Its seed is drawn before, so the repeated image is the same one.
+        timeout_s: seconds without any data from the server after which a request fails.
+        max_retries: how often a request is repeated after 429 (queue full), 503 (no replica) or a lost connection. The
+            delay is what the server asks for, and grows with each attempt; five retries take about 30 s, in which Ray
+            Serve replaces a proxy that died. The seed is drawn before the first attempt, so that each attempt computes
+            the same image.
+        transport: replaces the network, for tests.
     """
 
     def __init__(
-        self, base_url: str, *, api_key: str | None = None, timeout_s: float = 600, max_retries: int = 5
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 600,
+        max_retries: int = 5,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._options = {
-            "base_url": base_url,
-            "timeout": httpx.Timeout(timeout_s, connect=10),
-            "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
-            "trust_env": False,  # a server on this machine is not reached through a proxy
-        }
-        self._max_retries = max_retries
+        self._base_url = base_url
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._timeout = httpx.Timeout(timeout_s, connect=10)
+        self._transport = transport
+        self._retries = RetryPolicy(max_retries=max_retries, retry_on=(QueueFull, Unavailable), delay_s=server_backoff)
 
     async def model(self) -> ModelInfo:
         async with self._http() as http:
-            answer = await http.get("/v1/models")
-            _raise_for(answer, answer.content)
-            return ModelInfo.from_dict(answer.json()["data"][0])
+            response = await http.get("/v1/models")
+            _raise_for_status(response, response.content)
+            return ModelInfo.from_dict(response.json()["data"][0])
 
     async def stream(
         self, request: Request, *, previews: bool | int = True, timeout_s: float | None = None
-    ) -> AsyncIterator[Event]:
-        request, deadline = request.with_seed(), _deadline(timeout_s)
-        fields, files = await self._form(request)
+    ) -> AsyncGenerator[Event, None]:
+        deadline = _deadline(timeout_s)
+        fields, files = await self._form(request.with_seed())
         fields |= {"stream": "true", "progress": "true"}
         fields |= {"previews": "true"} if previews is True else {"partial_images": str(int(previews))}
-        step = 0
-        for attempt in range(self._max_retries + 1):
-            try:
-                async with aclosing(self._events(fields | _time_left(deadline), files)) as events:
-                    async for event in events:
-                        if isinstance(event, Progress):  # a second attempt is silent until it is further
-                            if event.step < step or (event.step == step and event.preview is None):
-                                continue
-                            step = event.step
-                        yield event
-                return
-            except (QueueFull, Unavailable) as error:
-                await self._before_retry(attempt, error, deadline)
+        events = resume(
+            lambda: self._stream_once(fields | _remaining_time(deadline), files), self._retries, deadline=deadline
+        )
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
 
-    async def _events(self, fields: dict[str, str], files: list) -> AsyncIterator[Event]:
+    async def generate(self, request: Request, *, timeout_s: float | None = None) -> Result:
+        deadline = _deadline(timeout_s)
+        fields, files = await self._form(request.with_seed())
+        return await result_of(
+            resume(
+                lambda: self._generate_once(fields | _remaining_time(deadline), files), self._retries, deadline=deadline
+            )
+        )
+
+    async def _stream_once(self, fields: Fields, files: Files) -> AsyncGenerator[Event, None]:
         async with (
             self._http() as http,
-            http.stream("POST", "/v1/images/edits", data=fields, files=files or None) as answer,
+            http.stream("POST", "/v1/images/edits", data=fields, files=files or None) as response,
         ):
-            if answer.status_code != 200:
-                _raise_for(answer, await answer.aread())
+            if response.status_code != 200:
+                _raise_for_status(response, await response.aread())
             event = None
-            async for line in answer.aiter_lines():
+            async for line in response.aiter_lines():
                 if line.startswith("data:"):
-                    event = _event(json.loads(line[5:]))
+                    event = await asyncio.to_thread(_parse_event, line)  # decodes images
                     yield event
             if not isinstance(event, Result):
                 raise Unavailable("the server ended the stream without a result.", 1.0)
 
-    async def generate(self, request: Request, *, timeout_s: float | None = None) -> Result:
-        request, deadline = request.with_seed(), _deadline(timeout_s)
-        fields, files = await self._form(request)
-        for attempt in range(self._max_retries + 1):
-            try:
-                async with self._http() as http:
-                    data = fields | _time_left(deadline)
-                    answer = await http.post("/v1/images/edits", data=data, files=files or None)
-                    _raise_for(answer, answer.content)
-                    return _result(answer.json()["data"][0])
-            except (QueueFull, Unavailable) as error:
-                await self._before_retry(attempt, error, deadline)
-        raise AssertionError("the last attempt returns or raises")
+    async def _generate_once(self, fields: Fields, files: Files) -> AsyncGenerator[Event, None]:
+        async with self._http() as http:
+            response = await http.post("/v1/images/edits", data=fields, files=files or None)
+            _raise_for_status(response, response.content)
+            yield await asyncio.to_thread(lambda: _result(response.json()["data"][0]))
 
     def generate_sync(self, request: Request, *, timeout_s: float | None = None) -> Result:
         """`generate` for scripts without an event loop."""
@@ -114,40 +119,32 @@ class HttpClient:
             loop.run_until_complete(events.aclose())
             loop.close()
 
-    async def _before_retry(self, attempt: int, error: QueueFull | Unavailable, deadline: float | None) -> None:
-        """Wait as long as the server asks for, longer each time, and not all callers equally long; raises the error if
-        there is no further attempt, or no time for it."""
-        wait_s = max(error.retry_after_s, 2.0**attempt) * random.uniform(1, 1.2)
-        late = deadline is not None and time.monotonic() + wait_s >= deadline
-        if attempt == self._max_retries or late:
-            raise error
-        await asyncio.sleep(wait_s)
-
     @asynccontextmanager
-    async def _http(self):
+    async def _http(self) -> AsyncIterator[httpx.AsyncClient]:
         try:
-            async with httpx.AsyncClient(**self._options) as http:
+            async with httpx.AsyncClient(
+                base_url=self._base_url,
+                headers=self._headers,
+                timeout=self._timeout,
+                transport=self._transport,
+                trust_env=False,  # a proxy from the environment cannot reach a server on this machine
+            ) as http:
                 yield http
         except httpx.TimeoutException as error:
-            raise DeadlineExceeded(
-                f"{self._options['base_url']} was silent for too long ({type(error).__name__})."
-            ) from error
+            raise DeadlineExceeded(f"{self._base_url} did not respond in time ({type(error).__name__}).") from error
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
-            raise Unavailable(f"no answer from {self._options['base_url']}: {reason}.", 1.0) from error
+            raise Unavailable(f"no response from {self._base_url}: {reason}.", 1.0) from error
 
-    async def _form(self, request: Request) -> tuple[dict[str, str], list]:
+    async def _form(self, request: Request) -> tuple[Fields, Files]:
         """The request as form fields and files; an image shared by several subjects is sent once."""
         height, width = request.height, request.width
         if (height is None) != (width is None):
             sampling = (await self.model()).sampling
             height, width = height or sampling.height, width or sampling.width
-        images: dict[bytes, int] = {}
-        files, subjects = [], []
-        for subject in request.subjects:
-            index = images.setdefault(subject.image.digest, len(files))
-            if index == len(files):
-                files.append(("image", (f"image{index}.png", encode_image(subject.image.to_pil()), "image/png")))
+        files, indices = await asyncio.to_thread(_encode_references, request)
+        subjects: list[dict[str, Any]] = []
+        for subject, index in zip(request.subjects, indices):
             subjects.append({"target_phrase": subject.target_phrase, "image": index})
             if subject.scope_ratio is not None:
                 subjects[-1]["scope_ratio"] = subject.scope_ratio
@@ -166,11 +163,22 @@ class HttpClient:
         return {name: str(value) for name, value in fields.items() if value is not None}, files
 
 
+def _encode_references(request: Request) -> tuple[Files, list[int]]:
+    """The different reference images as PNG files, and for each subject the index of its file."""
+    indices: dict[bytes, int] = {}
+    files: Files = []
+    for subject in request.subjects:
+        index = indices.setdefault(subject.image.digest, len(files))
+        if index == len(files):
+            files.append(("image", (f"image{index}.png", encode_image(subject.image.to_pil()), "image/png")))
+    return files, [indices[subject.image.digest] for subject in request.subjects]
+
+
 def _deadline(timeout_s: float | None) -> float | None:
     return None if timeout_s is None else time.monotonic() + timeout_s
 
 
-def _time_left(deadline: float | None) -> dict[str, str]:
+def _remaining_time(deadline: float | None) -> Fields:
     return {} if deadline is None else {"timeout_s": str(max(0.001, deadline - time.monotonic()))}
 
 
@@ -178,7 +186,9 @@ def _result(item: dict[str, Any]) -> Result:
     return Result(from_base64(item["b64_json"]), tuple(map(from_base64, item["masks"])), item["seed"])
 
 
-def _event(data: dict[str, Any]) -> Event:
+def _parse_event(line: str) -> Event:
+    """A `data:` line of the event stream; raises the error if the line holds one."""
+    data = json.loads(line.removeprefix("data:"))
     kinds: dict[str, Callable[[], Event]] = {
         "image_edit.queued": lambda: Queued(data["position"]),
         "image_edit.progress": lambda: Progress(data["step"], data["num_steps"]),
@@ -193,7 +203,7 @@ def _event(data: dict[str, Any]) -> Event:
 
 
 def _error(error: dict[str, Any], status: int = 500, retry_after: str = "5") -> Exception:
-    message, code = error.get("message", f"the server answered {status}."), error.get("code")
+    message, code = error.get("message", f"the server responded with status {status}."), error.get("code")
     wait_s = float(retry_after) if retry_after.isdigit() else 5.0
     if code == "too_large" or status == 413:
         return TooLarge(message)
@@ -208,15 +218,15 @@ def _error(error: dict[str, Any], status: int = 500, retry_after: str = "5") -> 
     return ServerError(message)
 
 
-def _raise_for(answer: httpx.Response, body: bytes) -> None:
-    if answer.status_code == 200:
+def _raise_for_status(response: httpx.Response, body: bytes) -> None:
+    if response.status_code == 200:
         return
     try:
         error = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError):
         error = None
-    if not isinstance(error, dict):  # not from our interface, but from a proxy on the way
-        if answer.status_code == 500:  # of Ray Serve's proxy: the process that answers for us has died
-            raise Unavailable("the server's HTTP process has gone; try again.", 1.0)
+    if not isinstance(error, dict):  # sent by a proxy instead of the HTTP interface
+        if response.status_code == 500:  # Ray Serve's proxy, when the process of the HTTP interface has died
+            raise Unavailable("the server's HTTP process has stopped; try again.", 1.0)
         error = {}
-    raise _error(error, answer.status_code, answer.headers.get("retry-after", "5"))
+    raise _error(error, response.status_code, response.headers.get("retry-after", "5"))

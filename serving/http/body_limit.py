@@ -1,4 +1,4 @@
-"""A limit on the bytes of a request, enforced while they arrive."""
+"""Limits the bytes of a request body while they arrive."""
 
 from contextlib import suppress
 
@@ -10,7 +10,7 @@ class _TooManyBytes(Exception):
 
 
 class BodyLimit:
-    """ASGI middleware: answers 413 as soon as a body announces, or has sent, more than `max_bytes`."""
+    """ASGI middleware: responds with 413 as soon as a body declares or contains more than `max_bytes` bytes."""
 
     def __init__(self, app, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes
@@ -19,9 +19,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if announced.isdigit() and int(announced) > self._max_bytes:
-            await self._refuse(scope, receive, send)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self._max_bytes:
+            await self._reject(scope, receive, send)
             return
         received, started = 0, False
 
@@ -35,16 +35,18 @@ class BodyLimit:
 
         async def guarded_send(message) -> None:
             nonlocal started
-            if received <= self._max_bytes or started:  # what the application makes of a cut body is not sent
+            if received <= self._max_bytes or started:  # the application's response to a truncated body is dropped
                 started = True
                 await send(message)
 
         with suppress(_TooManyBytes):
             await self._app(scope, counted_receive, guarded_send)
         if received > self._max_bytes and not started:
-            await self._refuse(scope, receive, send)
+            await self._reject(scope, receive, send)
 
-    async def _refuse(self, scope, receive, send) -> None:
-        message = f"the request has more than {self._max_bytes} bytes; send smaller images."
+    async def _reject(self, scope, receive, send) -> None:
+        message = (
+            f"the request has more than the {self._max_bytes} bytes that this server accepts; send smaller images."
+        )
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": "too_large"}
         await JSONResponse({"error": error}, 413)(scope, receive, send)

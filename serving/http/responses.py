@@ -1,7 +1,10 @@
-"""What the HTTP interface answers: the bodies of its OpenAPI description, and an error's status and body."""
+"""Bodies of the HTTP responses, as models for the OpenAPI description, and the status and body of an error."""
 
+import json
 import logging
 import math
+import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -11,6 +14,8 @@ from starlette.exceptions import HTTPException
 from realcustom.config import SamplingDefaults
 
 from ..protocol.errors import DeadlineExceeded, InvalidRequest, QueueFull, ServerError, TooLarge, Unavailable
+from ..protocol.events import Result
+from ..protocol.image_codec import to_base64
 from ..protocol.limits import Limits
 from .edit_form import sentence
 
@@ -18,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageState(BaseModel):
-    """An image and its guidance masks (gray PNG, one per subject) as base64; `seed` repeats it."""
+    """An image and its guidance masks (gray PNG, one per subject) as base64; `seed` reproduces it."""
 
     b64_json: str
     seed: int
@@ -26,7 +31,7 @@ class ImageState(BaseModel):
 
 
 class ImagesState(BaseModel):
-    """`n` images, made at `created` (seconds since 1970)."""
+    """`n` images, created at `created` (seconds since 1970)."""
 
     created: int
     data: list[ImageState]
@@ -62,25 +67,25 @@ class ErrorDetail(BaseModel):
 
 
 class Error(BaseModel):
-    """Every answer that is not 200, in the shape of OpenAI's errors."""
+    """Body of every response other than 200, in the shape of OpenAI's errors."""
 
     error: ErrorDetail
 
 
 _RETRY_AFTER = {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 0}}}
 _STATUSES = {
-    401: "no or a wrong API key",
+    401: "missing or wrong API key",
     413: "too many bytes or pixels",
-    422: "a request that cannot be made; the message says why",
-    429: "no place; see Retry-After",
-    500: "a fault of the server",
-    503: "no replica can make the image now; see Retry-After",
-    504: "the deadline has passed",
+    422: "invalid request; the message names the value, the limit and the remedy",
+    429: "the queue is full; see Retry-After",
+    500: "error of the server",
+    503: "no replica is available; see Retry-After",
+    504: "the deadline of the request has passed",
 }
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of an endpoint that may answer with these statuses; none given: with all."""
+    """The OpenAPI `responses` of an endpoint for these status codes; without arguments, for all of them."""
     return {
         status: {
             "description": _STATUSES[status],
@@ -91,32 +96,55 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def error_answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, body and headers for anything that was raised."""
+def image_data(result: Result, output_format: str) -> dict[str, Any]:
+    """The fields of `ImageState`. Encodes images, so call it in a thread."""
+    return {
+        "b64_json": to_base64(result.image, output_format),
+        "seed": result.seed,
+        "masks": [to_base64(mask) for mask in result.masks],
+    }
+
+
+def images_json(results: Sequence[Result], output_format: str) -> bytes:
+    """`ImagesState` as JSON. Encodes images, so call it in a thread."""
+    data = [image_data(result, output_format) for result in results]
+    state = {"created": int(time.time()), "data": data, "output_format": output_format}
+    # Encoding in pieces releases the interpreter lock between images; `json.dumps` holds it for the whole body.
+    return "".join(json.JSONEncoder(separators=(",", ":")).iterencode(state)).encode()
+
+
+def error_response(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status code, body and headers for any exception. Only an unexpected one is logged."""
     if isinstance(error, RequestValidationError):
         reasons = error.errors()
         where = [str(part) for part in reasons[0]["loc"] if part != "body"]
-        return _answer(422, sentence(reasons), "invalid_request", param=where[0] if where else None)
+        return _response(422, sentence(reasons), "invalid_request", param=where[0] if where else None)
     if isinstance(error, TooLarge):
-        return _answer(413, str(error), "too_large")
+        return _response(413, str(error), "too_large")
     if isinstance(error, InvalidRequest):
-        return _answer(422, str(error), "invalid_request")
+        return _response(422, str(error), "invalid_request")
     if isinstance(error, QueueFull):
-        return _answer(429, str(error), "overloaded", headers={"Retry-After": str(math.ceil(error.retry_after_s))})
+        return _response(429, str(error), "overloaded", headers=_retry_after(error.retry_after_s))
     if isinstance(error, Unavailable):
-        return _answer(503, str(error), "unavailable", headers={"Retry-After": str(math.ceil(error.retry_after_s))})
+        return _response(503, str(error), "unavailable", headers=_retry_after(error.retry_after_s))
     if isinstance(error, DeadlineExceeded):
-        return _answer(504, str(error), "timeout")
+        return _response(504, str(error), "timeout")
     if isinstance(error, HTTPException):
-        # Starlette's parser of multipart bodies answers 400: bad input is 422 everywhere here
+        # Starlette's parser of multipart bodies raises 400; invalid input is 422 throughout this interface
         status = 422 if error.status_code == 400 else error.status_code
-        return _answer(status, str(error.detail), "invalid_request", headers=dict(error.headers or {}))
+        return _response(status, str(error.detail), "invalid_request", headers=dict(error.headers or {}))
     if isinstance(error, ServerError):
-        return _answer(500, str(error), "server_error")
+        return _response(500, str(error), "server_error")
     logger.error("an unexpected error", exc_info=error)
-    return _answer(500, "the server failed; try again.", "server_error")
+    return _response(500, "the server failed; try again.", "server_error")
 
 
-def _answer(status: int, message: str, code: str, *, param: str | None = None, headers: dict[str, str] | None = None):
+def _retry_after(seconds: float) -> dict[str, str]:
+    return {"Retry-After": str(math.ceil(seconds))}
+
+
+def _response(
+    status: int, message: str, code: str, *, param: str | None = None, headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, Any], dict[str, str]]:
     kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}, headers or {}

@@ -1,1 +1,1 @@
-"""What both ends of a connection share: errors, events, limits, model information. Light imports only."""
+"""What clients and server share: errors, events, limits, model information, image codec. Imports no torch, no ray."""

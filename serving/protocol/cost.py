@@ -9,7 +9,7 @@ MEMORY_S = 10.0  # the measured rate forgets with this time constant
 
 
 def image_cost(request: ResolvedRequest) -> float:
-    """Megapixels x steps x (1 + subjects): the text's passes and one visual attention per subject.
+    """Megapixels x steps x (1 + subjects): the text row, and one visual attention per subject.
 
     An image of 1024 x 1024 px with one subject in 25 steps costs 50.
     """

@@ -1,24 +1,24 @@
-"""The ways a request can fail, the same behind every door. They cross process borders, so `args` rebuild them."""
+"""Errors of a request, the same for Python, HTTP and Ray. They are pickled between processes: `args` rebuild them."""
 
 
 class InvalidRequest(ValueError):
-    """The caller asked for something that cannot be made; the message says what and what to do (HTTP 422)."""
+    """The request cannot be fulfilled as given; the message names the value, the limit and the remedy (HTTP 422)."""
 
 
 class TooLarge(InvalidRequest):
-    """More bytes than the server takes (HTTP 413)."""
+    """An upload has more bytes or pixels than the server accepts (HTTP 413)."""
 
 
 class ServerError(RuntimeError):
-    """The server failed; the request itself was fine (HTTP 500)."""
+    """The server failed on a valid request (HTTP 500)."""
 
 
 class DeadlineExceeded(ServerError):
-    """The request's deadline has passed; its place is free again (HTTP 504)."""
+    """The image was not finished before the deadline of the request; it is no longer computed (HTTP 504)."""
 
 
-class _TryAgain:
-    """Carries `retry_after_s`: when to ask again, in seconds."""
+class _TryAgain(Exception):
+    """Adds `retry_after_s`: seconds to wait before the request is repeated."""
 
     def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
         super().__init__(message, retry_after_s)
@@ -29,8 +29,11 @@ class _TryAgain:
 
 
 class QueueFull(_TryAgain, RuntimeError):
-    """Every place is taken; try again after `retry_after_s` seconds (HTTP 429)."""
+    """The queue is full; repeat the request after `retry_after_s` seconds (HTTP 429)."""
 
 
 class Unavailable(_TryAgain, ServerError):
-    """A replica died, stops or failed at this image; the same request may succeed elsewhere or later (HTTP 503)."""
+    """No replica is available, or the replica failed; the same request may succeed elsewhere or later (HTTP 503)."""
+
+
+EXPECTED_ERRORS = (InvalidRequest, QueueFull, ServerError)  # what an interface may raise; anything else is a bug

@@ -1,21 +1,30 @@
-"""What a caller hears about an image under way: its place in line, its progress, its result."""
+"""Events of one image: its position in the queue, its progress, its result."""
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from PIL import Image
 
+from .errors import ServerError
+
 
 @dataclass(frozen=True)
 class Queued:
-    """Waiting; `position` images are ahead of this one (0: next)."""
+    """The image is waiting; `position` images are ahead of it (0: next)."""
 
     position: int
 
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` of `num_steps` steps are done. `preview` is the current estimate of the image, when one was made;
-    `masks` are then the guidance masks in force, mode "L", one per subject, of the image's size."""
+    """`step` of `num_steps` steps are done.
+
+    Attributes:
+        step, num_steps: the number of finished steps, and of all steps.
+        preview: the current estimate of the image, if one was rendered at this step.
+        masks: with a preview, the current guidance masks: mode "L", one per subject, as large as the image.
+    """
 
     step: int
     num_steps: int
@@ -25,7 +34,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """The finished image, its final guidance masks (mode "L", one per subject) and the seed that repeats it."""
+    """The finished image, its final guidance masks (mode "L", one per subject) and the seed that reproduces it."""
 
     image: Image.Image
     masks: tuple[Image.Image, ...]
@@ -33,3 +42,16 @@ class Result:
 
 
 Event = Queued | Progress | Result
+
+
+async def result_of(events: AsyncGenerator[Event, None]) -> Result:
+    """Read a stream to its result and close it.
+
+    Raises:
+        ServerError: the stream ended without a result.
+    """
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Result):
+                return event
+    raise ServerError("the server ended the stream without a result.")

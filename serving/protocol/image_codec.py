@@ -1,4 +1,4 @@
-"""Bytes <-> images, with limits that hold before anything is decoded."""
+"""Images as file bytes and base64. Size limits are checked before an image is decoded."""
 
 import base64
 from io import BytesIO
@@ -12,31 +12,37 @@ from .limits import Limits
 
 INPUT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 OUTPUT_FORMATS = ("png", "jpeg", "webp")
+BASE64_BYTES = 3 * 2**18  # per piece; a multiple of 3, so that pieces can be joined
 
 
 def decode_image(data: bytes, limits: Limits, name: str = "image") -> ReferenceImage:
-    """An uploaded file as an upright RGB image; of an animation, the first frame.
+    """Decode an uploaded file; of an animation, the first frame. Takes up to seconds, so call it in a thread.
 
     Raises:
-        TooLarge: more bytes or pixels than `limits` allow; pixels are read from the header alone.
-        InvalidRequest: empty, of another format, truncated or damaged.
+        TooLarge: more bytes or pixels than `limits` allow; the number of pixels is read from the header.
+        InvalidRequest: empty, truncated, damaged, or not one of `INPUT_FORMATS`.
     """
     if not data:
         raise InvalidRequest(f"{name} is empty; send an image file.")
     if len(data) > limits.max_image_bytes:
-        raise TooLarge(f"{name} has {len(data)} bytes; at most {limits.max_image_bytes} are taken, send a smaller one.")
+        raise TooLarge(
+            f"{name} has {len(data)} bytes; this server accepts at most {limits.max_image_bytes}. Send a smaller one."
+        )
     try:
         image = Image.open(BytesIO(data), formats=INPUT_FORMATS)
     except Image.DecompressionBombError:
-        raise TooLarge(f"{name} has more pixels than the {limits.max_reference_pixels} that are taken.") from None
+        raise TooLarge(
+            f"{name} has too many pixels; this server accepts {limits.max_reference_pixels}. Send a smaller one."
+        ) from None
     except UnidentifiedImageError:
         raise InvalidRequest(f"{name} is not an image; send {', '.join(INPUT_FORMATS)}.") from None
-    except Exception as error:  # parsers of headers raise what they like on damaged files
+    except Exception as error:  # PIL's parsers raise many types on damaged files
         raise InvalidRequest(f"{name} cannot be read: {error}.") from None
     width, height = image.size
     if width * height > limits.max_reference_pixels:
         raise TooLarge(
-            f"{name} is {width}x{height}; at most {limits.max_reference_pixels} pixels are taken, send a smaller one."
+            f"{name} is {width}x{height}; this server accepts at most {limits.max_reference_pixels} pixels. "
+            "Send a smaller one."
         )
     try:
         image.load()
@@ -46,7 +52,7 @@ def decode_image(data: bytes, limits: Limits, name: str = "image") -> ReferenceI
 
 
 def encode_image(image: Image.Image, output_format: str = "png") -> bytes:
-    """The image as a file; the same image always gives the same bytes."""
+    """The image as a file. Equal images give equal bytes."""
     buffer = BytesIO()
     options = {"quality": 95} if output_format != "png" else {}
     image.save(buffer, output_format.upper(), **options)
@@ -54,11 +60,16 @@ def encode_image(image: Image.Image, output_format: str = "png") -> bytes:
 
 
 def to_base64(image: Image.Image, output_format: str = "png") -> str:
-    return base64.b64encode(encode_image(image, output_format)).decode("ascii")
+    data = encode_image(image, output_format)
+    # In pieces, since `b64encode` holds the interpreter lock until it returns
+    return "".join(
+        base64.b64encode(data[start : start + BASE64_BYTES]).decode("ascii")
+        for start in range(0, len(data), BASE64_BYTES)
+    )
 
 
 def from_base64(text: str) -> Image.Image:
-    """What `to_base64` made, as a loaded image."""
+    """The inverse of `to_base64`, as a loaded image."""
     image = Image.open(BytesIO(base64.b64decode(text)), formats=[f.upper() for f in OUTPUT_FORMATS])
     image.load()
     return image

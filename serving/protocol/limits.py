@@ -1,4 +1,4 @@
-"""Limits: what one request may ask for, checked once against a resolved request."""
+"""Limits: upper bounds on one request, checked once, on the resolved request."""
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,10 +15,10 @@ class Limits(BaseModel):
         max_subjects: subjects per image.
         max_images: images per HTTP request (`n`).
         max_pixels: width x height of an image.
-        min_side: shortest side of an image in pixels; below it the deepest feature map vanishes.
+        min_side: shortest side of an image in pixels; below it, the deepest feature map is empty.
         max_steps: denoising steps.
         max_cost: megapixels x steps x (1 + subjects), summed over the images of a request (see `cost.image_cost`).
-        max_timeout_s: deadline of a request in seconds; a request may ask for a shorter one.
+        max_timeout_s: default and longest deadline of a request, in seconds.
         max_prompt_chars: characters of the prompt, and of the negative prompt.
         max_image_bytes: bytes of an uploaded file.
         max_reference_pixels: width x height of an uploaded image, checked before it is decoded.
@@ -26,19 +26,19 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_subjects: int = Field(8, ge=1)
-    max_images: int = Field(8, ge=1)
-    max_pixels: int = Field(2048 * 2048, ge=64)
-    min_side: int = Field(64, ge=8)
-    max_steps: int = Field(200, ge=1)
-    max_cost: float = Field(2000, gt=0)
-    max_timeout_s: float = Field(600, gt=0)
-    max_prompt_chars: int = Field(2000, ge=1)
-    max_image_bytes: int = Field(20 * 2**20, ge=1024)
-    max_reference_pixels: int = Field(24_000_000, ge=1024)
+    max_subjects: int = Field(default=8, ge=1)
+    max_images: int = Field(default=8, ge=1)
+    max_pixels: int = Field(default=2048 * 2048, ge=64)
+    min_side: int = Field(default=64, ge=8)
+    max_steps: int = Field(default=200, ge=1)
+    max_cost: float = Field(default=2000, gt=0)
+    max_timeout_s: float = Field(default=600, gt=0)
+    max_prompt_chars: int = Field(default=2000, ge=1)
+    max_image_bytes: int = Field(default=20 * 2**20, ge=1024)
+    max_reference_pixels: int = Field(default=24_000_000, ge=1024)
 
     def check(self, request: ResolvedRequest, num_images: int = 1) -> None:
-        """Raise `InvalidRequest` if `num_images` images of this request exceed a limit."""
+        """Raises `InvalidRequest` if `num_images` images of this request exceed a limit."""
         height, width = request.height, request.width
         if len(request.subjects) > self.max_subjects:
             raise InvalidRequest(
@@ -67,5 +67,5 @@ class Limits(BaseModel):
                 )
 
     def timeout_s(self, requested_s: float | None) -> float:
-        """Deadline in seconds of a request that asks for `requested_s`."""
+        """Deadline in seconds of a request with the timeout `requested_s`."""
         return self.max_timeout_s if requested_s is None else min(requested_s, self.max_timeout_s)

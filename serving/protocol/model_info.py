@@ -1,4 +1,4 @@
-"""What a client needs to know about the loaded model."""
+"""ModelInfo: description of the loaded model for clients."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -13,11 +13,11 @@ class ModelInfo:
     """The loaded model.
 
     Attributes:
-        id: its name.
-        preset: "paper", "release" or "custom": how the method is computed.
-        sampling: what a request that says nothing is sampled with.
-        limits: what one request may ask for.
-        vocabulary: words the model knows, by kind; empty for a model that knows them all.
+        id: name of the model.
+        preset: variant of the method: "paper", "release" or "custom".
+        sampling: defaults of the settings that a request leaves open.
+        limits: upper bounds on one request.
+        vocabulary: words that the model knows, by category; empty if it is not restricted.
     """
 
     id: str
