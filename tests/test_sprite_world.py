@@ -1,4 +1,4 @@
-"""The sprite world: endless, seeded, and honest about what is held out."""
+"""The sprite world: samples are determined by their index, and training never uses held-out instances."""
 
 from functools import partial
 
@@ -12,70 +12,69 @@ from train.data.sprite_world import SpriteWorld, make_reference
 from train.data.sprites import CATEGORIES, HELD_OUT, TRAINED, Instance, draw_instance
 
 
-def test_index_decides_sample():
-    """The same index gives the same image and words in another world object; another index gives another image."""
+def test_index_determines_the_sample():
+    """Another world object gives the same image and caption for an index; another index gives another image."""
     one, again, other = SpriteWorld().sample(7), SpriteWorld().sample(7), SpriteWorld().sample(8)
-    assert one.caption == again.caption and one.picture.tobytes() == again.picture.tobytes()
-    assert one.picture.tobytes() != other.picture.tobytes()
+    assert one.caption == again.caption and one.image.tobytes() == again.image.tobytes()
+    assert one.image.tobytes() != other.image.tobytes()
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_instances_differ(category):
-    """Two individuals of a category share their outline and differ in colors."""
+def test_instances_differ_in_color_only(category):
+    """Two instances of a category have the same outline and different colors."""
     one, other = (np.asarray(draw_instance(Instance(category, number))) for number in (1, 2))
     assert (one[..., 3] == other[..., 3]).all()
     assert np.abs(one[..., :3].astype(int) - other[..., :3])[one[..., 3] > 0].mean() > 5
 
 
-def test_held_out_instances_never_train():
-    """The training split draws no held-out individual and no held-out category, the held-out split only such
-    numbers."""
+def test_training_split_contains_no_held_out_instances():
+    """The training split has no held-out instance or category; the held-out split has held-out numbers only."""
     for index in range(60):
         trained = SpriteWorld().sample(index).subjects
         assert all(not s.held_out and s.category in TRAINED for s in trained)
         assert all(s.number >= HELD_OUT for s in SpriteWorld(split="held_out").sample(index).subjects)
 
 
-def test_caption_names_what_is_seen():
-    """Every subject is named, in the order of their places; the scene is named unless left out on purpose."""
+def test_caption_names_subjects_and_scene():
+    """The caption names the subjects from left to right, and the scene unless `without_scene` applies."""
     counts = {1: 0, 2: 0}
     for index in range(200):
         sample = SpriteWorld().sample(index, without_scene=0.0)
         counts[len(sample.subjects)] += 1
-        places = [sample.caption.split().index(s.category) for s in sample.subjects]
-        assert places == sorted(places) and sample.scene in sample.caption
+        words = [sample.caption.split().index(s.category) for s in sample.subjects]
+        assert words == sorted(words) and sample.scene in sample.caption
         assert [box[0] for box in sample.boxes] == sorted(box[0] for box in sample.boxes)
         assert all(0 <= left < right <= 128 and 0 <= top < bottom <= 128 for left, top, right, bottom in sample.boxes)
     assert 0.15 < counts[2] / 200 < 0.4
 
 
-def test_article_before_a_vowel():
+def test_article_before_a_vowel_is_an():
     captions = [SpriteWorld().sample(i, two_subjects=0.0, categories=("owl",)).caption for i in range(30)]
     assert any("an owl" in caption for caption in captions) and not any("a owl" in caption for caption in captions)
 
 
 def test_pair_shows_another_view():
-    """The reference is not the sample's image, and its phrases occur in the caption."""
+    """The reference differs from the sample's image, and the caption contains the target phrases."""
     for index in range(20):
         pair = SpriteWorld().pair(index)
-        assert pair.reference.tobytes() != pair.sample.picture.tobytes()
+        assert pair.reference.tobytes() != pair.sample.image.tobytes()
         assert all(phrase in pair.sample.caption.split() for phrase in pair.target_phrases)
 
 
-def test_references_of_two_show_them_in_either_order():
-    """Told by colors: which half of the reference is nearer to the left subject of the sample."""
+def test_references_of_two_subjects_have_random_order():
+    """The half of the reference that matches the colors of the sample's left subject is on either side."""
     left = []
     for index in range(80):
         pair = SpriteWorld().pair(index, two_subjects=1.0)
         if len(pair.target_phrases) == 2:
             reference = np.asarray(pair.reference, float)
             halves = [half.mean((0, 1)) for half in (reference[:, :64], reference[:, 64:])]
-            own = [_mean_colour(subject, plain=reference[0, 0]) for subject in pair.sample.subjects]
+            own = [_mean_color(subject, plain=reference[0, 0]) for subject in pair.sample.subjects]
             left.append(np.abs(np.subtract(halves, own)).sum() < np.abs(np.subtract(halves, own[::-1])).sum())
     assert len(left) > 20 and 0.2 < np.mean(left) < 0.8
 
 
-def _mean_colour(subject: Instance, plain: np.ndarray) -> np.ndarray:
+def _mean_color(subject: Instance, plain: np.ndarray) -> np.ndarray:
     sprite = np.asarray(draw_instance(subject).convert("RGBA"), float)
     alpha = sprite[..., 3:] / 255
     return (sprite[..., :3] * alpha + plain * (1 - alpha)).mean((0, 1))
@@ -87,41 +86,56 @@ def test_scene_variants_differ(scene):
     assert draw_scene(scene, 0).tobytes() != draw_scene(scene, 1).tobytes()
 
 
-def test_reference_fits_the_image():
+def test_reference_has_the_size_of_a_sample():
     rng = np.random.default_rng(0)
     assert make_reference(rng, (Instance("house", 3),)).size == (128, 128)
 
 
-def test_caption_survives_packing():
+def test_unpacking_restores_the_caption():
     assert unpack_captions(pack_caption("an owl and a café")[None]) == ["an owl and a café"]
 
 
-def test_curriculum_begins_with_the_image_itself():
-    """At progress 0 the reference is the image; past the end it is another view."""
+def test_curriculum_starts_with_the_target_image():
+    """At progress 0 the reference is the target image; after the curriculum it is another view."""
     first = RenderPairs(curriculum=1000)([0])
     late = RenderPairs(curriculum=1)([5])
     assert (first["reference"] == first["pixels"]).all() and (late["reference"] != late["pixels"]).any()
 
 
-def test_pool_is_the_same_after_a_restart(tmp_path):
-    """What a pool holds at a step follows from the step: a new object fills in just what is missing."""
+def test_pool_contents_depend_on_the_step_only(tmp_path):
+    """A pool that starts at a step equals one that has run up to it, whose ring buffer has wrapped around."""
     options = dict(start=6, capacity=8, per_step=2)
-    fields = {"pixels": ((3, 32, 32), "uint8"), "caption": ((96,), "uint8"), "where": ((8, 8), "uint8")}
+    fields = {"pixels": ((3, 32, 32), "uint8"), "caption": ((96,), "uint8"), "subject_bits": ((8, 8), "uint8")}
     render, draws = RenderSamples(size=32), np.array([0.0, 0.3, 0.99])
-    unbroken = SamplePool(tmp_path / "a", fields, render, **options)
-    unbroken._store(range(6), render(range(6)))
+    running = SamplePool(tmp_path / "a", fields, render, **options)
     for step in range(4):
-        unbroken.refresh(step)
-    resumed = SamplePool(tmp_path / "b", fields, render, **options)
-    resumed._store(range(4, 12), render(range(4, 12)))
-    resumed.refresh(3)  # nothing is missing
+        running.refresh(step)
+    started = SamplePool(tmp_path / "b", fields, render, **options)
+    started.refresh(3)
     for name in fields:
-        assert (unbroken.batch(3, draws)[name] == resumed.batch(3, draws)[name]).all()
-        assert (unbroken.groups(3, draws, 2)[name] == resumed.groups(3, draws, 2)[name]).all()
+        assert (running.batch(3, draws)[name] == started.batch(3, draws)[name]).all()
+        assert (running.groups(3, draws, 2)[name] == started.groups(3, draws, 2)[name]).all()
 
 
-def test_a_pool_with_a_new_field_begins_anew(tmp_path):
-    """Entries written before a field existed are made again: none is left with zeros in it."""
+def test_reopened_pool_renders_missing_samples_only(tmp_path):
+    """A resumed run reads the samples on disk and renders the new samples of its step."""
+    options = dict(start=6, capacity=8, per_step=2)
+    SamplePool(tmp_path, {"a": ((), "int64")}, partial(_ones, names="a"), **options).refresh(3)
+    rendered = []
+
+    def render(indices):
+        rendered.extend(indices)
+        return _ones(indices, "a")
+
+    reopened = SamplePool(tmp_path, {"a": ((), "int64")}, render, **options)
+    reopened.refresh(3)
+    assert rendered == []
+    reopened.refresh(4)
+    assert rendered == [12, 13]
+
+
+def test_pool_with_a_new_field_is_rendered_again(tmp_path):
+    """Entries that were written before a field existed are replaced; the new field has no zeros left."""
     fields = {"a": ((), "int64")}
     SamplePool(tmp_path, fields, partial(_ones, names="a"), start=4, capacity=8, per_step=1).refresh(0)
     fields["b"] = ((), "int64")
@@ -130,8 +144,8 @@ def test_a_pool_with_a_new_field_begins_anew(tmp_path):
     assert (pool.batch(0, np.arange(4) / 4)["b"] == 1).all()
 
 
-def test_a_pool_whose_files_are_gone_is_whole_again(tmp_path):
-    """In mid-run (here a warm start at step 100) nothing that a batch can draw is empty; workers make it."""
+def test_empty_pool_is_filled_in_the_middle_of_a_run(tmp_path):
+    """If a run starts at step 100 without files, worker processes render everything that a batch can contain."""
     pool = SamplePool(tmp_path, {"a": ((), "int64")}, partial(_ones, names="a"), start=4, capacity=150, per_step=1)
     pool.refresh(100)
     assert len(drawn := pool.batch(100, np.arange(104) / 104)["a"]) == 104 and (drawn == 1).all()

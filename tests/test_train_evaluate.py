@@ -1,15 +1,19 @@
-"""The evaluation asks fair questions and counts right."""
+"""The evaluation: its cases are fair, and its scores are counted correctly."""
+
+import json
 
 import pytest
 import torch
+from tiny import tiny_pipeline
 
-from train.evaluate.cases import CANDIDATES, KINDS, TASKS, Case
-from train.evaluate.judges import RenderJudged
-from train.evaluate.report import judge, markdown
+from train.data.sprite_world import TRAINED_CATEGORIES
+from train.evaluate.cases import NUM_CANDIDATES, TASKS, Case
+from train.evaluate.classifiers import RenderLabeled
+from train.evaluate.report import CONDITIONS, TWO_SUBJECT_CONDITIONS, UPPER_BOUND, evaluate, markdown, score
 
 
-class _Oracle:
-    """Judges that see nothing but brightness: enough to count with."""
+class _BrightnessClassifiers:
+    """Embeds images by brightness and contrast, and always predicts scene 0 and category 1."""
 
     def embed(self, pixels):
         return torch.nn.functional.normalize(torch.stack([pixels.mean((1, 2, 3)), pixels.std((1, 2, 3))], -1), dim=-1)
@@ -22,52 +26,66 @@ class _Oracle:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_case_is_seeded_and_shows_the_given_individuals_in_other_views(task):
+def test_case_is_deterministic_and_gives_other_views_than_the_candidates(task):
+    """A case depends on its index only. The model's reference image is never one of the images to compare with."""
     one, again = Case(3, task), Case(3, task)
     assert one.prompt == again.prompt and [p.tobytes() for p in one.given] == [p.tobytes() for p in again.given]
     for given, candidates in zip(one.given, one.references, strict=True):
-        assert len(candidates) == CANDIDATES and given.tobytes() not in [view.tobytes() for view in candidates]
+        assert len(candidates) == NUM_CANDIDATES
+        assert given.tobytes() not in [candidate.tobytes() for candidate in candidates]
     assert one.request(subjects=()).subjects == ()
     assert [s.target_phrase for s in one.request().subjects] == list(one.categories)
     assert all(f" {category} " in one.prompt for category in one.categories)
 
 
-def test_tasks_with_two_subjects_ask_for_the_same_individuals():
-    """One2Many gives one image of both, Many2Many an image of each."""
+def test_tasks_with_two_subjects_use_the_same_instances():
+    """One2Many gives one image of both instances, Many2Many gives one image of each."""
     together, apart = Case(5, "One2Many"), Case(5, "Many2Many")
     assert together.prompt == apart.prompt and len(set(together.categories)) == 2
-    assert [p.tobytes() for kin in together.references for p in kin] == [
-        p.tobytes() for kin in apart.references for p in kin
+    assert [image.tobytes() for images in together.references for image in images] == [
+        image.tobytes() for images in apart.references for image in images
     ]
     assert together.given[0] is together.given[1] and apart.given[0].tobytes() != apart.given[1].tobytes()
 
 
-def test_views_hold_one_subject_each():
-    """Left and right half differ, each of the image's size; one subject has all of the image."""
+def test_views_show_one_subject_each():
+    """With two subjects, the left and right views differ and have the image's size. One subject gets the full image."""
     case = Case(5, "Many2Many")
     left, right = case.views(case.truth)
     assert left.size == right.size == case.truth.size and left.tobytes() != right.tobytes()
     assert Case(5).views(case.truth) == [case.truth]
 
 
-def test_judge_counts_right_answers():
-    """An image that is the first reference itself is picked; scene and category count where the judge names them."""
+def test_score_counts_right_predictions():
+    """An image that equals the first candidate is matched to it. Scene and category count if predicted correctly."""
     cases = [Case(i) for i in range(4)]
-    result = judge(_Oracle(), cases, [case.references[0][0] for case in cases])
-    assert result["individual"] == 1.0
+    result = score(_BrightnessClassifiers(), cases, [case.references[0][0] for case in cases])
+    assert result["instance"] == 1.0
     assert result["scene"] == sum(case.scene == 0 for case in cases) / 4
-    assert result["category"] == 1 / 4  # one case of each of the first four
+    assert result["category"] == 1 / 4  # each of the first four cases has another category
     assert "100.0%" in markdown({"One2One": {"masked": result}})
 
 
-def test_judge_asks_about_each_of_two_subjects():
-    """The category that the oracle always names is right for every subject of it, wherever it stands."""
+def test_score_counts_both_subjects():
+    """The predicted category is right for each subject of that category, on the left and on the right."""
     cases = [Case(i, "Many2Many") for i in range(16)]
-    result = judge(_Oracle(), cases, [case.truth for case in cases])
-    assert result["category"] == sum(case.categories.count(KINDS[1]) for case in cases) / 32
+    result = score(_BrightnessClassifiers(), cases, [case.truth for case in cases])
+    assert result["category"] == sum(case.categories.count(TRAINED_CATEGORIES[1]) for case in cases) / 32
 
 
-def test_judges_batches_hold_kin():
-    """Neighboring samples are of one category, so that individuals and not categories must be told apart."""
-    category = RenderJudged()(range(16))["category"]
+def test_classifier_batches_contain_same_category_distractors():
+    """Groups of 8 consecutive samples share a category, so that the embedding must distinguish instances."""
+    category = RenderLabeled()(range(16))["category"]
     assert len(set(category[:8])) == 1 and category[0] != category[8]
+
+
+def test_evaluate_reports_all_tasks_and_conditions(tmp_path):
+    """Every condition generates images, and report.json, report.md and the grids contain all of them."""
+    results = evaluate(tiny_pipeline(), _BrightnessClassifiers(), tmp_path, num_instances=2)
+    assert list(results) == list(TASKS)
+    assert list(results["One2One"]) == [UPPER_BOUND, *CONDITIONS]
+    assert list(results["Many2Many"]) == [UPPER_BOUND, *TWO_SUBJECT_CONDITIONS]
+    assert json.loads((tmp_path / "report.json").read_text()) == {"instances": 2, **results}
+    table = (tmp_path / "report.md").read_text()
+    assert all(condition in table for condition in (*CONDITIONS, UPPER_BOUND, "right instance of 10"))
+    assert all((tmp_path / f"{task}.png").exists() for task in TASKS)

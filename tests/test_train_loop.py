@@ -1,83 +1,160 @@
-"""The training loop: exact resume, schedules, averages, a polite stop."""
+"""The training loop: exact resume, schedules, EMA, logging and graceful shutdown."""
 
 import json
 import math
+import os
+import signal
+import threading
 
 import pytest
 import torch
 from torch import nn
 
-from train.checkpoint import Average, load_average
+from train.checkpoint import EMA, load_ema
 from train.curriculum import R_MAX, R_MIN, multiview_probability, resize_ratio
 from train.loop import LoopConfig, learning_rate, run_loop
 
 
-def _run(folder, stop_after=None, **options):
-    """A toy regression; with `stop_after` it is stopped by its stop file after so many steps."""
+def _run(folder, at_step=lambda step: None, nan_steps=(), preview=None, log_every=1, **options):
+    """A toy regression. `at_step` is called at the start of each step; the loss of the steps in `nan_steps` is NaN."""
     torch.manual_seed(0)
     module = nn.Linear(4, 2)
-    config = LoopConfig(out=folder, batch_size=8, warmup_steps=3, log_every=1, average_decay=0.9, **options)
+    config = LoopConfig(out=folder, batch_size=8, warmup_steps=3, log_every=log_every, ema_decay=0.9, **options)
 
     def loss_of_step(step, generator):
-        if stop_after is not None and step + 1 == stop_after:
-            (folder / "stop").touch()
+        at_step(step)
         x = torch.randn(8, 4, generator=generator)
-        return (module(x) - x[:, :2]).pow(2).mean(), {}
+        loss = (module(x) - x[:, :2]).pow(2).mean()
+        return loss * (math.nan if step in nan_steps else 1), {}
 
-    run_loop(config, module, loss_of_step)
+    run_loop(config, module, loss_of_step, preview)
     return module
 
 
+def _log(folder):
+    """Lines of the log. NaN and Infinity, which are not JSON, raise."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def _losses(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines]
+    return [line["loss"] for line in _log(folder)]
 
 
-def test_resumed_run_equals_unbroken_one(tmp_path):
-    """A run stopped at step 5 and resumed gives the same losses and weights as one that never stopped."""
-    whole = _run(tmp_path / "whole", max_samples=96)
-    _run(tmp_path / "cut", max_samples=96, stop_after=5)
-    assert len(_losses(tmp_path / "cut")) == 5
-    resumed = _run(tmp_path / "cut", max_samples=96)
-    assert _losses(tmp_path / "cut") == _losses(tmp_path / "whole")
-    for one, other in zip(whole.parameters(), resumed.parameters()):
+def test_resumed_run_equals_uninterrupted_run(tmp_path):
+    """A run that its stop file stops after 5 steps and that is resumed gives the losses and weights of one run."""
+    stop_file = tmp_path / "resumed" / "stop"
+    uninterrupted = _run(tmp_path / "uninterrupted", max_samples=96)
+    _run(tmp_path / "resumed", at_step=lambda step: stop_file.touch() if step == 4 else None, max_samples=96)
+    assert len(_losses(tmp_path / "resumed")) == 5
+    resumed = _run(tmp_path / "resumed", max_samples=96)
+    assert _losses(tmp_path / "resumed") == _losses(tmp_path / "uninterrupted")
+    for one, other in zip(uninterrupted.parameters(), resumed.parameters()):
         assert torch.equal(one, other)
 
 
-def test_training_lowers_the_loss_and_average_loads(tmp_path):
+def test_training_lowers_the_loss_and_ema_weights_load(tmp_path):
+    """The loss falls to less than a fifth, and the EMA weights of the checkpoint are close to the final weights."""
     module = _run(tmp_path, max_samples=1600, learning_rate=0.05)
     losses = _losses(tmp_path)
     assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
-    averaged = load_average(tmp_path / "checkpoint", nn.Linear(4, 2))
+    averaged = load_ema(tmp_path / "checkpoint", nn.Linear(4, 2))
     assert torch.allclose(averaged.weight, module.weight, atol=0.05)
 
 
-def test_missing_stage_is_named(tmp_path):
+def test_error_names_the_missing_stage(tmp_path):
     with pytest.raises(FileNotFoundError, match="stage 'vision'"):
-        load_average(tmp_path / "vision" / "checkpoint", nn.Linear(1, 1))
+        load_ema(tmp_path / "vision" / "checkpoint", nn.Linear(1, 1))
 
 
-def test_learning_rate_warms_up_stays_and_falls():
-    config = LoopConfig(out=None, batch_size=10, learning_rate=1.0, warmup_steps=10, max_samples=1000, decay=0.3)
+def test_learning_rate_warms_up_stays_constant_and_decays(tmp_path):
+    config = LoopConfig(out=tmp_path, batch_size=10, learning_rate=1.0, warmup_steps=10, max_samples=1000, decay=0.3)
     rates = [learning_rate(config, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[10:70] == [1.0] * 60
     assert rates[70:] == sorted(rates[70:], reverse=True) and 0 < rates[-1] < 0.1
 
 
-def test_swapping_twice_changes_nothing():
+def test_swapping_ema_twice_restores_the_weights():
     module = nn.Linear(3, 3)
-    average = Average(module, 0.9)
+    ema = EMA(module, 0.9)
     module.weight.data += 1
     before = module.weight.clone()
-    average.swap(module)
+    ema.swap(module)
     assert torch.allclose(module.weight, before - 1, atol=1e-6)
-    average.swap(module)
+    ema.swap(module)
     assert torch.equal(module.weight, before)
 
 
-def test_curriculum_goes_from_easy_to_hard():
-    """Eq. 10-13: other views and size variance grow linearly from none to all."""
+def test_ema_follows_faster_in_early_steps():
+    """One update moves the average by 1 - min(decay, (1 + step) / (10 + step))."""
+    module = nn.Linear(3, 3)
+    for step, moved in ((0, 0.9), (1_000_000, 0.1)):
+        ema = EMA(module, 0.9)
+        module.weight.data += 1
+        ema.update(module, step)
+        assert torch.allclose(ema.values["weight"], module.weight - 1 + moved, atol=1e-6)
+
+
+def test_curriculum_grows_linearly_with_progress():
+    """Eq. 10-13: the probability of other views and the range of resize ratios grow linearly up to their maximum."""
     assert [multiview_probability(p) for p in (0, 0.25, 1, 2)] == [0, 0.25, 1, 1]
     assert resize_ratio(0.0, 0.9) == R_MIN == 1
     assert resize_ratio(1.0, 1.0) == pytest.approx(R_MAX) == pytest.approx(math.sqrt(10))
     assert resize_ratio(0.5, 0.5) == pytest.approx(1 + (math.sqrt(10) - 1) / 4)
+
+
+def test_loop_runs_outside_the_main_thread(tmp_path):
+    """Only the main thread may install signal handlers; another thread trains without them."""
+    errors = []
+
+    def target():
+        try:
+            _run(tmp_path, max_samples=16)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join(60)
+    assert not errors and len(_losses(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_stops_the_run_after_the_current_step(tmp_path, number):
+    """The signal ends the run with a checkpoint, and the previous handlers are restored afterwards."""
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    _run(tmp_path, at_step=lambda step: os.kill(os.getpid(), number) if step == 2 else None, max_samples=800)
+    assert len(_losses(tmp_path)) == 3
+    assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 3
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_signal_handlers_are_restored_after_an_error(tmp_path):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+
+    def fail(step):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _run(tmp_path, at_step=fail, max_samples=16)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_non_finite_step_is_skipped_and_does_not_enter_the_averages(tmp_path):
+    """The log stays valid JSON: the averages are those of the finite steps, and the skipped step is counted."""
+    module = _run(tmp_path / "nan", nan_steps=(2,), max_samples=64, log_every=4)
+    first, second = _log(tmp_path / "nan")
+    assert math.isfinite(first["loss"]) and math.isfinite(first["norm"]) and first["skipped_steps"] == 1
+    assert "skipped_steps" not in second
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    _run(tmp_path / "each", nan_steps=(2,), max_samples=32)  # the same steps, one per line of the log
+    losses = [line["loss"] for line in _log(tmp_path / "each") if "loss" in line]
+    assert len(losses) == 3 and first["loss"] == pytest.approx(sum(losses) / 3, abs=2e-5)
+
+
+def test_non_finite_preview_metrics_are_logged_as_null(tmp_path):
+    _run(tmp_path, preview=lambda step: {"psnr": math.inf, "mean": [0.0, math.nan]}, max_samples=16)
+    assert _log(tmp_path)[-1]["psnr"] is None and _log(tmp_path)[-1]["mean"] == [0.0, None]

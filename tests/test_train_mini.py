@@ -1,6 +1,9 @@
-"""The embedded model's recipe at toy cost: each part trains, and only the parts that should."""
+"""The training stages of the embedded model at small cost: the right parameters are trained, and the losses fall."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +14,25 @@ from realcustom.attention import AttentionLayers
 from realcustom.recorder import AttentionRecorder
 from realcustom.vision import VisionFeatures
 from train.captions import CaptionCache
-from train.diffusion import diffusion_loss, min_snr_weight, size_condition, subject_weight, v_target
-from train.grounding import grounding_loss, places_of, subject_marks
+from train.diffusion import (
+    diffusion_loss,
+    min_snr_weight,
+    sample_timesteps,
+    size_condition,
+    subject_weight,
+    v_target,
+)
+from train.grounding import grounding_loss, subject_maps, subject_token_masks
+from train.mini import STAGES
 from train.networks import build_scheduler, build_unet, build_vae
 from train.precision import differentiable_attention
-from train.stages.adapter import draw_noisy, everywhere
-from train.stages.base import FULL_SIZE_EVERY, PREVIEW_PROMPTS, TextToImage, draw_noise, size_and_turn
+from train.stages.adapter import TIMESTEP_EXPONENT, unmasked
+from train.stages.base import FULL_SIZE_EVERY, PREVIEW_PROMPTS, TextToImage, resolution_of_step
 from train.stages.vae import vae_loss
-from train.stages.vision import MINI_VISION, VIEWS, RenderViews, VisionTeacher, views_as_tensors, vision_loss
+from train.stages.vision import MINI_VISION, VIEWS, RenderViews, VisionPretrainer, views_as_tensors, vision_loss
 from train.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -27,32 +40,41 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def test_world_words_are_one_token_each(tokenizer):
-    """Every word of the prompts is one token, so that a target word has one column of attention."""
+def test_help_is_printed_without_heavy_imports():
+    """`--help` lists the stages and imports neither torch nor diffusers."""
+    script = "import runpy, sys; sys.argv[1:] = ['--help']\ntry: runpy.run_module('train.mini', run_name='__main__')"
+    script += "\nfinally: print({'torch', 'diffusers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.endswith("set()\n"), done.stdout + done.stderr
+    assert all(stage in done.stdout for stage in STAGES)
+
+
+def test_words_of_the_sprite_world_are_single_tokens(tokenizer):
+    """Every word of the preview prompts is one token, so that a target word has one column of attention."""
     for prompt in PREVIEW_PROMPTS:
         assert len(tokenizer.tokenize(prompt)) == len(prompt.split())
 
 
-def test_any_text_tokenizes(tokenizer):
-    """No text falls back to the unknown token, and every text ends where the text encoder looks for its end."""
+def test_any_text_can_be_tokenized(tokenizer):
+    """No text contains the unknown token, and the first end token follows the text, where the encoder pools."""
     for text in ("", "zebra", "日本 ünïcode 🐶", "x" * 500):
         ids = tokenizer(text, padding="max_length", max_length=32, truncation=True).input_ids
         assert len(ids) == 32 and ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
         assert tokenizer.eos_token_id not in tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
 
 
-def test_velocity_equals_schedulers():
-    """Noisy latents and target are those of the diffusers scheduler, for every step but the noiseless rounding."""
+def test_velocity_equals_the_schedulers():
+    """Noisy latents and velocity equal those of the diffusers scheduler, up to rounding."""
     scheduler, generator = build_scheduler(), torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
     steps = torch.tensor([0, 500, 999])
     noisy, target = v_target(scheduler, clean, noise, steps)
     assert torch.allclose(noisy, scheduler.add_noise(clean, noise, steps), atol=1e-6)
     assert torch.allclose(target, scheduler.get_velocity(clean, noise, steps), atol=1e-6)
-    assert torch.equal(noisy[2], noise[2])  # zero terminal SNR: sampling starts from what training has seen
+    assert torch.equal(noisy[2], noise[2])  # zero terminal SNR: training covers the pure noise at which sampling starts
 
 
-def test_weight_keeps_pure_noise_and_caps_clean_steps():
+def test_loss_weight_is_one_at_pure_noise_and_small_at_clean_timesteps():
     weight = min_snr_weight(build_scheduler(), torch.arange(1000))
     assert weight[-1] == 1 and weight[0] < 0.01 and (weight.diff() >= -1e-6).all()
 
@@ -61,14 +83,14 @@ def test_time_ids_are_height_first():
     assert size_condition(2, torch.zeros(2, 4, 16, 32)).tolist() == [[64, 128, 0, 0, 64, 128]] * 2
 
 
-@pytest.mark.parametrize("draw", [draw_noise, draw_noisy])
-def test_time_steps_cover_the_range(draw):
-    steps = draw(torch.zeros(64, 1, 1, 1), torch.Generator().manual_seed(0))[1]
-    assert steps.min() < 60 and steps.max() > 980
+@pytest.mark.parametrize("exponent", [1.0, TIMESTEP_EXPONENT])
+def test_timesteps_cover_the_range(exponent):
+    timesteps = sample_timesteps(64, torch.Generator().manual_seed(0), exponent)
+    assert timesteps.min() < 60 and timesteps.max() > 980
 
 
-def test_frozen_text_is_encoded_once(tokenizer):
-    """The cache gives each caption what the encoders give it, encodes none twice, and lets no gradient through."""
+def test_caption_cache_encodes_each_caption_once(tokenizer):
+    """Cached text conditions equal those of the encoders and have no gradient."""
     torch.manual_seed(0)
     model, encoded = TextToImage(tokenizer), []
 
@@ -84,16 +106,16 @@ def test_frozen_text_is_encoded_once(tokenizer):
     assert sorted(encoded) == sorted(set(captions))
 
 
-def test_base_learns_one_batch(tokenizer):
-    """UNet and both text encoders get gradients; a few steps on one batch lower the loss."""
+def test_base_stage_overfits_one_batch(tokenizer):
+    """The UNet and both text encoders receive gradients, and a few steps on one batch lower the loss."""
     torch.manual_seed(0)
     model, scheduler = TextToImage(tokenizer), build_scheduler()
     clean, noise = torch.randn(2, 2, 4, 16, 16)
-    steps, captions = torch.tensor([300, 800]), ["a dog", "an owl in the snow"]
+    timesteps, captions = torch.tensor([300, 800]), ["a dog", "an owl in the snow"]
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
     for _ in range(6):
-        loss = diffusion_loss(model.unet, scheduler, clean, noise, steps, *model.encode_text(captions)).mean()
+        loss = diffusion_loss(model.unet, scheduler, clean, noise, timesteps, *model.encode_text(captions)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -103,7 +125,7 @@ def test_base_learns_one_batch(tokenizer):
         assert any(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
 
 
-def test_vae_keeps_sizes_and_loss_has_gradients():
+def test_vae_loss_has_gradients_for_all_parameters():
     vae = build_vae()
     pixels = torch.rand(2, 3, 32, 48) * 2 - 1
     assert vae.encode(pixels).latent.shape == (2, 4, 8, 12)
@@ -112,10 +134,10 @@ def test_vae_keeps_sizes_and_loss_has_gradients():
     assert numbers.keys() == {"psnr", "white"} and all(p.grad is not None for p in vae.parameters())
 
 
-def test_vision_teacher_trains_what_the_projector_reads():
-    """The deep layer of both encoders gets gradients, and features have the shapes the projector expects."""
+def test_vision_loss_trains_the_layers_that_the_projector_reads():
+    """The deep layers of the encoders receive gradients, and the features have the shapes the projector expects."""
     torch.manual_seed(0)
-    model, entry = VisionTeacher(), views_as_tensors(RenderViews()(range(4)), "cpu")
+    model, entry = VisionPretrainer(), views_as_tensors(RenderViews()(range(4)), "cpu")
     loss, _ = vision_loss(model, entry, torch.Generator().manual_seed(0))
     loss.backward()
     assert model.siglip.encoder.layers[MINI_VISION.siglip_deep].mlp.fc1.weight.grad.abs().max() > 0
@@ -127,8 +149,8 @@ def test_vision_teacher_trains_what_the_projector_reads():
     ]
 
 
-def test_views_of_two_mark_one_of_them():
-    """The marked tokens lie on one side where two subjects share a view, and about the middle where one is alone."""
+def test_views_mark_the_tokens_of_one_instance():
+    """With two subjects in a view, the marked tokens are on one side; with one, they are around the middle."""
     sides = set()
     for inside in np.concatenate([views[f"{view}_inside"] for views in [RenderViews()(range(40))] for view in VIEWS]):
         columns = np.flatnonzero(inside.any(0))
@@ -136,18 +158,18 @@ def test_views_of_two_mark_one_of_them():
     assert sides == {"left", "right", "middle"}
 
 
-def test_portrait_asks_the_individuals_tokens_alone():
-    """What other tokens say makes no difference to it, what its own say does."""
+def test_portrait_depends_on_the_tokens_of_the_instance_only():
+    """Changing other tokens does not change the portrait; changing the instance's tokens does."""
     torch.manual_seed(0)
-    model, deep = VisionTeacher(), torch.randn(1, 64, 192)
+    model, deep = VisionPretrainer(), torch.randn(1, 64, 192)
     inside = torch.arange(64)[None] < 20
     portrait = model.portrait(deep, inside)
     assert torch.allclose(portrait, model.portrait(deep + ~inside[..., None] * torch.randn(192), inside), atol=1e-6)
     assert not torch.allclose(portrait, model.portrait(deep + inside[..., None] * torch.randn(192), inside), atol=1e-2)
 
 
-def test_a_unet_compiled_whole_sees_one_reference_without_recompiling():
-    """As the stage trains with --compile: connected anew for every batch, compiled once."""
+def test_compiled_unet_does_not_recompile_for_another_batch():
+    """As in the stage with `--compile`: each batch has its own attention context, and the UNet is compiled once."""
     torch._dynamo.reset()
     unet = build_unet()
     attention = AttentionLayers(unet)
@@ -158,14 +180,14 @@ def test_a_unet_compiled_whole_sees_one_reference_without_recompiling():
         keys_values = {name: tuple(torch.randn(2, 2, 9, width)) for name, width in adapter.config.layers.items()}
         with (
             torch.compiler.set_stance(stance),
-            attention.attention_context(vision=everywhere(keys_values)),
+            attention.attention_context(vision=unmasked(keys_values)),
             torch.no_grad(),
         ):
             compiled(torch.randn(2, 4, 16, 16), 500, torch.randn(2, 8, 128), added_cond_kwargs=added)
 
 
-def test_adapter_alone_learns():
-    """With a frozen UNet every weight of the adapter gets a gradient, and the UNet none."""
+def test_adapter_loss_has_gradients_for_the_adapter_only():
+    """With a frozen UNet, every parameter of the adapter receives a gradient and no parameter of the UNet does."""
     torch.manual_seed(0)
     unet = build_unet().requires_grad_(False)
     attention = AttentionLayers(unet)
@@ -174,74 +196,75 @@ def test_adapter_alone_learns():
     features = VisionFeatures(**{name: torch.randn(2, count, 192) for name, count in tokens.items()})
     clean, noise = torch.randn(2, 2, 4, 16, 16)
     text = torch.randn(2, 8, 128), torch.randn(2, 64)
-    with attention.attention_context(vision=everywhere(adapter(features))):
+    with attention.attention_context(vision=unmasked(adapter(features))):
         loss = diffusion_loss(unet, build_scheduler(), clean, noise, torch.tensor([500, 900]), *text).mean()
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter.parameters())
     assert all(p.grad is None for p in unet.parameters())
 
 
-@pytest.mark.parametrize("details_from", [None, 17, 20])
-def test_base_steps_of_each_size_count_up(details_from):
-    """Each size numbers its own steps without gaps, so that a pool moves on by one at each of its steps."""
-    seen = {64: [], 128: []}
+@pytest.mark.parametrize("full_size_from", [None, 17, 20])
+def test_steps_of_each_resolution_are_numbered_without_gaps(full_size_from):
+    """The pool of a resolution advances by one at each step of that resolution."""
+    numbers = {64: [], 128: []}
     for step in range(40):
-        size, turn = size_and_turn(step, details_from)
-        seen[size].append(turn)
-    assert all(turns == list(range(len(turns))) for turns in seen.values())
-    mixed = 40 if details_from is None else details_from
-    assert len(seen[128]) == mixed // FULL_SIZE_EVERY + 40 - mixed
+        size, pool_step = resolution_of_step(step, full_size_from)
+        numbers[size].append(pool_step)
+    assert all(steps == list(range(len(steps))) for steps in numbers.values())
+    mixed = 40 if full_size_from is None else full_size_from
+    assert len(numbers[128]) == mixed // FULL_SIZE_EVERY + 40 - mixed
 
 
-def test_place_weights_count_subjects_more():
-    """An error outside of every subject costs less than the same error inside one."""
+def test_position_weight_is_higher_inside_subjects():
+    """An error outside all subjects costs less than the same error inside one."""
     inside = torch.zeros(1, 4, 4)
     inside[0, :2, :2] = 1
     weight = subject_weight(inside)
     assert weight.shape == (1, 1, 4, 4) and weight[0, 0, 0, 0] == 1 and 0 < weight[0, 0, 3, 3] < 1
 
 
-def test_subject_words_are_marked_in_order(tokenizer):
-    """Each subject's own word, in the order of the caption; a dropped caption has none."""
-    marks = subject_marks(tokenizer, ["an owl and a dog in the snow", "a photo of a dog", ""])
-    assert marks.sum((1, 2)).tolist() == [2, 1, 0]
+def test_subject_tokens_are_marked_in_order(tokenizer):
+    """Each subject has the tokens of its own word, in the order of the caption. A dropped caption has none."""
+    masks = subject_token_masks(tokenizer, ["an owl and a dog in the snow", "a photo of a dog", ""])
+    assert masks.sum((1, 2)).tolist() == [2, 1, 0]
     tokens = tokenizer(["an owl and a dog in the snow"]).input_ids[0]
-    spelled = [tokenizer.decode(tokens[int(mark.argmax())]).strip() for mark in marks[0]]
-    assert spelled == ["owl", "dog"]
+    words = [tokenizer.decode(tokens[int(mask.argmax())]).strip() for mask in masks[0]]
+    assert words == ["owl", "dog"]
 
 
-def test_grounding_loss_is_least_where_words_look_evenly_at_their_subjects():
-    where = torch.tensor([[[1, 1, 2, 2]] * 4], dtype=torch.uint8)
-    places = places_of(where)
-    right, wrong = places.flatten(2), places.flip(1).flatten(2)
-    half = right * (torch.arange(16) < 8)  # the upper half of each place
-    assert grounding_loss([(0, 0.3 * right)], places) == 0  # how much there is of it does not matter
-    everywhere = grounding_loss([(0, torch.ones_like(right))], places)
-    assert everywhere == pytest.approx(math.log(2), rel=1e-4)  # twice as large as the place
-    assert everywhere < grounding_loss([(0, half)], places) < grounding_loss([(0, wrong)], places)
+def test_grounding_loss_is_minimal_for_uniform_attention_inside_the_subject():
+    """It is zero for attention that is uniform inside the subject's area at any level, and grows with the distance
+    from that. Subjects without a word or without an area do not count."""
+    subjects = subject_maps(torch.tensor([[[1, 1, 2, 2]] * 4], dtype=torch.uint8))
+    right, wrong = subjects.flatten(2), subjects.flip(1).flatten(2)
+    half = right * (torch.arange(16) < 8)  # the upper half of each area
+    assert grounding_loss([(0, 0.3 * right)], subjects) == 0  # only the distribution counts, not the total
+    uniform = grounding_loss([(0, torch.ones_like(right))], subjects)
+    assert uniform == pytest.approx(math.log(2), rel=1e-4)  # twice the size of the area
+    assert uniform < grounding_loss([(0, half)], subjects) < grounding_loss([(0, wrong)], subjects)
     coarse = torch.tensor([[[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]]])
-    assert grounding_loss([(1, coarse)], places) == 0
+    assert grounding_loss([(1, coarse)], subjects) == 0
     unnamed = torch.stack([right[:, 0], torch.zeros_like(right[:, 0])], dim=1)
-    assert grounding_loss([(0, unnamed)], places) == 0
-    assert grounding_loss([(0, wrong)], torch.zeros_like(places)) == 0
+    assert grounding_loss([(0, unnamed)], subjects) == 0
+    assert grounding_loss([(0, wrong)], torch.zeros_like(subjects)) == 0
 
 
-def test_words_learn_where_to_look(tokenizer):
-    """The loss reaches queries and keys of the UNet through our recorder, and a few steps lower it."""
+def test_grounding_loss_trains_the_cross_attention(tokenizer):
+    """Its gradients reach the UNet's queries and keys through `AttentionRecorder`, and a few steps lower it."""
     torch.manual_seed(0)
     model, scheduler = TextToImage(tokenizer), build_scheduler()
     attention = AttentionLayers(model.unet)
     captions = ["a dog and a cat in the snow", "a dog"]
-    where = torch.zeros(2, 16, 16, dtype=torch.uint8)
-    where[:, :, :8], where[0, :, 8:] = 1, 2
+    subject_bits = torch.zeros(2, 16, 16, dtype=torch.uint8)
+    subject_bits[:, :, :8], subject_bits[0, :, 8:] = 1, 2
     clean, noise = torch.randn(2, 2, 4, 16, 16)
     optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
     for _ in range(8):
-        recorder = AttentionRecorder(attention.levels, "all_cross", subject_marks(tokenizer, captions))
+        recorder = AttentionRecorder(attention.levels, "all_cross", subject_token_masks(tokenizer, captions))
         with differentiable_attention("cpu"), attention.attention_context(recordings=recorder.layers):
             text = model.encode_text(captions)
             diffusion_loss(model.unet, scheduler, clean, noise, torch.tensor([300, 800]), *text)
-        loss = grounding_loss(recorder.cross_maps.values(), places_of(where))
+        loss = grounding_loss(recorder.cross_maps.values(), subject_maps(subject_bits))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Training goes on from a shipped model where it ended."""
+"""Training continues from an exported model, and the export is complete."""
 
 import json
 from pathlib import Path
@@ -7,39 +7,57 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train.checkpoint import checkpoint_state, load_average
-from train.export import EXPORTED
+from train.checkpoint import checkpoint_state, load_ema
+from train.export import STAGES_IN_MODEL
+from train.mini import main
 from train.networks import build_vae
 from train.stages.base import load_base
-from train.warm_start import warm_start
 
 MINI = Path(__file__).parents[1] / "assets/mini"
+WEIGHTS = ("unet", "text_encoder", "text_encoder_2", "vae", "image_encoder", "image_encoder_2", "adapter")
+
+
+def _weights(folder):
+    values = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    assert values, f"no weights in {folder}"
+    return values
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
-    warm_start(MINI, out)
+    main(["start", "--model", str(MINI), "--out", str(out)])
     return out
 
 
-def test_weights_and_sample_counts_are_the_models(started):
-    """The averages that other stages load equal the shipped weights; unseen stages have no checkpoint."""
+def test_weights_and_sample_counts_are_those_of_the_model(started):
+    """The EMA weights equal the model's weights, and each stage continues at the model's number of samples."""
     base = load_base(started)
     for part in ("unet", "text_encoder", "text_encoder_2"):
-        shipped = {k: v for f in (MINI / part).glob("*.safetensors") for k, v in load_file(f).items()}
-        mine = getattr(base, part).state_dict()
-        assert all(
-            torch.equal(mine[name], value.float()) for name, value in shipped.items() if "position_ids" not in name
-        )
-    load_average(started / "vae/checkpoint", build_vae())
+        loaded = getattr(base, part).state_dict()
+        exported = {name: value for name, value in _weights(MINI / part).items() if "position_ids" not in name}
+        assert all(torch.equal(loaded[name], value.float()) for name, value in exported.items())
+    load_ema(started / "vae/checkpoint", build_vae())
     samples = json.loads((MINI / "training.json").read_text())
-    for stage in EXPORTED:
+    for stage in STAGES_IN_MODEL:
         state = checkpoint_state(started / stage / "checkpoint")
         assert 0 <= samples[stage] - state["samples"] < 128
-        assert state["step"] == state["begun"]
+        assert state["step"] == state["warmup_start_step"]
 
 
 def test_checkpoints_are_not_overwritten(started):
-    with pytest.raises(FileExistsError, match="has a checkpoint already"):
-        warm_start(MINI, started)
+    with pytest.raises(FileExistsError, match="already has a checkpoint"):
+        main(["start", "--model", str(MINI), "--out", str(started)])
+
+
+def test_export_of_a_started_run_equals_the_model(started, tmp_path):
+    """`start` then `export` without training gives all weights of the model, bit for bit, and its vocabulary."""
+    target = tmp_path / "model"
+    main(["export", "--model", str(target), "--out", str(started)])
+    for part in WEIGHTS:
+        expected, exported = _weights(MINI / part), _weights(target / part)
+        assert expected.keys() == exported.keys()
+        assert all(torch.equal(exported[name], value) for name, value in expected.items()), part
+    assert (target / "vocabulary.json").read_text() == (MINI / "vocabulary.json").read_text()
+    samples = json.loads((target / "training.json").read_text())
+    assert {stage: checkpoint_state(started / stage / "checkpoint")["samples"] for stage in STAGES_IN_MODEL} == samples

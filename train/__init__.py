@@ -1,1 +1,1 @@
-"""Everything that makes weights: data, training stages, evaluation. Imports `realcustom`, never the other way round."""
+"""Training of the embedded model: data, training stages and evaluation. Imports `realcustom`, never the reverse."""

@@ -1,5 +1,4 @@
-"""The curriculum of RealCustom++ (Sec. 3.2.2): first the subject as it stands in the picture, later other views and
-sizes.
+"""The curriculum of RealCustom++ (Sec. 3.2.2): from the subject as the target image shows it to other views and sizes.
 
 Pure functions of `progress` = S_cur / S_total in [0, 1].
 """
@@ -10,11 +9,11 @@ R_MIN, R_MAX = 1.0, math.sqrt(10)
 
 
 def multiview_probability(progress: float) -> float:
-    """Probability that a step's reference is another view of the subject, not the picture itself (Eq. 10, 11)."""
+    """Probability that the reference is another view of the subject instead of the target image (Eq. 10, 11)."""
     return min(1.0, max(0.0, progress))
 
 
 def resize_ratio(progress: float, draw: float, r_min: float = R_MIN, r_max: float = R_MAX) -> float:
-    """Eq. 12 and 13: a ratio from U(r_min, r_cur); `draw` is uniform in [0, 1)."""
+    """Resize ratio from U(r_min, r_cur) (Eq. 12, 13); `draw` is uniform in [0, 1)."""
     r_cur = r_min + (r_max - r_min) * min(1.0, max(0.0, progress))
     return r_min + (r_cur - r_min) * draw

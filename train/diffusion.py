@@ -1,9 +1,12 @@
-"""The diffusion loss and a plain sampler for previews.
+"""The diffusion loss, and a plain text-to-image sampler for previews.
 
-Legend: B batch, C latent channels, h, w latent size.
+Legend: B batch, C latent channels, h, w latent size, T text tokens.
 """
 
+from collections.abc import Callable
+
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from .networks import LATENT_FACTOR
@@ -12,82 +15,105 @@ from .precision import autocast
 OUTSIDE_WEIGHT = 0.3
 
 
-def v_target(scheduler, clean: Tensor, noise: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+def sample_timesteps(batch_size: int, generator: torch.Generator, exponent: float = 1.0) -> Tensor:
+    """Training timesteps, int64 [B] in [0, 999].
+
+    The batch is stratified (one draw from each of B equal intervals), which lowers the variance of the loss.
+
+    Args:
+        exponent: below 1, noisy timesteps are more frequent.
+    """
+    uniform = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
+    return (uniform.pow(exponent) * 1000).long().clamp_max(999)
+
+
+def v_target(scheduler: DDIMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """Noisy latents and the velocity to predict, both [B, C, h, w]."""
-    alphas = scheduler.alphas_cumprod.to(clean.device)[steps][:, None, None, None]
+    alphas = scheduler.alphas_cumprod.to(clean.device)[timesteps][:, None, None, None]
     signal, sigma = alphas.sqrt(), (1 - alphas).sqrt()
     return signal * clean + sigma * noise, signal * noise - sigma * clean
 
 
-def min_snr_weight(scheduler, steps: Tensor, gamma: float = 5.0) -> Tensor:
-    """Weight of a velocity loss per sample, [B].
+def min_snr_weight(scheduler: DDIMScheduler, timesteps: Tensor, gamma: float = 5.0) -> Tensor:
+    """Weight of the velocity loss per sample, [B]: (min(SNR, γ) + 1) / (SNR + 1).
 
-    min(SNR, γ) + 1 over SNR + 1: min-SNR for the sum of the losses on noise and on the picture, which is what velocity
-    is. Plain min-SNR would give the pure-noise step, SNR 0, no weight at all, but sampling starts there.
+    The velocity loss equals the sum of the losses on the noise and on the clean image; this is the min-SNR weight of
+    that sum. The plain min-SNR weight is zero for pure noise (SNR 0), where sampling starts.
     """
-    alphas = scheduler.alphas_cumprod.to(steps.device)[steps].double()
+    alphas = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].double()
     snr = alphas / (1 - alphas).clamp_min(1e-8)
     return ((snr.clamp_max(gamma) + 1) / (snr + 1)).float()
 
 
-def size_condition(batch: int, latents: Tensor) -> Tensor:
+def size_condition(batch_size: int, latents: Tensor) -> Tensor:
     """SDXL's time ids (original size, crop, target size), height first, [B, 6]."""
     height, width = (side * LATENT_FACTOR for side in latents.shape[-2:])
-    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=latents.device).expand(
-        batch, 6
-    )
+    time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=latents.device)
+    return time_ids.expand(batch_size, 6)
 
 
 def subject_weight(inside: Tensor) -> Tensor:
-    """Weight of each place in the loss, [B, 1, h, w], from a map of where subjects are (1) and are not (0), [B, h, w].
+    """Weight of each position in the loss, [B, 1, h, w], from a map of subjects (1) and background (0), [B, h, w].
 
-    Shapes are what takes long to learn, and scenes cover more of a picture. The optimum is the same for any weights.
+    Scenes cover most of an image, but subjects take longer to learn. The weights do not change the optimum.
     """
     return (OUTSIDE_WEIGHT + (1 - OUTSIDE_WEIGHT) * inside.float())[:, None]
 
 
-def diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled, place_weight: Tensor | float = 1.0) -> Tensor:
-    """Weighted velocity loss per sample, fp32 [B].
+def diffusion_loss(
+    unet: Callable,
+    scheduler: DDIMScheduler,
+    clean: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    embeds: Tensor,
+    pooled: Tensor,
+    position_weight: Tensor | float = 1.0,
+) -> Tensor:
+    """Weighted velocity loss per sample, float32 [B].
 
     Args:
-        place_weight: weight of each place, [B, 1, h, w], on top of that of each step.
+        clean, noise: [B, C, h, w].
+        timesteps: int64 [B].
+        embeds, pooled: text condition, [B, T, 128] and [B, 64].
+        position_weight: weight of each position, [B, 1, h, w]; multiplied by the weight of the timestep.
     """
-    noisy, target = v_target(scheduler, clean, noise, steps)
+    noisy, target = v_target(scheduler, clean, noise, timesteps)
     predicted = unet(
         noisy.contiguous(memory_format=torch.channels_last),
-        steps,
+        timesteps,
         encoder_hidden_states=embeds,
         added_cond_kwargs={"text_embeds": pooled, "time_ids": size_condition(len(noisy), noisy)},
     ).sample.float()
-    return (place_weight * (predicted - target).pow(2)).mean((1, 2, 3)) * min_snr_weight(scheduler, steps)
+    squared = position_weight * (predicted - target).pow(2)
+    return squared.mean((1, 2, 3)) * min_snr_weight(scheduler, timesteps)
 
 
 @torch.no_grad()
 def sample_latents(
-    unet,
-    scheduler,
-    embeds,
-    pooled,
-    negative,
-    negative_pooled,
-    noise,
-    num_steps=20,
-    guidance=4.0,
+    unet: Callable,
+    scheduler: DDIMScheduler,
+    embeds: Tensor,
+    pooled: Tensor,
+    negative_embeds: Tensor,
+    negative_pooled: Tensor,
+    noise: Tensor,
+    num_steps: int = 20,
+    guidance_scale: float = 4.0,
 ) -> Tensor:
-    """DDIM with classifier-free guidance; the rows with the text come first, the unconditional ones after them."""
+    """DDIM with classifier-free guidance, [B, C, h, w]. The first B rows of a UNet call have the text condition, the
+    other B rows are unconditional."""
     scheduler.set_timesteps(num_steps)
     latents, count = noise, len(noise)
-    text = torch.cat([embeds, negative.expand(count, -1, -1)])
+    text = torch.cat([embeds, negative_embeds.expand(count, -1, -1)])
     pooled = torch.cat([pooled, negative_pooled.expand(count, -1)])
     condition = {"text_embeds": pooled, "time_ids": size_condition(2 * count, noise)}
-    for t in scheduler.timesteps:
+    for timestep in scheduler.timesteps:
         with autocast(noise.device.type):
             predicted = unet(
-                torch.cat([latents] * 2),
-                t,
-                encoder_hidden_states=text,
-                added_cond_kwargs=condition,
+                torch.cat([latents] * 2), timestep, encoder_hidden_states=text, added_cond_kwargs=condition
             ).sample.float()
-        with_text, without = predicted.chunk(2)
-        latents = scheduler.step(without + guidance * (with_text - without), t, latents).prev_sample
+        noise_text, noise_uncond = predicted.chunk(2)
+        guided = noise_uncond + guidance_scale * (noise_text - noise_uncond)
+        latents = scheduler.step(guided, timestep, latents).prev_sample
     return latents

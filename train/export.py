@@ -1,4 +1,4 @@
-"""Stage `export`: everything trained so far -> one folder in diffusers' layout, weights in fp16."""
+"""Stage `export`: writes the EMA weights of all stages as one model folder in the layout of diffusers, in float16."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from .checkpoint import checkpoint_state
 from .data.scenes import SCENES
 from .data.sprites import TRAINED
 from .latents import LatentCodec
-from .networks import PICTURE_SIZE, build_scheduler
+from .networks import IMAGE_SIZE, build_scheduler
 from .stages.adapter import load_adapter
 from .stages.base import load_base
 from .stages.vision import MINI_VISION, load_vision
@@ -23,25 +23,25 @@ from .tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
-EXPORTED = ("vae", "base", "vision", "adapter")
-TRAINING = "training.json"
+STAGES_IN_MODEL = ("vae", "base", "vision", "adapter")
+TRAINING = "training.json"  # stage -> number of training samples
 SAMPLING = SamplingDefaults(
-    height=PICTURE_SIZE,
-    width=PICTURE_SIZE,
+    height=IMAGE_SIZE,
+    width=IMAGE_SIZE,
     num_inference_steps=20,
     early_stop_step=10,
     guidance_scale=4.0,
-    scope_ratio=0.35,  # sprites fill more of their picture than the subjects of photographs
+    scope_ratio=0.35,  # sprites cover more of an image than subjects of photographs
 )
 
 
 def samples_seen(out: Path) -> dict[str, int]:
-    """Stage -> training samples behind its weights."""
-    return {stage: checkpoint_state(out / stage / "checkpoint")["samples"] for stage in EXPORTED}
+    """Number of training samples of each stage."""
+    return {stage: checkpoint_state(out / stage / "checkpoint")["samples"] for stage in STAGES_IN_MODEL}
 
 
 def build_pipeline(out: Path) -> RealCustomPipeline:
-    """The pipeline of the stages' averaged weights, fp32 on the CPU."""
+    """A pipeline with the EMA weights of all stages, in float32 on the CPU."""
     model, encoders = load_base(out), load_vision(out)
     model.unet.set_attn_processor(AttnProcessor())
     for encoder in (model.text_encoder, model.text_encoder_2, encoders.siglip, encoders.dino):
@@ -58,23 +58,23 @@ def build_pipeline(out: Path) -> RealCustomPipeline:
         image_encoder_2=encoders.dino,
         adapter=load_adapter(out, model),
         realcustom_config=RealCustomConfig(sampling=SAMPLING, vision=MINI_VISION),
-        force_zeros_for_empty_prompt=False,  # captions were dropped to "" in training
+        force_zeros_for_empty_prompt=False,  # caption dropout in training uses ""
     )
 
 
 def export(out: Path, target: Path) -> None:
-    """Write the model beside `target` and swap it in, so that a reader never finds half a model."""
+    """Write the model to `target`. It is written next to an existing one and then swapped, so it is always complete."""
     pipeline = build_pipeline(out).to(torch.float16)
-    fresh = target.with_name(target.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    pipeline.save_pretrained(fresh, safe_serialization=True)
+    new = target.with_name(target.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    pipeline.save_pretrained(new, safe_serialization=True)
     vocabulary = {"subjects": list(TRAINED), "scenes": list(SCENES)}
-    (fresh / "vocabulary.json").write_text(json.dumps(vocabulary, indent=2) + "\n")
-    (fresh / TRAINING).write_text(json.dumps(samples_seen(out), indent=2) + "\n")
+    (new / "vocabulary.json").write_text(json.dumps(vocabulary, indent=2) + "\n")
+    (new / TRAINING).write_text(json.dumps(samples_seen(out), indent=2) + "\n")
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    fresh.rename(target)
+    new.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-    log.info("wrote %s, %.1f MB", target, sum(f.stat().st_size for f in target.rglob("*") if f.is_file()) / 1e6)
+    log.info("Wrote %s, %.1f MB.", target, sum(f.stat().st_size for f in target.rglob("*") if f.is_file()) / 1e6)

@@ -1,48 +1,53 @@
-"""Pictures <-> the latents diffusion works on: the trained VAE with its scaling factor."""
+"""Encoding of images into scaled latents and back, by the trained VAE."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .checkpoint import load_average
-from .data.render import RenderPictures
-from .networks import build_vae
-from .pictures import to_signed
+from .checkpoint import load_ema
+from .data.render import RenderImages
+from .images import to_signed
+from .networks import build_vae, module_to
 from .precision import autocast
 
 
 class LatentCodec:
-    """The frozen VAE of `out/vae`; `scaling_factor` is 1 / (root mean square of its latents), measured once."""
+    """The frozen VAE of `out/vae` with its scaling factor.
+
+    `scaling_factor` is 1 / (root mean square of the latents). It is measured once and stored beside the checkpoint.
+    """
 
     def __init__(self, out: Path, device: str = "cpu") -> None:
         self.device = device
-        self.vae = load_average(out / "vae" / "checkpoint", build_vae()).to(device).requires_grad_(False)
-        self.vae.to(memory_format=torch.channels_last)
+        vae = load_ema(out / "vae" / "checkpoint", build_vae())
+        self.vae = module_to(vae, device, torch.channels_last).requires_grad_(False)
         measured = out / "vae" / "scaling_factor.json"
         if not measured.exists():
             self.scaling_factor = 1.0
-            latents = self.encode(to_signed(RenderPictures(seed=98)(range(256))["pixels"])).float()
+            latents = self.encode(to_signed(RenderImages(seed=98)(range(256))["pixels"])).float()
             measured.write_text(json.dumps(round(1 / float(latents.pow(2).mean().sqrt()), 4)))
         self.scaling_factor = json.loads(measured.read_text())
         self.vae.register_to_config(scaling_factor=self.scaling_factor)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """[B, 3, S, S] in [-1, 1] -> [B, 4, S / 4, S / 4]."""
+        """Images [B, 3, S, S] in [-1, 1] -> scaled latents [B, 4, S / 4, S / 4]."""
         parts = [
-            self._autocast(lambda chunk: self.vae.encode(chunk).latent, chunk)
+            self._autocast(lambda chunk: self.vae.encode(chunk, return_dict=False)[0], chunk)
             for chunk in pixels.to(self.device).split(32)
         ]
         return torch.cat(parts).float() * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, 4, h, w] -> images [B, 3, 4h, 4w], about in [-1, 1]."""
         return self._autocast(
-            lambda z: self.vae.decode(z).sample, latents.to(self.device) / self.scaling_factor
+            lambda z: self.vae.decode(z, return_dict=False)[0], latents.to(self.device) / self.scaling_factor
         ).float()
 
-    def _autocast(self, function, values: Tensor) -> Tensor:
+    def _autocast(self, function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
         with autocast(self.device):
             return function(values.contiguous(memory_format=torch.channels_last))

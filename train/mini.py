@@ -1,45 +1,63 @@
-"""The recipe of the embedded model: `python -m train.mini STAGE --out FOLDER`.
+"""Training of the embedded model: `python -m train.mini STAGE --out FOLDER`.
 
-Stages in order: sprites (or start, from a shipped model), tokenizer, vae, base, vision, adapter, judges, evaluate,
-export. Each keeps checkpoints under `FOLDER/STAGE` and takes up where it left off. Worker processes import this file
-again, so heavy imports wait.
+Stages in order: sprites (or start, to continue from an exported model), tokenizer, vae, base, vision, adapter,
+classifiers, evaluate, export. Each stage keeps its checkpoints in `FOLDER/STAGE` and resumes from them.
+
+Imports are inside the functions that need them: `--help` is then fast, and worker processes import this file again.
 """
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-STAGES = ("sprites", "start", "tokenizer", "vae", "base", "vision", "adapter", "judges", "evaluate", "export")
+EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "mini"
+STAGES = (
+    "sprites", "start", "tokenizer", "vae", "base", "vision", "adapter", "classifiers", "evaluate", "export",
+)  # fmt: skip
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m train.mini", description="Train the embedded model, stage by stage."
+        prog="python -m train.mini", description="Train the embedded model, stage by stage. See docs/training.md."
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, outside the source tree")
-    parser.add_argument("--sprites", type=Path, help="stage sprites: `assets` folder of the unpacked npm package")
+    parser.add_argument("--sprites", type=Path, help="sprites: `assets` folder of the unpacked npm package")
     parser.add_argument(
-        "--model", type=Path, default=Path("assets/mini"), help="stages start, export and evaluate: the model"
+        "--model",
+        type=Path,
+        default=EMBEDDED_MODEL,
+        help="start, evaluate: model to read; export: model to write (default: the embedded model, assets/mini)",
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
-    parser.add_argument("--device", help="default: a GPU if there is one, else the CPU")
+    parser.add_argument("--threads", type=int, help="number of CPU threads (default: chosen by PyTorch)")
+    parser.add_argument("--device", help="torch device (default: cuda if available, else cpu)")
     parser.add_argument(
-        "--max-samples", type=int, help="train to this many samples in all; the learning rate ends there"
+        "--max-samples", type=int, help="total number of training samples; the learning rate falls toward this end"
     )
-    parser.add_argument("--max-seconds", type=float, help="stop after so long; the next call resumes")
+    parser.add_argument("--max-seconds", type=float, help="stop after this time; the next call resumes")
     parser.add_argument(
-        "--compile", action="store_true", help="stages base and adapter: a fifth faster after two minutes"
+        "--compile",
+        action="store_true",
+        help="base, adapter: compile the UNet (on a CPU 20%% faster after two minutes of compilation)",
     )
-    parser.add_argument("--individuals", type=int, default=200, help="stage evaluate: how many in each task")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--instances", type=int, default=200, help="evaluate: number of instances per task (default: %(default)s)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one stage; `argv` defaults to the command line."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
     if args.stage == "sprites":
         from .data.sprites import prepare_sprites
 
         if args.sprites is None:
-            parser.error("stage sprites needs --sprites, the `assets` folder of the npm package")
+            parser.error("stage sprites needs --sprites, the `assets` folder of the unpacked npm package")
         prepare_sprites(args.sprites)
         return
 
@@ -73,14 +91,18 @@ def main() -> None:
         from .stages.adapter import train_adapter
 
         train_adapter(args.out, compiled=args.compile, **options)
-    elif args.stage == "judges":
-        from .evaluate.judges import train_judges
+    elif args.stage == "classifiers":
+        from .evaluate.classifiers import train_classifiers
 
-        train_judges(args.out / "judges", **options)
+        train_classifiers(args.out / "classifiers", **options)
     elif args.stage == "evaluate":
+        from realcustom.pipeline import RealCustomPipeline
+
+        from .evaluate.classifiers import load_classifiers
         from .evaluate.report import evaluate
 
-        evaluate(args.model, args.out, num_individuals=args.individuals, device=device)
+        pipeline = RealCustomPipeline.from_pretrained(args.model).to(device)
+        evaluate(pipeline, load_classifiers(args.out), args.out / "evaluate", args.instances)
     else:
         from .export import export
 

@@ -1,29 +1,45 @@
-"""The embedded model's networks: SDXL's shape with every number shrunk, all of them stock diffusers and transformers
-classes."""
+"""Networks of the embedded model: the architecture of SDXL at a small size.
 
+All of them are classes of diffusers and transformers.
+"""
+
+from typing import TypeVar
+
+import torch
 from diffusers import AutoencoderDC, DDIMScheduler, UNet2DConditionModel
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    PreTrainedTokenizerBase,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
-PICTURE_SIZE = 128  # px
-LATENT_FACTOR = 4  # px per latent
+IMAGE_SIZE = 128  # px
+LATENT_FACTOR = 4  # px per latent position
 TEXT_LENGTH = 32  # tokens
 TEXT_WIDTH = 64  # channels of each of the two text encoders
 VISION_SIZE = 64  # px of a vision encoder's input
-VISION_WIDTH = 96
+VISION_WIDTH = 96  # channels of each of the two vision encoders
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def module_to(module: ModuleT, device: str, memory_format: torch.memory_format = torch.preserve_format) -> ModuleT:
+    """`module.to(...)` with a precise return type, which the classes of diffusers do not declare."""
+    nn.Module.to(module, device, memory_format=memory_format)
+    return module
 
 
 def build_vae() -> AutoencoderDC:
-    """128 px -> 4 x 32 x 32. Without layers at full resolution its convolutions there cost next to nothing.
+    """128 px -> latents [4, 32, 32].
 
-    Its cost on a CPU is memory traffic, so the half-resolution level is thin (24 channels).
+    On a CPU its cost is memory traffic. The full-resolution level therefore has no layers, and the half-resolution
+    level has 24 channels.
     """
     return AutoencoderDC(
         in_channels=3,
@@ -40,8 +56,9 @@ def build_vae() -> AutoencoderDC:
 
 
 def build_unet() -> UNet2DConditionModel:
+    """Cross-attention at the second and third level, as in SDXL."""
     return UNet2DConditionModel(
-        sample_size=PICTURE_SIZE // LATENT_FACTOR,
+        sample_size=IMAGE_SIZE // LATENT_FACTOR,
         in_channels=4,
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -59,7 +76,10 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def build_text_encoders(tokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+def build_text_encoders(
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """Two CLIP text encoders of the same size; the second also returns the pooled text."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -77,6 +97,7 @@ def build_text_encoders(tokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProj
 
 
 def build_scheduler() -> DDIMScheduler:
+    """Velocity prediction with zero terminal SNR: the last timestep is pure noise, as at the start of sampling."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="scaled_linear",
@@ -91,11 +112,24 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_vision_encoders() -> tuple[SiglipVisionModel, Dinov2WithRegistersModel]:
-    shape = dict(
-        image_size=VISION_SIZE, patch_size=8, hidden_size=VISION_WIDTH, num_hidden_layers=5, num_attention_heads=3
+    """64 px -> 8 x 8 tokens of 96 channels per encoder."""
+    siglip = SiglipVisionConfig(
+        image_size=VISION_SIZE,
+        patch_size=8,
+        hidden_size=VISION_WIDTH,
+        num_hidden_layers=5,
+        num_attention_heads=3,
+        intermediate_size=4 * VISION_WIDTH,
+        hidden_act="gelu",
+        vision_use_head=False,
     )
-    siglip = SiglipVisionModel(
-        SiglipVisionConfig(**shape, intermediate_size=4 * VISION_WIDTH, hidden_act="gelu", vision_use_head=False)
+    dino = Dinov2WithRegistersConfig(
+        image_size=VISION_SIZE,
+        patch_size=8,
+        hidden_size=VISION_WIDTH,
+        num_hidden_layers=5,
+        num_attention_heads=3,
+        mlp_ratio=4,
+        num_register_tokens=4,
     )
-    dino = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape, mlp_ratio=4, num_register_tokens=4))
-    return siglip, dino
+    return SiglipVisionModel(siglip), Dinov2WithRegistersModel(dino)

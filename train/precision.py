@@ -1,5 +1,4 @@
-"""How training computes on a device: in bfloat16 where that is faster, in float32 elsewhere; attention by the kernel
-that is faster forwards and backwards."""
+"""Numerical precision and attention kernel of training, chosen by device."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -10,10 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @cache
 def prefers_bfloat16(device_type: str) -> bool:
-    """Whether bfloat16 is faster than float32.
+    """Whether training is faster in bfloat16 than in float32.
 
-    A CPU without instructions for it emulates them, hundreds of times slower. AVX-512's alone lose more by converting
-    than they gain: the UNet's training steps were a third slower with them. It takes AMX.
+    A CPU needs AMX for that. Without bfloat16 instructions it emulates them, which is hundreds of times slower. With
+    AVX-512 alone, conversions cost more than they save: training steps of the UNet take a third longer.
     """
     if device_type != "cpu":
         return True
@@ -22,11 +21,12 @@ def prefers_bfloat16(device_type: str) -> bool:
 
 
 def autocast(device: str) -> torch.autocast:
-    """The context of every stage's forward passes; weights stay float32."""
+    """Context of the forward passes of every stage. Weights stay in float32."""
     device_type = device.split(":")[0]
     return torch.autocast(device_type, torch.bfloat16, enabled=prefers_bfloat16(device_type))
 
 
 def differentiable_attention(device: str) -> AbstractContextManager:
-    """On a CPU the fused kernel runs backwards at half the speed of softmax written out."""
+    """Context that selects the attention kernel. On a CPU, the backward pass of the fused kernel takes twice as long as
+    that of the math kernel."""
     return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()

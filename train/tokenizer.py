@@ -1,7 +1,7 @@
-"""The embedded model's tokenizer: CLIP's byte-level BPE, trained on the sprite world's captions and common English
+"""Tokenizer of the embedded model: CLIP's byte-level BPE, trained on captions of the sprite world and common English
 words.
 
-Every byte is in the vocabulary, so any prompt can be tokenized; the world's own words are one token each.
+Every byte is in the vocabulary, so any prompt can be tokenized. Each word of the sprite world is one token.
 """
 
 import json
@@ -14,7 +14,7 @@ from .data.sprite_world import SpriteWorld
 from .data.sprites import CATEGORIES
 from .networks import TEXT_LENGTH
 
-# So that prompts beyond the world's own words do not fall apart into bytes.
+# Keeps words outside the sprite world from being split into single bytes.
 COMMON_WORDS = """
 the of and to a in is it you that he was for on are with as his they be at one have this from or had by but what some we
 can out other were all there when up use your how said an each she which do their time if will way about many then them
@@ -43,7 +43,7 @@ def _corpus() -> list[str]:
 
 
 def train_tokenizer(folder: Path) -> None:
-    """Train and save vocab.json, merges.txt and the tokenizer's configuration."""
+    """Train the tokenizer and save vocab.json, merges.txt and its configuration to `folder`."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -59,22 +59,24 @@ def train_tokenizer(folder: Path) -> None:
     tokenizer.train_from_iterator(_corpus(), trainer)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, *(c + "</w>" for c in alphabet)]
-    known = set(tokens)
-    for pair in merges:
-        if (merged := "".join(pair)) not in known:
-            known.add(merged)
-            tokens.append(merged)
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: i for i, token in enumerate(tokens)}
+    vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
     folder.mkdir(parents=True, exist_ok=True)
-    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH).save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+    vocab_path.write_text(json.dumps(_vocabulary(merges), ensure_ascii=False))
+    merges_path.write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+    tokenizer = CLIPTokenizer(vocab=str(vocab_path), merges=str(merges_path), model_max_length=TEXT_LENGTH)
+    tokenizer.save_pretrained(folder)
+
+
+def _vocabulary(merges: list[tuple[str, ...]]) -> dict[str, int]:
+    """Token -> id in CLIP's order: bytes, bytes that end a word, merges, special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
+    unique = dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"])
+    return {token: i for i, token in enumerate(unique)}
 
 
 def load_tokenizer(out: Path) -> CLIPTokenizer:
+    """The tokenizer in `out/tokenizer`; trained first if it does not exist (a few seconds)."""
     folder = out / "tokenizer"
     if not folder.exists():
         train_tokenizer(folder)

@@ -1,7 +1,7 @@
-"""Stage `start`: a shipped model -> checkpoints to train on from, where those of its making are gone.
+"""Stage `start`: writes checkpoints from an exported model, to continue its training.
 
-Weights and sample counts are the model's; optimizers begin anew and warm up. The vision encoders' training heads are
-not shipped, so that stage begins with fresh heads upon trained encoders.
+Weights and sample counts are those of the model. An exported model contains no optimizer state, so the optimizers start
+anew with a warmup, and no training heads of the vision encoders, so stage `vision` starts with new heads.
 """
 
 import json
@@ -13,21 +13,23 @@ from torch import nn
 
 from realcustom.pipeline import RealCustomPipeline
 
-from .checkpoint import Average, find_checkpoint, save_checkpoint
-from .export import EXPORTED, TRAINING
+from .checkpoint import EMA, find_checkpoint, save_checkpoint
+from .export import STAGES_IN_MODEL, TRAINING
 from .loop import new_optimizer
 from .stages import adapter, base, vae, vision
 
 
 def warm_start(model: Path, out: Path) -> None:
-    """Write checkpoints under `out` for every stage that `model` has been trained in.
+    """Write a checkpoint to `out/STAGE/checkpoint` for every stage that `model` has been trained in.
 
     Raises:
-        FileExistsError: a stage has a checkpoint of its own already.
+        FileExistsError: a stage already has a checkpoint in `out`.
     """
-    for stage in EXPORTED:
+    for stage in STAGES_IN_MODEL:
         if find_checkpoint(out / stage / "checkpoint") is not None:
-            raise FileExistsError(f"{out / stage} has a checkpoint already; it would be lost. Choose another folder.")
+            raise FileExistsError(
+                f"{out / stage} already has a checkpoint, which would be overwritten. Choose another folder with --out."
+            )
     samples = json.loads((model / TRAINING).read_text())
     pipeline = RealCustomPipeline.from_pretrained(model, dtype=torch.float32)
     shutil.copytree(model / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
@@ -35,13 +37,13 @@ def warm_start(model: Path, out: Path) -> None:
     text_to_image = base.TextToImage(pipeline.tokenizer)
     for part in ("unet", "text_encoder", "text_encoder_2"):
         getattr(text_to_image, part).load_state_dict(getattr(pipeline, part).state_dict())
-    teacher = vision.VisionTeacher()
-    teacher.siglip.load_state_dict(pipeline.image_encoder.state_dict())
-    teacher.dino.load_state_dict(pipeline.image_encoder_2.state_dict())
+    pretrainer = vision.VisionPretrainer()
+    pretrainer.siglip.load_state_dict(pipeline.image_encoder.state_dict())
+    pretrainer.dino.load_state_dict(pipeline.image_encoder_2.state_dict())
     modules: dict[str, tuple[nn.Module, int]] = {
         "vae": (pipeline.vae, vae.BATCH_SIZE),
         "base": (text_to_image, base.BATCH_SIZE),
-        "vision": (teacher, vision.BATCH_SIZE),
+        "vision": (pretrainer, vision.BATCH_SIZE),
         "adapter": (pipeline.adapter, adapter.BATCH_SIZE),
     }
     for stage, (module, batch_size) in modules.items():
@@ -49,7 +51,7 @@ def warm_start(model: Path, out: Path) -> None:
             continue
         module.requires_grad_(True)
         step = samples[stage] // batch_size
-        state = {"step": step, "samples": step * batch_size, "begun": step}
-        optimizer = new_optimizer(module.parameters())
-        save_checkpoint(out / stage / "checkpoint", module, Average(module, 0.0), optimizer, state)
+        state = {"step": step, "samples": step * batch_size, "warmup_start_step": step}
+        optimizer = new_optimizer(list(module.parameters()))
+        save_checkpoint(out / stage / "checkpoint", module, EMA(module, 0.0), optimizer, state)
     (out / "vae" / "scaling_factor.json").write_text(json.dumps(pipeline.vae.config.scaling_factor))

@@ -1,1 +1,1 @@
-"""Training data: the sprite world, made on the fly from seeds."""
+"""Training data: the sprite world, rendered on demand from seeds."""

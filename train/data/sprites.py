@@ -1,10 +1,9 @@
-"""Sprites and instances: one cut-out drawing per category, recoloured into endless different individuals.
+"""Sprites and instances: one drawing per category, recolored into many different instances.
 
-An instance is a category and a number; the number seeds everything that makes the individual: colours of its regions,
-saturation, brightness and a pattern. Numbers below `HELD_OUT` are for training; those from there on are never trained
-on.
+An instance is a category and a number. The number seeds everything that distinguishes the instance: the colors of its
+regions, their strength and a pattern. Numbers from `HELD_OUT` on are never used in training.
 
-Legend: H, W size of a sprite; colours are fp32 RGB in [0, 1]; R regions of a sprite.
+Legend: H, W size of a sprite; R regions of a sprite; colors are float32 RGB in [0, 1].
 """
 
 import colorsys
@@ -40,33 +39,34 @@ TRAINED = {
 }
 HELD_OUT_CATEGORIES = {"turtle": "1f422", "house": "1f3e0"}
 CATEGORIES = {**TRAINED, **HELD_OUT_CATEGORIES}
-HELD_OUT = 1_000_000  # first instance number that is never trained on
+HELD_OUT = 1_000_000  # first instance number that training never uses
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One individual: `number` 0 is the drawing as it came, every other number a recolouring of its own."""
+    """One subject: `number` 0 is the original drawing, any other number is a recolored one."""
 
     category: str
     number: int
 
     @property
     def held_out(self) -> bool:
+        """Whether training never uses this instance."""
         return self.number >= HELD_OUT or self.category in HELD_OUT_CATEGORIES
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """A drawing and what every individual of it shares.
+    """The drawing of a category, prepared for recoloring.
 
     Attributes:
-        colour, alpha: [H, W, 3] and [H, W, 1] in [0, 1].
-        regions: [R, H, W, 1] soft, sum 1, the largest coloured one first.
-        shade, highlight: [R, H, W, 1]; how dark or bright each place is within its region, see `_tint`.
-        keep: [H, W, 1], 1 where the drawing is so dark (eyes, outlines) that it is never repainted.
+        color, alpha: [H, W, 3] and [H, W, 1] in [0, 1].
+        regions: soft assignment of pixels to regions, [R, H, W, 1] with sum 1; the largest region comes first.
+        shade, highlight: brightness of each pixel relative to its region, [R, H, W, 1]; see `_tint`.
+        keep: 1 for dark pixels (eyes, outlines), which are never recolored, [H, W, 1].
     """
 
-    colour: np.ndarray
+    color: np.ndarray
     alpha: np.ndarray
     regions: np.ndarray
     shade: np.ndarray
@@ -75,7 +75,7 @@ class Sprite:
 
 
 def prepare_sprites(package_assets: Path, target: Path = SPRITES, size: int = 128) -> list[Path]:
-    """Copy the drawings this world uses out of the unpacked npm package, scaled to `size` px."""
+    """Copy the drawings of all categories from the unpacked npm package, scaled to `size` px; returns their paths."""
     written = []
     for category, code in CATEGORIES.items():
         drawing = Image.open(package_assets / f"{code}.webp").convert("RGBA")
@@ -88,55 +88,56 @@ def prepare_sprites(package_assets: Path, target: Path = SPRITES, size: int = 12
 
 @cache
 def load_sprite(category: str) -> Sprite:
-    """The drawing of a category, cropped to its outline; KeyError for an unknown category."""
+    """The drawing of a category, cropped to its outline. Raises KeyError if the category is unknown."""
     drawing = Image.open(SPRITES / category / f"{CATEGORIES[category]}.webp").convert("RGBA")
     drawing = drawing.crop(drawing.getbbox())
     scale = SPRITE_SIZE / max(drawing.size)
     drawing = drawing.resize([max(1, round(side * scale)) for side in drawing.size], Image.Resampling.LANCZOS)
     values = np.asarray(drawing, dtype=np.float32) / 255
-    colour, alpha = values[..., :3], values[..., 3:]
-    regions = _regions(colour, alpha[..., 0] > 0.5)
-    light = colour.max(-1, keepdims=True)
+    color, alpha = values[..., :3], values[..., 3:]
+    regions = _regions(color, alpha[..., 0] > 0.5)
+    light = color.max(-1, keepdims=True)
     inside = regions * (alpha > 0.5)
     mean = (light * inside).sum((1, 2), keepdims=True) / np.maximum(1e-6, inside.sum((1, 2), keepdims=True))
     relative = light / np.maximum(0.3, mean)  # [R, H, W, 1]
     keep = np.clip((0.32 - light) * 10, 0, 1)
-    return Sprite(colour, alpha, regions, np.minimum(relative, 1), np.clip(relative - 1, 0, 0.4), keep)
+    return Sprite(color, alpha, regions, np.minimum(relative, 1), np.clip(relative - 1, 0, 0.4), keep)
 
 
-def _regions(colour: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Soft k-means of the colours into regions, farthest-point start so that it is the same every time."""
-    pixels = colour[inside]
-    centres = [pixels.mean(0)]
+def _regions(color: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Soft k-means of the colors, [R, H, W, 1]. The farthest-point initialization makes it deterministic."""
+    pixels = color[inside]
+    centers = [pixels.mean(0)]
     for _ in range(NUM_REGIONS - 1):
-        distance = np.min([((pixels - c) ** 2).sum(-1) for c in centres], axis=0)
-        centres.append(pixels[distance.argmax()])
-    centres = np.stack(centres)
+        distance = np.min([((pixels - c) ** 2).sum(-1) for c in centers], axis=0)
+        centers.append(pixels[distance.argmax()])
+    centers = np.stack(centers)
+    counts = np.zeros(NUM_REGIONS, int)
     for _ in range(12):
-        nearest = ((pixels[:, None] - centres) ** 2).sum(-1).argmin(1)
-        centres = np.stack([pixels[nearest == i].mean(0) if (nearest == i).any() else c for i, c in enumerate(centres)])
-    counts = np.bincount(nearest, minlength=NUM_REGIONS)
-    dark = centres.max(1) < 0.35  # eyes and outlines are not what an individual is recognised by
+        nearest = ((pixels[:, None] - centers) ** 2).sum(-1).argmin(1)
+        counts = np.bincount(nearest, minlength=NUM_REGIONS)
+        centers = np.stack([pixels[nearest == i].mean(0) if counts[i] else c for i, c in enumerate(centers)])
+    dark = centers.max(1) < 0.35  # eyes and outlines do not distinguish instances
     order = np.argsort(-(counts * np.where(dark, 0.1, 1.0)))
-    distance = ((colour[None] - centres[order][:, None, None]) ** 2).sum(-1, keepdims=True)
+    distance = ((color[None] - centers[order][:, None, None]) ** 2).sum(-1, keepdims=True)
     weights = np.exp(-distance / 0.01 + (distance / 0.01).min(0))
     return (weights / weights.sum(0)).astype(np.float32)
 
 
-def _random_colour(rng: np.random.Generator) -> np.ndarray:
+def _random_color(rng: np.random.Generator) -> np.ndarray:
     hue, saturation, value = rng.random(), rng.uniform(0.25, 0.95), rng.uniform(0.45, 1.0)
     return np.array(colorsys.hsv_to_rgb(hue, saturation, value), dtype=np.float32)
 
 
 def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray | None:
-    """Stripes, spots or nothing, [H, W, 1] in [0, 1]."""
-    kind = rng.choice(3, p=(0.4, 0.35, 0.25))
-    if kind == 0:
+    """A random mask of stripes or spots, [H, W, 1] in [0, 1], or None for no pattern."""
+    pattern = rng.choice(("none", "stripes", "spots"), p=(0.4, 0.35, 0.25))
+    if pattern == "none":
         return None
     y, x = np.mgrid[:height, :width].astype(np.float32)
     period, angle = rng.uniform(14, 26), rng.uniform(0, np.pi)
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    if kind == 1:
+    if pattern == "stripes":
         wave = np.sin(along * (2 * np.pi / period)) - rng.uniform(-0.2, 0.4)
         return np.clip(wave * 3 + 0.5, 0, 1)[..., None]
     half = period / 2
@@ -145,28 +146,28 @@ def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray | 
 
 
 def _tint(sprite: Sprite, region: int, target: np.ndarray) -> np.ndarray:
-    """`target` with the shading of the region it replaces: darker parts stay darker, highlights stay bright."""
+    """`target` with the shading of the region it replaces, so that shadows stay dark and highlights stay bright."""
     return sprite.shade[region] * (target + (1 - target) * sprite.highlight[region])
 
 
 @lru_cache(maxsize=512)
 def draw_instance(instance: Instance) -> Image.Image:
-    """The individual, upright, RGBA, longest side `SPRITE_SIZE` px."""
+    """The instance, upright, RGBA; its longest side is `SPRITE_SIZE` px. The image is cached."""
     sprite = load_sprite(instance.category)
-    colour = sprite.colour
+    color = sprite.color
     if instance.number:
         seed = (list(CATEGORIES).index(instance.category), instance.number)
         rng = np.random.default_rng(seed)
-        painted = np.zeros_like(colour)
+        painted = np.zeros_like(color)
         for i, region in enumerate(sprite.regions):
-            target, strength = _random_colour(rng), rng.uniform(0.75, 0.95)
+            target, strength = _random_color(rng), rng.uniform(0.75, 0.95)
             if i and rng.random() < 0.5:
-                strength = 0.0  # part of the original keeps the category recognisable
-            painted += region * (colour * (1 - strength) + _tint(sprite, i, target) * strength if strength else colour)
-        pattern, second = _pattern(rng, *colour.shape[:2]), _random_colour(rng)
+                strength = 0.0  # original colors keep the category recognizable
+            painted += region * (color * (1 - strength) + _tint(sprite, i, target) * strength if strength else color)
+        pattern, second = _pattern(rng, *color.shape[:2]), _random_color(rng)
         if pattern is not None:
             amount = pattern * sprite.regions[0] * 0.85
             painted = painted * (1 - amount) + _tint(sprite, 0, second) * amount
-        colour = painted * (1 - sprite.keep) + colour * sprite.keep
-    rgba = np.concatenate([colour, sprite.alpha], axis=-1)
-    return Image.fromarray((rgba * 255 + 0.5).astype(np.uint8), "RGBA")
+        color = painted * (1 - sprite.keep) + color * sprite.keep
+    rgba = np.concatenate([color, sprite.alpha], axis=-1)
+    return Image.fromarray((rgba * 255 + 0.5).astype(np.uint8))

@@ -1,1 +1,1 @@
-"""How good the embedded model is, in numbers: judges trained apart from it, and the report they write."""
+"""Evaluation of the embedded model by classifiers that are trained independently of it."""

@@ -1,4 +1,4 @@
-"""What the evaluation asks for: held-out individuals in a scene, in each of the three tasks."""
+"""Evaluation cases: held-out instances in a scene, for each of the three tasks."""
 
 from typing import Literal, get_args
 
@@ -9,49 +9,55 @@ from realcustom.request import Request, Subject
 
 from ..data.scenes import SCENES
 from ..data.sprite_world import (
-    KINDS,
-    another_kind,
+    TRAINED_CATEGORIES,
+    another_category,
     compose,
     make_reference,
     random_instance,
-    scene_ground,
+    scene_background,
     with_article,
 )
 
 Task = Literal["One2One", "One2Many", "Many2Many"]
 TASKS: tuple[Task, ...] = get_args(Task)
-CANDIDATES = 10
-HALF = 0.56  # side of the square around one of two subjects, in sides of the picture
-HALF_TOP = 0.31  # its upper edge: subjects that share a picture stand in its lower half
+NUM_CANDIDATES = 10  # the right instance and nine same-category distractors
+# The square that shows one of two subjects, as fractions of the image side. Two subjects stand in the lower half.
+CROP_SIDE = 0.56
+CROP_TOP = 0.31
 
 
 class Case:
-    """One or two held-out individuals, a scene to put them into, and nine others of each one's kind.
+    """One or two held-out instances to generate in a scene, and nine same-category distractors for each.
 
-    One2Many and Many2Many of an index ask for the same individuals, once from one picture of both and once from two.
+    One2Many and Many2Many cases of the same index have the same instances. One2Many gives one image of both, Many2Many
+    one image of each.
 
     Attributes:
-        categories: target words, the left subject first, as training captions name them.
-        references: per subject a view of each candidate, that of the right one first.
-        given: per subject the picture that the model gets; other views than the judge compares with.
-        truth: what a perfect model could have made.
+        categories: target words, from left to right, in the order of training captions.
+        references: per subject, one image of each candidate; the right instance comes first.
+        given: per subject, the reference image for the model. It differs from the images in `references`.
+        truth: a real image of the instances in the scene.
     """
 
     def __init__(self, index: int, task: Task = "One2One") -> None:
-        number = 1 if task == "One2One" else 2
-        rng = np.random.default_rng((6, index, number - 1))
+        num_subjects = 1 if task == "One2One" else 2
+        rng = np.random.default_rng((6, index, num_subjects - 1))
         self.index, self.task = index, task
         self.scene = int(rng.integers(len(SCENES)))
-        first = KINDS[index % len(KINDS)]
-        self.categories = (first,) if number == 1 else (first, another_kind(rng, first))
-        individuals = [[random_instance(rng, kind, "held_out") for _ in range(CANDIDATES)] for kind in self.categories]
-        self.references = [[make_reference(rng, (one,), on_scene=0.0) for one in kin] for kin in individuals]
-        right = tuple(kin[0] for kin in individuals)
-        # A picture of both shows them in either order.
-        given = [right[:: rng.choice([1, -1])]] if task == "One2Many" else [(one,) for one in right]
-        pictures = [make_reference(rng, shown, on_scene=0.0) for shown in given]
-        self.given = pictures * number if task == "One2Many" else pictures
-        self.truth = scene_ground(rng, SCENES[self.scene])
+        first = TRAINED_CATEGORIES[index % len(TRAINED_CATEGORIES)]
+        self.categories = (first,) if num_subjects == 1 else (first, another_category(rng, first))
+        candidates = [
+            [random_instance(rng, category, "held_out") for _ in range(NUM_CANDIDATES)] for category in self.categories
+        ]
+        self.references = [
+            [make_reference(rng, (instance,), on_scene=0.0) for instance in instances] for instances in candidates
+        ]
+        right = tuple(instances[0] for instances in candidates)
+        # An image of both instances shows them in random order.
+        shown = [right[:: rng.choice([1, -1])]] if task == "One2Many" else [(instance,) for instance in right]
+        images = [make_reference(rng, instances, on_scene=0.0) for instances in shown]
+        self.given = images * num_subjects if task == "One2Many" else images
+        self.truth = scene_background(rng, SCENES[self.scene])
         compose(rng, right, self.truth)
 
     @property
@@ -59,21 +65,20 @@ class Case:
         return f"{' and '.join(map(with_article, self.categories))} {SCENES[self.scene]}"
 
     def request(self, **settings) -> Request:
-        """`settings` are those of a way to make it, see `report.WAYS`."""
+        """The request for this case. `settings` are those of a condition, see `report.CONDITIONS`."""
         subjects = tuple(
-            Subject(image=picture, target_phrase=category) for picture, category in zip(self.given, self.categories)
+            Subject(image=image, target_phrase=category) for image, category in zip(self.given, self.categories)
         )
         return Request(prompt=self.prompt, seed=self.index, **{"subjects": subjects, **settings})
 
-    def views(self, picture: Image.Image) -> list[Image.Image]:
-        """Per subject the part of a picture that should show it; a single one has all of it."""
-        return [picture] if len(self.categories) == 1 else [half(picture, side) for side in range(2)]
+    def views(self, image: Image.Image) -> list[Image.Image]:
+        """Per subject, the part of an image that should show it. For a single subject, the complete image."""
+        return [image] if len(self.categories) == 1 else [crop_subject(image, side) for side in range(2)]
 
 
-def half(picture: Image.Image, side: int) -> Image.Image:
-    """The square around the left (0) or right (1) of two subjects, as large as the picture."""
-    left = side * (1 - HALF)
-    box = (left, HALF_TOP, left + HALF, HALF_TOP + HALF)
-    return picture.resize(
-        picture.size, Image.Resampling.BICUBIC, box=tuple(b * s for b, s in zip(box, picture.size * 2))
-    )
+def crop_subject(image: Image.Image, side: int) -> Image.Image:
+    """The square that shows the left (0) or right (1) of two subjects, resized to the size of the image."""
+    left = side * (1 - CROP_SIDE)
+    fractions = (left, CROP_TOP, left + CROP_SIDE, CROP_TOP + CROP_SIDE)
+    x0, y0, x1, y1 = (fraction * side_px for fraction, side_px in zip(fractions, image.size * 2))
+    return image.resize(image.size, Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))

@@ -1,15 +1,16 @@
-"""The report: does the picture show the right individuals, what does it show at all, and is it in the right scene?
+"""Evaluation report: do the images show the right instances, the right categories and the right scene?
 
-For held-out individuals, each in a scene, several ways of making the same picture from the same seed: with guidance
-masks, with masks of ones (every reference everywhere), and from words alone; for one subject also with masks by both
-approximations. The judges pick among ten references of the same category, and name the category and the scene. Chance
-is 10%, 6.25% and 12.5%.
+Each case asks for held-out instances in a scene. It is generated from the same seed under several conditions: with
+guidance masks, with masks of ones (every reference at all positions), and with text only; for one subject also with
+guidance masks from both approximations. The classifiers choose among ten references of the same category, and predict
+the category and the scene. Chance level is 10%, 6.25% and 12.5%.
 """
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,89 +20,113 @@ from torch import Tensor
 from realcustom.pipeline import RealCustomPipeline
 
 from ..data.render import pixels_of
-from ..data.sprite_world import KINDS
-from ..pictures import save_grid, to_signed
+from ..data.sprite_world import TRAINED_CATEGORIES
+from ..images import save_grid, to_signed
 from .cases import TASKS, Case
-from .judges import load_judges
 
 log = logging.getLogger(__name__)
 
-# Way -> settings of its requests.
-WAYS: dict[str, dict] = {
+MASK_OF_ONES = "mask of ones"
+CONDITIONS: dict[str, dict[str, Any]] = {  # condition -> settings of its requests
     "masked": {},
     "masked, from the generation branch": {"mask_source": "generation_branch"},
-    "masked, at every 3rd step": {"mask_interval": 3},
-    "mask of ones": {},
-    "words alone": {"subjects": ()},
+    "masked, every 3rd step": {"mask_interval": 3},
+    MASK_OF_ONES: {},
+    "text only": {"subjects": ()},
 }
-MAIN_WAYS = ("masked", "mask of ones", "words alone")  # of the tasks with two subjects
+TWO_SUBJECT_CONDITIONS = ("masked", MASK_OF_ONES, "text only")
+UPPER_BOUND = "real images (upper bound)"
+
+Scores = dict[str, float]  # "instance", "category", "scene" -> fraction that is right
+Results = dict[str, dict[str, Scores]]  # task -> condition -> scores
+
+
+class ImageClassifiers(Protocol):
+    """What the evaluation needs of `Classifiers`; images are [B, 3, 128, 128] in [-1, 1]."""
+
+    @property
+    def scene(self) -> Callable[[Tensor], Tensor]: ...
+
+    @property
+    def category(self) -> Callable[[Tensor], Tensor]: ...
+
+    def embed(self, pixels: Tensor) -> Tensor: ...
 
 
 @torch.no_grad()
-def make_pictures(pipeline: RealCustomPipeline, cases: list[Case], way: str, batch_size: int = 8) -> list[Image.Image]:
-    pictures = []
+def generate_images(
+    pipeline: RealCustomPipeline, cases: Sequence[Case], condition: str, batch_size: int = 8
+) -> list[Image.Image]:
+    """One image per case; all cases must have the same number of subjects."""
+    images = []
     for start in range(0, len(cases), batch_size):
-        some = cases[start : start + batch_size]
-        ones = torch.ones(len(cases[0].given), 8, 8) if way == "mask of ones" else None
-        generations = [pipeline.prepare(case.request(**WAYS[way]), masks=ones) for case in some]
-        while not generations[0].done:
-            pipeline.step(generations)
-        pictures += pipeline.decode(generations)
+        batch = cases[start : start + batch_size]
+        masks = torch.ones(len(batch[0].given), 8, 8) if condition == MASK_OF_ONES else None
+        generations = [pipeline.prepare(case.request(**CONDITIONS[condition]), masks=masks) for case in batch]
+        pipeline.run(generations)
+        images += pipeline.decode(generations)
         pipeline.clear_caches()
-    log.info("%s, %s: %d pictures", cases[0].task, way, len(pictures))
-    return pictures
+    log.info("%s, %s: %d images.", cases[0].task, condition, len(images))
+    return images
 
 
-def _pixels(pictures: Sequence[Image.Image]) -> Tensor:
-    return to_signed(np.stack([pixels_of(picture) for picture in pictures]))
+def _pixels(images: Sequence[Image.Image]) -> Tensor:
+    return to_signed(np.stack([pixels_of(image) for image in images]))
 
 
-def judge(judges, cases: list[Case], pictures: list[Image.Image]) -> dict[str, float]:
-    """Fractions: of subjects the right individual picked and the category named, of pictures the scene named."""
-    views = _pixels([view for case, picture in zip(cases, pictures, strict=True) for view in case.views(picture)])
-    kin = torch.stack([judges.embed(_pixels(references)) for case in cases for references in case.references])
-    categories = torch.tensor([KINDS.index(category) for case in cases for category in case.categories])
+@torch.no_grad()
+def score(classifiers: ImageClassifiers, cases: Sequence[Case], images: Sequence[Image.Image]) -> Scores:
+    """Fraction of subjects with the right instance and category, and fraction of images with the right scene."""
+    views = _pixels([view for case, image in zip(cases, images, strict=True) for view in case.views(image)])
+    candidates = torch.stack([classifiers.embed(_pixels(refs)) for case in cases for refs in case.references])
+    similarity = (classifiers.embed(views)[:, None] @ candidates.transpose(1, 2))[:, 0]  # [views, candidates]
+    categories = torch.tensor([TRAINED_CATEGORIES.index(category) for case in cases for category in case.categories])
+    scenes = torch.tensor([case.scene for case in cases])
     right = {
-        "individual": (judges.embed(views)[:, None] @ kin.transpose(1, 2))[:, 0].argmax(-1) == 0,
-        "category": judges.category(views).argmax(-1) == categories,
-        "scene": judges.scene(_pixels(pictures)).argmax(-1) == torch.tensor([case.scene for case in cases]),
+        "instance": similarity.argmax(-1) == 0,
+        "category": classifiers.category(views).argmax(-1) == categories,
+        "scene": classifiers.scene(_pixels(images)).argmax(-1) == scenes,
     }
     return {name: float(hits.float().mean()) for name, hits in right.items()}
 
 
-def evaluate(model: Path, out: Path, num_individuals: int = 200, device: str = "cpu") -> dict[str, dict]:
-    """Write report.json, report.md and unpicked grids, one per task, to `out/evaluate`; returns the numbers.
+def evaluate(
+    pipeline: RealCustomPipeline, classifiers: ImageClassifiers, folder: Path, num_instances: int = 200
+) -> Results:
+    """Evaluate all tasks and conditions; write report.json, report.md and one image grid per task to `folder`.
+
+    The grids show the first 16 cases. Rows: the given references, then one row per condition.
 
     Args:
-        num_individuals: asked for in each task; pictures of two subjects need half as many pictures.
+        num_instances: instances per task. A task with two subjects has half as many cases.
     """
-    pipeline = RealCustomPipeline.from_pretrained(model).to(device)
-    judges = load_judges(out)
-    folder = out / "evaluate"
     folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, dict[str, float]]] = {}
+    results: Results = {}
     for task in TASKS:
-        ways = tuple(WAYS) if task == "One2One" else MAIN_WAYS
-        number = 1 if task == "One2One" else 2
-        cases = [Case(i, task) for i in range(num_individuals // number)]
-        results[task] = {"real pictures (upper bound)": judge(judges, cases, [case.truth for case in cases])}
+        num_subjects = 1 if task == "One2One" else 2
+        conditions = tuple(CONDITIONS) if num_subjects == 1 else TWO_SUBJECT_CONDITIONS
+        cases = [Case(i, task) for i in range(num_instances // num_subjects)]
+        results[task] = {UPPER_BOUND: score(classifiers, cases, [case.truth for case in cases])}
         rows = [[case.given[subject] for case in cases] for subject in range(2 if task == "Many2Many" else 1)]
-        for way in ways:
-            rows.append(make_pictures(pipeline, cases, way))
-            results[task][way] = judge(judges, cases, rows[-1])
+        for condition in conditions:
+            images = generate_images(pipeline, cases, condition)
+            results[task][condition] = score(classifiers, cases, images)
+            rows.append(images)
         columns = min(16, len(cases))
         save_grid(torch.cat([_pixels(row[:columns]) for row in rows]), folder / f"{task}.png", columns=columns)
-    (folder / "report.json").write_text(json.dumps({"individuals": num_individuals, **results}, indent=2) + "\n")
+    (folder / "report.json").write_text(json.dumps({"instances": num_instances, **results}, indent=2) + "\n")
     table = markdown(results)
     (folder / "report.md").write_text(table)
-    log.info("%d held-out individuals in each task\n%s", num_individuals, table)
+    log.info("%d held-out instances per task.\n%s", num_instances, table)
     return results
 
 
-def markdown(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    lines = ["| | | right individual of 10 | right category of 16 | right scene of 8 |", "|---|---|---|---|---|"]
-    for task, ways in results.items():
-        for way, right in ways.items():
-            numbers = " | ".join(f"{right[name]:.1%}" for name in ("individual", "category", "scene"))
-            lines.append(f"| {task} | {way} | {numbers} |")
+def markdown(results: Results) -> str:
+    """The results as a Markdown table."""
+    lines = ["| task | condition | right instance of 10 | right category of 16 | right scene of 8 |"]
+    lines.append("|---|---|---|---|---|")
+    for task, conditions in results.items():
+        for condition, scores in conditions.items():
+            cells = " | ".join(f"{scores[name]:.1%}" for name in ("instance", "category", "scene"))
+            lines.append(f"| {task} | {condition} | {cells} |")
     return "\n".join(lines) + "\n"

@@ -1,1 +1,1 @@
-"""The stages of the embedded model's recipe, in order: vae, base, vision, adapter."""
+"""Training stages of the embedded model, in order: vae, base, vision, adapter."""

@@ -1,7 +1,9 @@
-"""Stage `base`: text to image. The UNet and both text encoders, from nothing, on latents of the sprite world.
+"""Stage `base`: the text-to-image model. UNet and both text encoders are trained from scratch on latents of the sprite
+world.
 
-Most steps work on half-size pictures, three times as many a second: words, shapes and layout are learned there, as SDXL
-itself was trained. While the learning rate falls every step is of full size, for the details.
+Most steps use half-size images, which train three times as many samples per second. The model learns words, shapes and
+layout from them, as SDXL does at its first resolution. While the learning rate falls, all steps use full-size images,
+from which it learns details.
 """
 
 import math
@@ -10,27 +12,31 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from realcustom.attention import AttentionLayers
 from realcustom.recorder import AttentionRecorder
 
 from ..captions import CaptionCache
+from ..checkpoint import load_ema
 from ..data.pool import Entry, SamplePool
 from ..data.render import CAPTION_BYTES, RenderSamples, unpack_captions
-from ..diffusion import diffusion_loss, sample_latents, subject_weight
-from ..grounding import GROUNDING_WEIGHT, grounding_loss, places_of, subject_marks
+from ..diffusion import diffusion_loss, sample_latents, sample_timesteps, subject_weight
+from ..grounding import GROUNDING_WEIGHT, grounding_loss, subject_maps, subject_token_masks
+from ..images import save_grid, to_signed
 from ..latents import LatentCodec
 from ..loop import LoopConfig, run_loop
-from ..networks import LATENT_FACTOR, PICTURE_SIZE, build_scheduler, build_text_encoders, build_unet
-from ..pictures import save_grid, to_signed
+from ..networks import IMAGE_SIZE, LATENT_FACTOR, build_scheduler, build_text_encoders, build_unet
 from ..precision import autocast, differentiable_attention
 from ..tokenizer import load_tokenizer
 
 CAPTION_DROPOUT = 0.1
 BATCH_SIZE = 64
 FULL_SIZE_EVERY = 20
-TEXT_STEPS = 200_000 // BATCH_SIZE  # then the text encoders know the world's few words, stay, and cost nothing more
-GROUNDED_EVERY = 5  # a step that records attention takes a third longer; divides the above: both sizes are grounded
+# The text encoders are trained for this many steps. They then know all captions; freezing them makes text free.
+TEXT_STEPS = 200_000 // BATCH_SIZE
+# A step that records attention takes a third longer. Divides FULL_SIZE_EVERY, so that both sizes are grounded.
+GROUNDED_EVERY = 5
 PREVIEW_PROMPTS = (
     "a dog on the beach",
     "a cat in the snow",
@@ -55,22 +61,23 @@ PREVIEW_PROMPTS = (
 )
 
 
-def size_and_turn(step: int, details_from: int | None = None) -> tuple[int, int]:
-    """Picture size of a step in px, and how many earlier steps had that size.
+def resolution_of_step(step: int, full_size_from: int | None = None) -> tuple[int, int]:
+    """Image size of a step in px, and the number of earlier steps of that size.
 
-    From step `details_from` on, every step is of full size.
+    Args:
+        full_size_from: first step from which on all steps use full-size images.
     """
-    mixed = step if details_from is None else min(step, details_from)
+    mixed = step if full_size_from is None else min(step, full_size_from)
     full = mixed // FULL_SIZE_EVERY
     if mixed < step:
-        return PICTURE_SIZE, full + step - mixed
-    if step == details_from or step % FULL_SIZE_EVERY == FULL_SIZE_EVERY - 1:
-        return PICTURE_SIZE, full
-    return PICTURE_SIZE // 2, step - full
+        return IMAGE_SIZE, full + step - mixed
+    if step == full_size_from or step % FULL_SIZE_EVERY == FULL_SIZE_EVERY - 1:
+        return IMAGE_SIZE, full
+    return IMAGE_SIZE // 2, step - full
 
 
-def first_falling_step(config: LoopConfig) -> int | None:
-    """The step from which the learning rate falls; None if the run has no end."""
+def first_decay_step(config: LoopConfig) -> int | None:
+    """The step at which the learning rate starts to fall; None if the run has no end."""
     if config.max_samples is None:
         return None
     return math.ceil((1 - config.decay) * config.max_samples / config.batch_size)
@@ -79,16 +86,17 @@ def first_falling_step(config: LoopConfig) -> int | None:
 class TextToImage(nn.Module):
     """UNet and text encoders as one trainable module."""
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.unet = build_unet().to(memory_format=torch.channels_last)
+        self.unet = build_unet()
         self.text_encoder, self.text_encoder_2 = build_text_encoders(tokenizer)
         for encoder in (self.text_encoder, self.text_encoder_2):  # see `differentiable_attention`
             encoder.set_attn_implementation("eager")
+        self.to(memory_format=torch.channels_last)
 
     def tokens(self, captions: list[str]) -> Tensor:
-        """int64 [B, T]."""
+        """Token ids, int64 [B, T]."""
         return self.tokenizer(
             captions,
             padding="max_length",
@@ -98,21 +106,21 @@ class TextToImage(nn.Module):
         ).input_ids
 
     def encode_text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Penultimate states of both encoders [B, T, 128], pooled text of the second [B, 64]."""
+        """Penultimate hidden states of both encoders [B, T, 128], and the pooled text of the second [B, 64]."""
         tokens = self.tokens(captions).to(self.unet.device)
         first = self.text_encoder(tokens, output_hidden_states=True)
         second = self.text_encoder_2(tokens, output_hidden_states=True)
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
-def draw_noise(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise and time steps, the latter spread evenly over the batch so that the loss is less noisy."""
-    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-    offsets = (torch.arange(len(clean)) + torch.rand(len(clean), generator=generator)) / len(clean)
-    return noise, (offsets * 1000).long().clamp_max(999).to(clean.device)
-
-
 def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options) -> None:
+    """Train the text-to-image model; checkpoints and logs go to `out/base`.
+
+    Args:
+        out: folder of the run. The stage `vae` must have a checkpoint in it.
+        compiled: compile the UNet.
+        options: fields of `LoopConfig`.
+    """
     config = LoopConfig(
         out=out / "base", batch_size=BATCH_SIZE, learning_rate=1e-3, warmup_steps=100, decay=0.2, **options
     )
@@ -122,66 +130,64 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
     scheduler = build_scheduler()
     frozen_text = CaptionCache(model.encode_text)
     codec = LatentCodec(out, device)
-    details_from = first_falling_step(config)
+    full_size_from = first_decay_step(config)
     unet = torch.compile(model.unet, dynamic=False) if compiled else model.unet
     pools: dict[int, SamplePool] = {}
 
     def encode(raw: Entry) -> Entry:
         latents = codec.encode(to_signed(raw["pixels"])).cpu().half().numpy()
-        return {"latents": latents, "caption": raw["caption"], "where": raw["where"]}
+        return {"latents": latents, "caption": raw["caption"], "subject_bits": raw["subject_bits"]}
 
-    def pool_for(size: int, turn: int) -> SamplePool:
+    def pool_for(size: int) -> SamplePool:
         if size not in pools:
             side = size // LATENT_FACTOR
             fields = {
                 "latents": ((4, side, side), "float16"),
                 "caption": ((CAPTION_BYTES,), "uint8"),
-                "where": ((side, side), "uint8"),
+                "subject_bits": ((side, side), "uint8"),
             }
             folder = config.out / f"pool_{size}"
             render = RenderSamples(size=size)
             pools[size] = SamplePool(folder, fields, render, encode, start=8000, capacity=60_000, per_step=6)
         return pools[size]
 
-    def loss_of_step(step: int, generator: torch.Generator):
-        size, turn = size_and_turn(step, details_from)
-        pool = pool_for(size, turn)
-        pool.refresh(turn)
-        entry = pool.batch(turn, torch.rand(config.batch_size, generator=generator).numpy())
+    def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        size, pool_step = resolution_of_step(step, full_size_from)
+        pool = pool_for(size)
+        pool.refresh(pool_step)
+        entry = pool.batch(pool_step, torch.rand(config.batch_size, generator=generator).numpy())
         clean = torch.from_numpy(entry["latents"].astype(np.float32)).to(device)
-        places = places_of(torch.from_numpy(entry["where"]).to(device))
-        weight = subject_weight(places.amax(1))
+        subjects = subject_maps(torch.from_numpy(entry["subject_bits"]).to(device))
+        weight = subject_weight(subjects.amax(1))
         dropped = torch.rand(len(clean), generator=generator) < CAPTION_DROPOUT
         captions = ["" if drop else text for text, drop in zip(unpack_captions(entry["caption"]), dropped)]
-        noise, steps = draw_noise(clean, generator)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        timesteps = sample_timesteps(len(clean), generator).to(device)
         recorder = None
         if step % GROUNDED_EVERY == GROUNDED_EVERY - 1:
-            marks = subject_marks(model.tokenizer, captions).to(device)
-            recorder = AttentionRecorder(attention.levels, "all_cross", marks)
+            target_tokens = subject_token_masks(model.tokenizer, captions).to(device)
+            recorder = AttentionRecorder(attention.levels, "all_cross", target_tokens)
         recordings = recorder and recorder.layers
         with autocast(device), differentiable_attention(device), attention.attention_context(recordings=recordings):
             encode_text = model.encode_text if step < TEXT_STEPS else frozen_text
             embeds, pooled = encode_text(captions)
-            loss = diffusion_loss(unet, scheduler, clean, noise, steps, embeds, pooled, weight).mean()
+            loss = diffusion_loss(unet, scheduler, clean, noise, timesteps, embeds, pooled, weight).mean()
         if recorder is None:
             return loss, {}
-        grounding = grounding_loss(recorder.cross_maps.values(), places)
-        # The log averages over all steps.
-        return loss + GROUNDING_WEIGHT * grounding, {"grounding": GROUNDED_EVERY * float(grounding.detach())}
+        grounding = grounding_loss(recorder.cross_maps.values(), subjects)
+        return loss + GROUNDING_WEIGHT * grounding, {"grounding": float(grounding.detach())}
 
     def preview(step: int) -> None:
-        side = PICTURE_SIZE // LATENT_FACTOR
+        side = IMAGE_SIZE // LATENT_FACTOR
         noise = torch.randn(len(PREVIEW_PROMPTS), 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
         embeds, pooled = model.encode_text([*PREVIEW_PROMPTS, ""])
         latents = sample_latents(model.unet, scheduler, embeds[:-1], pooled[:-1], embeds[-1:], pooled[-1:], noise)
-        save_grid(codec.decode(latents), config.out / "pictures" / f"{step * config.batch_size:08d}.png", columns=5)
+        save_grid(codec.decode(latents), config.out / "previews" / f"{step * config.batch_size:08d}.png", columns=5)
 
     run_loop(config, model, loss_of_step, preview)
 
 
 def load_base(out: Path, device: str = "cpu") -> TextToImage:
-    """The averaged weights of `out/base`, frozen."""
-    from ..checkpoint import load_average
-
-    model = load_average(out / "base" / "checkpoint", TextToImage(load_tokenizer(out)))
+    """The EMA weights of `out/base`, frozen."""
+    model = load_ema(out / "base" / "checkpoint", TextToImage(load_tokenizer(out)))
     return model.to(device).requires_grad_(False).eval()

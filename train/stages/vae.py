@@ -1,81 +1,90 @@
-"""Stage `vae`: pictures -> latents and back.
+"""Stage `vae`: the autoencoder between images and latents.
 
-The latents are pushed towards mean 0, deviation 1 and uncorrelated channels, so that `scaling_factor` is nearly 1 and
-the diffusion model sees what it expects.
+A penalty keeps the latents near mean 0, standard deviation 1 and uncorrelated channels. `scaling_factor` is then close
+to 1.
+
+Legend: B batch, S image size in px, C latent channels, h, w latent size.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderDC
 from torch import Tensor
 
 from ..data.pool import SamplePool
-from ..data.render import RenderPictures
+from ..data.render import RenderImages
+from ..images import save_grid, to_signed
 from ..loop import LoopConfig, run_loop
-from ..networks import build_vae
-from ..pictures import save_grid, to_signed
+from ..networks import build_vae, module_to
 from ..precision import autocast
 
 BATCH_SIZE = 32
 CROP = 64  # px
-LATENT_NOISE = 0.05  # the decoder must bear what diffusion leaves behind
+LATENT_NOISE = 0.05  # makes the decoder robust to the errors of generated latents
 
 
-def vae_loss(vae, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-    """Reconstruction in colours and edges, and a penalty that keeps latents white; pixels [B, 3, S, S] in [-1, 1]."""
-    latents = vae.encode(pixels).latent.float()
+def vae_loss(vae: AutoencoderDC, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    """Reconstruction loss on colors and edges, plus a penalty on latents that are not white.
+
+    Args:
+        pixels: [B, 3, S, S] in [-1, 1].
+    """
+    latents = vae.encode(pixels, return_dict=False)[0].float()
     noise = torch.randn(latents.shape, generator=generator).to(latents.device) * LATENT_NOISE
-    out = vae.decode(latents + noise).sample.float()
-    error = out - pixels
+    error = vae.decode(latents + noise, return_dict=False)[0].float() - pixels
     squared = error.pow(2).mean()
     edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
-    flat = latents.transpose(0, 1).flatten(1)  # [C, B * h * w]
-    mean = flat.mean(1)
-    centred = flat - mean[:, None]
-    covariance = centred @ centred.T / flat.shape[1]
-    white = (covariance - torch.eye(len(covariance), device=flat.device)).pow(2).sum() + mean.pow(2).sum()
+    channels = latents.transpose(0, 1).flatten(1)  # [C, B * h * w]
+    mean = channels.mean(1)
+    centered = channels - mean[:, None]
+    covariance = centered @ centered.T / channels.shape[1]
+    white = (covariance - torch.eye(len(covariance), device=covariance.device)).pow(2).sum() + mean.pow(2).sum()
     loss = error.abs().mean() + squared + 0.5 * edges + 0.01 * white
-    psnr = float(10 * torch.log10(4 / squared.detach()))
-    return loss, {"psnr": psnr, "white": float(white.detach())}
+    return loss, {"psnr": psnr(squared), "white": float(white.detach())}
+
+
+def psnr(squared_error: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB for images in [-1, 1], from their mean squared error."""
+    return float(10 * torch.log10(4 / squared_error.detach()))
 
 
 def train_vae(out: Path, device: str = "cpu", **options) -> None:
+    """Train the autoencoder; checkpoints and logs go to `out`. `options` are fields of `LoopConfig`."""
     config = LoopConfig(
-        out=out, batch_size=BATCH_SIZE, learning_rate=2e-3, average_decay=0.995, warmup_steps=100, **options
+        out=out, batch_size=BATCH_SIZE, learning_rate=2e-3, ema_decay=0.995, warmup_steps=100, **options
     )
-    vae = build_vae().to(device, memory_format=torch.channels_last)
-    pool = SamplePool(
-        out / "pool", {"pixels": ((3, 128, 128), "uint8")}, RenderPictures(), start=4000, capacity=6000, per_step=2
-    )
+    vae = module_to(build_vae(), device, torch.channels_last)
+    fields = {"pixels": ((3, 128, 128), "uint8")}
+    pool = SamplePool(out / "pool", fields, RenderImages(), start=4000, capacity=6000, per_step=2)
 
     def batch(step: int, generator: torch.Generator) -> Tensor:
         pool.refresh(step)
         draws = torch.rand(config.batch_size, generator=generator).numpy()
         pixels = pool.batch(step, draws)["pixels"]
-        if step % 4 == 3:  # half-size pictures: the diffusion model starts out on them
+        if step % 4 == 3:  # half-size images: stage `base` starts with them
             pixels = F.avg_pool2d(to_signed(pixels), 2)
-        else:  # crops: for a convolutional network more, smaller steps
+        else:  # crops: a convolutional network learns from more, smaller steps
             top, left = torch.randint(0, 17, (2,), generator=generator).tolist()
             pixels = to_signed(pixels[..., 4 * top : 4 * top + CROP, 4 * left : 4 * left + CROP])
-        pixels = pixels.to(device)
-        return pixels.to(memory_format=torch.channels_last)
+        return pixels.to(device).to(memory_format=torch.channels_last)
 
-    def loss_of_step(step: int, generator: torch.Generator):
+    def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         pixels = batch(step, generator)
         with autocast(device):
             return vae_loss(vae, pixels, generator)
 
-    held_out = to_signed(RenderPictures(seed=99)(range(32))["pixels"]).to(device)
+    held_out = to_signed(RenderImages(seed=99)(range(32))["pixels"]).to(device)
 
-    def preview(step: int) -> dict[str, float]:
-        latents = vae.encode(held_out).latent
-        back = vae.decode(latents).sample
-        save_grid(torch.stack([held_out, back], 1).flatten(0, 1)[:32], out / "pictures.png", columns=8)
-        psnr = float(10 * torch.log10(4 / (back - held_out).pow(2).mean()))
+    def preview(step: int) -> dict[str, Any]:
+        latents = vae.encode(held_out, return_dict=False)[0]
+        decoded = vae.decode(latents, return_dict=False)[0]
+        save_grid(torch.stack([held_out, decoded], 1).flatten(0, 1)[:32], out / "preview.png", columns=8)
         return {
-            "held_out_psnr": psnr,
+            "held_out_psnr": psnr((decoded - held_out).pow(2).mean()),
             "mean": np.round(latents.mean((0, 2, 3)).tolist(), 3).tolist(),
             "std": np.round(latents.std((0, 2, 3)).tolist(), 3).tolist(),
         }

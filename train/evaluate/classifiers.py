@@ -1,0 +1,172 @@
+"""Stage `classifiers`: three small convolutional networks that only the evaluation uses.
+
+One embeds images so that views of the same instance are close, whatever its pose and background. The other two classify
+the scene and the category of the subject. They share no weights with the model they evaluate.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoint import load_ema
+from ..data.pool import Entry, SamplePool
+from ..data.render import pixels_of
+from ..data.scenes import SCENES
+from ..data.sprite_world import (
+    TRAINED_CATEGORIES,
+    Split,
+    another_category,
+    compose,
+    make_reference,
+    random_instance,
+    scene_background,
+)
+from ..images import to_signed
+from ..loop import LoopConfig, run_loop
+from ..precision import autocast
+from .cases import crop_subject
+
+GROUP = 8  # instances of one category per group of a batch: the networks must distinguish instances, not categories
+
+
+@dataclass(frozen=True)
+class RenderLabeled:
+    """Images in a scene with their labels, and a reference of the same instance.
+
+    Every third image is the crop of one of two subjects. Fields: `image`, `reference` uint8 [n, 3, 128, 128]; `scene`,
+    `category` int64 [n].
+    """
+
+    seed: int = 4
+    split: Split = "train"
+
+    def __call__(self, indices: Sequence[int]) -> Entry:
+        entry: dict[str, list] = {"image": [], "reference": [], "scene": [], "category": []}
+        for i in indices:
+            rng = np.random.default_rng((self.seed, self.split == "held_out", i))
+            label = i // GROUP % len(TRAINED_CATEGORIES)
+            category = TRAINED_CATEGORIES[label]
+            instance = random_instance(rng, category, self.split)
+            scene = int(rng.integers(len(SCENES)))
+            image = scene_background(rng, SCENES[scene])
+            if i % 3:
+                compose(rng, (instance,), image)
+            else:
+                other = random_instance(rng, another_category(rng, category), self.split)
+                side = int(rng.integers(2))
+                compose(rng, (instance, other) if side == 0 else (other, instance), image)
+                image = crop_subject(image, side)
+            entry["image"].append(pixels_of(image))
+            entry["reference"].append(pixels_of(make_reference(rng, (instance,), on_scene=0.0)))
+            entry["scene"].append(scene)
+            entry["category"].append(label)
+        return {name: np.stack(values) for name, values in entry.items()}
+
+
+class ConvNet(nn.Module):
+    """Convolutional network with attention pooling: [B, 3, 128, 128] in [-1, 1] -> [B, num_outputs]."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.AvgPool2d(2)]
+        width = 3
+        for wider in (32, 64, 96, 128):
+            layers += [nn.Conv2d(width, wider, 3, 2, 1), nn.GroupNorm(8, wider), nn.SiLU()]
+            width = wider
+        self.trunk = nn.Sequential(*layers, nn.Conv2d(width, width, 3, 1, 1), nn.GroupNorm(8, width), nn.SiLU())
+        self.attention = nn.Conv2d(width, 4, 1)
+        self.head = nn.Linear(4 * width, num_outputs)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = self.trunk(pixels)
+        weights = self.attention(features).flatten(2).softmax(-1)  # [B, 4, h * w]
+        return self.head((weights @ features.flatten(2).transpose(1, 2)).flatten(1))
+
+
+class Classifiers(nn.Module):
+    """The three networks: instance embedding, scene and category."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.instance = ConvNet(64)
+        self.scene = ConvNet(len(SCENES))
+        self.category = ConvNet(len(TRAINED_CATEGORIES))
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Instance embeddings of images [B, 3, 128, 128] in [-1, 1]; unit vectors, [B, 64]."""
+        return F.normalize(self.instance(pixels).float(), dim=-1)
+
+
+def _degrade(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Blur half of the batches and add noise, because images of a small model are soft and noisy."""
+    if torch.rand((), generator=generator) < 0.5:
+        pixels = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear")
+    return pixels + 0.04 * torch.randn(pixels.shape, generator=generator).to(pixels.device)
+
+
+def classifiers_loss(
+    model: Classifiers, entry: dict[str, Tensor], generator: torch.Generator
+) -> tuple[Tensor, dict[str, float]]:
+    """Contrastive loss of image and reference plus two classification losses; `entry` as of `RenderLabeled`."""
+    images = _degrade(entry["image"], generator)
+    embedded, references = model.embed(images), model.embed(entry["reference"])
+    same = torch.arange(len(embedded), device=embedded.device)
+    similarity = embedded @ references.T / 0.07
+    loss = (F.cross_entropy(similarity, same) + F.cross_entropy(similarity.T, same)) / 2
+    metrics = {"retrieval_accuracy": (similarity.argmax(1) == same).float().mean()}
+    for name, classifier in (("scene", model.scene), ("category", model.category)):
+        logits = classifier(images).float()
+        loss = loss + F.cross_entropy(logits, entry[name])
+        metrics[f"{name}_accuracy"] = (logits.argmax(1) == entry[name]).float().mean()
+    return loss, {name: float(value) for name, value in metrics.items()}
+
+
+def train_classifiers(out: Path, device: str = "cpu", **options) -> None:
+    """Train the classifiers; checkpoints and logs go to `out`. `options` are fields of `LoopConfig`."""
+    config = LoopConfig(out=out, batch_size=64, learning_rate=1e-3, ema_decay=0.99, preview_every_s=60, **options)
+    torch.manual_seed(2)
+    model = Classifiers().to(device)
+    fields = {
+        "image": ((3, 128, 128), "uint8"),
+        "reference": ((3, 128, 128), "uint8"),
+        "scene": ((), "int64"),
+        "category": ((), "int64"),
+    }
+    pool = SamplePool(out / "pool", fields, RenderLabeled(), start=4096, capacity=8192, per_step=GROUP)
+
+    def tensors(entry: Entry) -> dict[str, Tensor]:
+        images = {name: to_signed(entry[name]).to(device) for name in ("image", "reference")}
+        return {**images, **{name: torch.from_numpy(entry[name]).to(device) for name in ("scene", "category")}}
+
+    def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        pool.refresh(step)
+        groups = torch.rand(config.batch_size // GROUP, generator=generator).double().numpy()
+        entry = tensors(pool.groups(step, groups, GROUP))
+        with autocast(device):
+            return classifiers_loss(model, entry, generator)
+
+    held_out = tensors(RenderLabeled(split="held_out")(range(256)))
+
+    def preview(step: int) -> dict[str, float]:
+        similarity = model.embed(held_out["image"]) @ model.embed(held_out["reference"]).T
+        same_category = held_out["category"][:, None] == held_out["category"]
+        nearest = similarity.masked_fill(~same_category, -2).argmax(1)
+        right = nearest == torch.arange(len(nearest), device=device)
+        metrics = {"held_out_same_category_retrieval_accuracy": float(right.float().mean())}
+        for name, classifier in (("scene", model.scene), ("category", model.category)):
+            right = classifier(held_out["image"]).argmax(1) == held_out[name]
+            metrics[f"held_out_{name}_accuracy"] = float(right.float().mean())
+        return metrics
+
+    run_loop(config, model, loss_of_step, preview)
+
+
+def load_classifiers(out: Path, device: str = "cpu") -> Classifiers:
+    """The EMA weights of `out/classifiers`, frozen."""
+    model = load_ema(out / "classifiers" / "checkpoint", Classifiers())
+    return model.to(device).requires_grad_(False).eval()
