@@ -1,13 +1,36 @@
-"""RealCustom++: the subject of an image becomes one real word of a prompt.
+"""RealCustom++: subjects of images become real words of a prompt.
 
-Light names (`Request`, `Subject`, configurations) are imported here; everything that needs torch is loaded on first
-use, so that a client or a web page can build a request without loading a model library.
+Request and configuration types are imported here. Everything that needs torch is loaded on first use, so that a client
+or a web page can build a request without importing a model library.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from .config import MethodConfig, RealCustomConfig, SamplingDefaults
-from .request import Request, Subject
+from .request import Request, ResolvedRequest, Subject
+
+if TYPE_CHECKING:
+    from .adapter import RealCustomAdapter
+    from .generation import Generation
+    from .memory import apply_memory_tier
+    from .pipeline import RealCustomOutput, RealCustomPipeline
+    from .scheduler import AlternatingDPMSolverScheduler
+
+__all__ = [
+    "AlternatingDPMSolverScheduler",
+    "Generation",
+    "MethodConfig",
+    "RealCustomAdapter",
+    "RealCustomConfig",
+    "RealCustomOutput",
+    "RealCustomPipeline",
+    "Request",
+    "ResolvedRequest",
+    "SamplingDefaults",
+    "Subject",
+    "apply_memory_tier",
+]
 
 _LAZY = {
     "AlternatingDPMSolverScheduler": "scheduler",
@@ -17,8 +40,6 @@ _LAZY = {
     "RealCustomPipeline": "pipeline",
     "apply_memory_tier": "memory",
 }
-
-__all__ = ["MethodConfig", "RealCustomConfig", "Request", "SamplingDefaults", "Subject", *_LAZY]
 
 
 def __getattr__(name: str):

@@ -4,6 +4,8 @@ The keys and values of a reference do not depend on the timestep or the text, so
 reference and the attention processors own no weights. In the diffusers layout the adapter has its own folder.
 """
 
+from typing import Any
+
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
@@ -44,6 +46,7 @@ class RealCustomAdapter(ModelMixin, ConfigMixin):
         cross_scale: bool = True,
     ) -> None:
         super().__init__()
+        self._layer_names = tuple(layers)
         self.projector = CrossLayerCrossScaleProjector(vision_dim, condition_dim, head_dim, cross_layer, cross_scale)
         # Module names must not contain dots, so dots in layer names become dashes.
         self.to_k_vision = nn.ModuleDict(
@@ -60,8 +63,9 @@ class RealCustomAdapter(ModelMixin, ConfigMixin):
         adapter = cls(layers=layers, vision_dim=vision_dim, condition_dim=unet.config.cross_attention_dim, **options)
         modules = dict(unet.named_modules())
         for name in layers:
-            adapter.to_k_vision[_key(name)].weight.data.copy_(modules[name].to_k.weight.data)
-            adapter.to_v_vision[_key(name)].weight.data.copy_(modules[name].to_v.weight.data)
+            attention: Any = modules[name]
+            adapter.to_k_vision[_key(name)].load_state_dict({"weight": attention.to_k.weight})
+            adapter.to_v_vision[_key(name)].load_state_dict({"weight": attention.to_v.weight})
         return adapter
 
     def forward(self, features: VisionFeatures) -> KeysValues:
@@ -69,7 +73,7 @@ class RealCustomAdapter(ModelMixin, ConfigMixin):
         condition = self.projector(features)
         return {
             name: (self.to_k_vision[_key(name)](condition), self.to_v_vision[_key(name)](condition))
-            for name in self.config.layers
+            for name in self._layer_names
         }
 
 

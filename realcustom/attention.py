@@ -64,8 +64,8 @@ class RealCustomAttnProcessor:
             key, value = self.text
         key, value = split_heads(key, query), split_heads(value, query)
         if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], len(key))
-            attention_mask = attention_mask.view(len(key), attn.heads, -1, attention_mask.shape[-1])
+            mask: Tensor = attn.prepare_attention_mask(attention_mask, key.shape[2], len(key))
+            attention_mask = mask.view(len(key), attn.heads, -1, mask.shape[-1])
         out = merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask))
         if self.recording is not None:
             self.recording.record(query, key)

@@ -196,7 +196,9 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
             raise ValueError("load both vision encoders first; the adapter must match the width of their features.")
         adapter, plain = load_adapter(path, self.unet, vision_dim=encoders.num_channels, replace_unet=replace_unet)
         self.unet.load_state_dict(plain, strict=False)
-        self.register_modules(adapter=adapter.to(self._execution_device, self.unet.dtype))
+        to: Any = adapter.to  # its type is hidden by a decorator of diffusers
+        adapter = to(self._execution_device, self.unet.dtype)
+        self.register_modules(adapter=adapter)
         self.clear_caches()
 
     def save_realcustom(self, path: str | PathLike) -> None:

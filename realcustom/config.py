@@ -163,8 +163,10 @@ class RealCustomConfig:
         if family == "sd15":
             if name == "release":
                 raise ValueError("preset 'release' is for SDXL; the authors did not release SD1.5 weights.")
-            steps = dict(num_inference_steps=50, early_stop_step=25)
-            return cls(method=method, sampling=SamplingDefaults(height=512, width=512, guidance_scale=12.5, **steps))
+            sampling = SamplingDefaults(
+                height=512, width=512, num_inference_steps=50, early_stop_step=25, guidance_scale=12.5
+            )
+            return cls(method=method, sampling=sampling)
         raise ValueError(f"family {family!r} does not exist; use 'sdxl' or 'sd15'.")
 
     def to_dict(self) -> dict[str, Any]:

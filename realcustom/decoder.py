@@ -3,10 +3,10 @@
 Legend: C latent channels, h x w latent size, f pixels per latent position and axis.
 """
 
-import numpy as np
+from typing import Any
+
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
 from torch import Tensor
 
 
@@ -26,7 +26,7 @@ class LatentDecoder:
         self._processor = VaeImageProcessor(vae_scale_factor=self.factor)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, output_type: str = "pil") -> Image.Image | np.ndarray | Tensor:
+    def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
         """Decode latents [C, h, w] to an image: a PIL image, "np" [H, W, 3] or "pt" [3, H, W] in [0, 1]."""
         self._upcast()
         pixels = self.vae.decode(self.unscaled(latents)[None].to(self.vae.dtype), return_dict=False)[0]
@@ -50,9 +50,10 @@ class LatentDecoder:
             latents = latents * std + mean
         return latents
 
-    def to_output(self, pixels: Tensor, output_type: str):
+    def to_output(self, pixels: Tensor, output_type: str) -> Any:
         """Convert pixels [1, 3, H, W] in [-1, 1] to one image of `output_type`, see `decode`."""
-        return self._processor.postprocess(pixels, output_type=output_type)[0]
+        images: Any = self._processor.postprocess(pixels, output_type=output_type)
+        return images[0]
 
     def _upcast(self) -> None:
         if self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):

@@ -97,6 +97,7 @@ class Denoiser:
         """Text only. The recorded attention to the target words becomes the new guidance masks (Eq. 14, 15, 18)."""
         texts = [g.text for g in generations]
         _, relevance = self.predict(generations, texts, recorder=self.make_recorder(generations), return_output=False)
+        assert relevance is not None
         self.set_masks(generations, relevance)
 
     def make_recorder(self, generations: Sequence[Generation]) -> AttentionRecorder:
@@ -179,9 +180,10 @@ class Denoiser:
         """
         dtype = self.unet.conv_in.weight.dtype
         added = None
-        if texts[0].pooled is not None:
+        pooled = [t.pooled for t in texts if t.pooled is not None]
+        if pooled:
             added = {
-                "text_embeds": torch.stack([t.pooled for t in texts]).to(dtype),
+                "text_embeds": torch.stack(pooled).to(dtype),
                 "time_ids": torch.stack([g.time_ids for g in rows]).to(dtype),
             }
         keys_values = [t.keys_values for t in texts if t.keys_values is not None]
@@ -226,7 +228,8 @@ class Denoiser:
 
     def sizes(self, generation: Generation) -> list[tuple[int, int]]:
         """(h, w) of each level of the UNet."""
-        return level_sizes(*generation.latents.shape[-2:], len(self.unet.config.down_block_types))
+        height, width = generation.latents.shape[-2:]
+        return level_sizes(height, width, len(self.unet.config.down_block_types))
 
 
 def _pad_rows(tokens: Tensor, num_rows: int) -> Tensor:

@@ -74,11 +74,12 @@ def _load_base(base, base_config, variant: str | None, dtype: torch.dtype) -> tu
         options = {} if base_config is None else {"config": str(base_config)}
         load = _CLASSES[family].from_single_file
     elif Path(base).suffix in (".safetensors", ".ckpt", ".pth", ".bin"):
-        raise ValueError(f"{base} is not a file; give a .safetensors file, a folder in diffusers' layout or a hub id.")
+        raise ValueError(f"{base} is not a file; use a .safetensors file, a diffusers folder or a hub id.")
     else:
-        name = DiffusionPipeline.load_config(str(base)).get("_class_name")
+        index: Any = DiffusionPipeline.load_config(str(base))
+        name = index.get("_class_name")
         if name not in _FAMILIES:
-            raise ValueError(f"{base} is a {name}; RealCustom++ works on {' or '.join(_FAMILIES)}.")
+            raise ValueError(f"{base} is a {name}; RealCustom++ supports {' or '.join(_FAMILIES)}.")
         family, options = _FAMILIES[name], {"use_safetensors": True, "variant": variant}
         load = _CLASSES[family].from_pretrained
     if family == "sd15":

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,11 +81,11 @@ class RealCustomPipeline(RealCustomComponents):
         if latents is None:
             shape = (self.unet.config.in_channels, request.height // factor, request.width // factor)
             latents = torch.randn(shape, generator=generator, device=generator.device)
-        latents = latents.to(device, torch.float32) * scheduler.init_noise_sigma
+        sample: Tensor = latents.to(device, torch.float32) * scheduler.init_noise_sigma
         conditioning = self.conditioner.encode(request, self.text_encoders, self.vision_encoders, self.adapter)
         generation = Generation(
             request=request,
-            latents=latents,
+            latents=sample,
             scheduler=scheduler,
             generator=generator,
             text=conditioning.text,
@@ -215,7 +216,8 @@ class RealCustomPipeline(RealCustomComponents):
             self.prepare(r, generator=g) for r, g in zip(seed_variations(request, num_images_per_prompt), generators)
         ]
         first = generations[0]
-        with self.progress_bar(total=first.num_steps) as bar:
+        progress_bar: Any = self.progress_bar  # its type is hidden by a decorator of diffusers
+        with progress_bar(total=first.num_steps) as bar:
 
             def on_step() -> None:
                 if callback_on_step_end is not None:

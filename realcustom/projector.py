@@ -76,8 +76,10 @@ class CrossLayerCrossScaleProjector(nn.Module):
         """
         condition = self.deep_mlp(features.deep)
         if self.cross_scale_attention is not None:
+            assert self.high_mlp is not None
             condition = condition + self.high_mlp(self.cross_scale_attention(features.deep, features.local))
         if self.cross_layer_attention is not None:
+            assert self.shallow_mlp is not None
             shallow = self.shallow_mlp(self.cross_layer_attention(features.deep, features.shallow))
             condition = torch.cat([condition, shallow], dim=1)
         return condition

@@ -63,6 +63,11 @@ class SelfRecording:
     def record(self, query: Tensor, key: Tensor) -> None:
         self.query, self.key = query, key
 
+    def times(self, columns: Tensor) -> Tensor:
+        """M_self, averaged over heads, times columns [B, Q, S]: [B, Q, S]."""
+        assert self.query is not None and self.key is not None, "a layer that should record did not run"
+        return attention_times(self.query, self.key, columns)
+
 
 class AttentionRecorder:
     """Collects what the guidance masks need from the first B rows of one UNet call.
@@ -73,7 +78,7 @@ class AttentionRecorder:
         target_tokens: marks the tokens of each subject's words, [B, S, T] of 0 and 1.
 
     Attributes:
-        layers: name -> recording, for `AttentionLayers.connected`.
+        layers: name -> recording, for `AttentionLayers.attention_context`.
     """
 
     def __init__(self, levels: dict[str, int], mask_maps: str, target_tokens: Tensor) -> None:
@@ -90,9 +95,12 @@ class AttentionRecorder:
     @property
     def cross_maps(self) -> dict[str, tuple[int, Tensor]]:
         """Layer -> (level, relevance [B, S, Q])."""
-        recorded = {name: r for name, r in self.layers.items() if isinstance(r, CrossRecording)}
-        assert all(r.relevance is not None for r in recorded.values()), "a layer that should record did not run"
-        return {name: (self.levels[name], r.relevance) for name, r in recorded.items()}
+        maps = {}
+        for name, recording in self.layers.items():
+            if isinstance(recording, CrossRecording):
+                assert recording.relevance is not None, f"{name} should record but did not run"
+                maps[name] = (self.levels[name], recording.relevance)
+        return maps
 
     def relevance(self, sizes: Sequence[tuple[int, int]], normalization: str) -> Tensor:
         """Cross-attention to the target words, times M_self averaged over heads and the recorded layers (Eq. 14).
@@ -101,19 +109,18 @@ class AttentionRecorder:
 
         Args:
             sizes: (h, w) of every level.
-            normalization: see `average_maps`.
+            normalization: see `aggregate_attention_maps`.
         Returns:
             [B, S, h, w] at the largest level with attention.
         """
         maps = [m.flatten(0, 1).unflatten(-1, sizes[level]) for level, m in self.cross_maps.values()]
         relevance = aggregate_attention_maps(maps, sizes[min(self.levels.values())], normalization)  # [B * S, h, w]
         relevance = relevance.unflatten(0, (-1, self.num_subjects))
-        recorded = [r for r in self.layers.values() if isinstance(r, SelfRecording)]
-        if not recorded:
-            return relevance
         columns = relevance.flatten(2).transpose(1, 2)
-        products = torch.stack([attention_times(r.query, r.key, columns) for r in recorded])
-        return products.mean(dim=0).transpose(1, 2).view_as(relevance)
+        products = [r.times(columns) for r in self.layers.values() if isinstance(r, SelfRecording)]
+        if not products:
+            return relevance
+        return torch.stack(products).mean(dim=0).transpose(1, 2).view_as(relevance)
 
 
 def recorded_levels(levels: dict[str, int], mask_maps: str) -> tuple[frozenset[int], int | None]:

@@ -56,7 +56,7 @@ class AlternatingDPMSolverScheduler(SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Start a new run of this many steps, in [1, num_train_timesteps]."""
-        total = self.config.num_train_timesteps
+        total = self.config["num_train_timesteps"]
         if not 1 <= num_inference_steps <= total:
             raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be in [1, {total}].")
         steps = torch.arange(total, 0, -total / num_inference_steps, dtype=torch.float64)[:num_inference_steps] - 1
@@ -94,6 +94,7 @@ class AlternatingDPMSolverScheduler(SchedulerMixin, ConfigMixin):
             self._pair_start = (now, sample, clean)
             result = self._advance(now, now + 1, sample, clean)
         else:
+            assert self._pair_start is not None
             start, start_sample, start_clean = self._pair_start
             ratio = (self._log_snr[now] - self._log_snr[start]) / (self._log_snr[now + 1] - self._log_snr[start])
             result = self._advance(start, now + 1, start_sample, start_clean + (clean - start_clean) / (2 * ratio))
@@ -106,7 +107,7 @@ class AlternatingDPMSolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _clean(self, model_output: Tensor, sample: Tensor, index: int) -> Tensor:
         alpha, sigma = self._alpha[index].to(sample.device), self._sigma[index].to(sample.device)
-        if self.config.prediction_type == "epsilon":
+        if self.config["prediction_type"] == "epsilon":
             return (sample - sigma * model_output) / alpha
         return alpha * sample - sigma * model_output
 
@@ -117,4 +118,4 @@ class AlternatingDPMSolverScheduler(SchedulerMixin, ConfigMixin):
         return weights[0].to(sample.device) * sample + weights[1].to(sample.device) * clean
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return self.config["num_train_timesteps"]

@@ -70,8 +70,8 @@ def _head_dim(config: dict | None, path: str | PathLike, **widths: int) -> int:
     for name, width in widths.items():
         if config.get(name) != width:
             raise ValueError(
-                f"{path} is an adapter for {name} {config.get(name)}, but this model has {width}; use an adapter "
-                "trained for this model."
+                f"{path} is an adapter for {name} {config.get(name)}, but this model has {width}; "
+                "the file is for another model."
             )
     head_dim = config.get("head_dim")
     if not isinstance(head_dim, int) or head_dim < 1 or widths["vision_dim"] % head_dim:
