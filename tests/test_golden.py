@@ -1,7 +1,7 @@
-"""Preset `release` agrees with the authors' code number for number.
+"""Preset `release` reproduces stored numbers of the authors' code.
 
-The numbers are read from `tests/golden`, or from the folder in the environment variable REALCUSTOM_GOLDEN: any set of
-the same layout, with its own batch size, sizes, weights and tolerances.
+The environment variable REALCUSTOM_GOLDEN selects another folder than `tests/golden`: any set of the same layout, with
+its own batch size, image sizes, weights and tolerances.
 """
 
 import json
@@ -31,13 +31,14 @@ from realcustom.mask import aggregate_attention_maps, guidance_masks
 from realcustom.scheduler import AlternatingDPMSolverScheduler
 from realcustom.vision import VisionFeatures, reference_views, to_pixels
 from realcustom.visual_attention import SparseMask, VisualAttention
+from realcustom.words import find_phrase, target_token_positions
 
 FOLDER = Path(os.environ.get("REALCUSTOM_GOLDEN", Path(__file__).parent / "golden"))
-TOLERANCE_FACTOR = 5  # times the difference of the stored fp32 numbers to float64
+TOLERANCE_FACTOR = 5  # times the difference between the stored fp32 numbers and float64
 
 
 class GoldenSet:
-    """The stored numbers, and a pipeline built from the stored weights."""
+    """The stored numbers and a pipeline built from the stored weights."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -164,9 +165,9 @@ class GoldenSet:
         )
 
     def keys_values(self, reference: str, adapter: RealCustomAdapter | None = None):
-        """Keys and values of each image of the batch."""
-        found = (adapter or self.pipeline.adapter)(self.features(reference))
-        return [{n: (k[i : i + 1], v[i : i + 1]) for n, (k, v) in found.items()} for i in range(self.batch)]
+        """Keys and values of a reference for each batch item."""
+        keys_values = (adapter or self.pipeline.adapter)(self.features(reference))
+        return [{n: (k[i : i + 1], v[i : i + 1]) for n, (k, v) in keys_values.items()} for i in range(self.batch)]
 
     def generations(
         self, references=("ref1",), phrases=("phrase",), adapter=None, scheduler=None, scope_ratio=None, **settings
@@ -185,15 +186,15 @@ class GoldenSet:
             seed=0,
             **settings,
         )
-        made = []
+        generations = []
         per_reference = [self.keys_values(r, adapter) for r in references]
         for i in range(self.batch):
             generation = self.pipeline.prepare(request, latents=self.inputs["latent"][i], scheduler=scheduler)
             generation.references = tuple(r[i] for r in per_reference)
             if "num_inference_steps" not in settings:
                 generation.scheduler.timesteps = self.inputs["timestep"][None]
-            made.append(generation)
-        return made
+            generations.append(generation)
+        return generations
 
 
 @pytest.fixture(scope="module")
@@ -204,11 +205,13 @@ def golden() -> GoldenSet:
 
 
 def close(computed: torch.Tensor, stored: torch.Tensor, tolerance: float) -> None:
+    """Assert equal shapes and an absolute difference of at most `tolerance`."""
     assert computed.shape == stored.shape, (computed.shape, stored.shape)
     assert (computed - stored).abs().max().item() <= tolerance
 
 
 def method_of(strategy: list[str]) -> MethodConfig:
+    """The release's method with a mask strategy, given by the names in the authors' code."""
     names = {"max_norm": "max", "min_max_norm": "min_max", "min_max_per_channel": "min_max_per_layer"}
     return replace(
         MethodConfig.preset("release"),
@@ -219,13 +222,13 @@ def method_of(strategy: list[str]) -> MethodConfig:
 
 
 def same_mask(computed: torch.Tensor, stored: torch.Tensor, tolerance: float) -> None:
-    """Kept positions agree exactly, values within the tolerance."""
+    """Assert that kept positions are identical and values agree within the tolerance."""
     assert torch.equal(computed > 0, stored > 0)
     close(computed, stored, tolerance)
 
 
 def test_text_embeddings_and_target_tokens(golden):
-    """Prompt, negative prompt, pooled text without projection, and the tokens of both phrases."""
+    """Embeddings and pooled embeddings of both prompts, the tokens of both phrases and the size condition match."""
     (generation, *_) = golden.generations(("ref1", "ref2"), ("phrase", "phrase_2"))
     inputs = golden.inputs
     close(generation.text.embeds, inputs["prompt_embeds"][0], 1e-5)
@@ -238,7 +241,7 @@ def test_text_embeddings_and_target_tokens(golden):
 
 
 def test_reference_images_before_the_encoders(golden):
-    """Resizing, interleaved local views and truncation to 8 bits reproduce the encoders' input images."""
+    """Resizing, interleaved local views and truncation to 8 bits reproduce the input images of the encoders."""
     method = MethodConfig.preset("release")
     size = golden.encoders[0].config.image_size
     for reference in ("ref1", "ref2"):
@@ -255,7 +258,7 @@ def test_reference_images_before_the_encoders(golden):
 
 @pytest.mark.parametrize("reference", ["ref1", "ref2", "neg"])
 def test_vision_features(golden, reference):
-    """Block outputs of both encoders from the source images, and from the black image."""
+    """The block outputs of both encoders match for the source images and for the black image."""
     encoders = golden.pipeline.vision_encoders
     computed, stored = encoders.encode([golden.image_of(reference)]), golden.features(reference)
     for part in ("shallow", "deep", "local"):
@@ -265,19 +268,22 @@ def test_vision_features(golden, reference):
 @pytest.mark.parametrize("kind,reference", [("highres", "ref1"), ("highres", "ref2"), ("highres", "neg"),
                                             ("shallow", "ref1"), ("shallow", "neg")])  # fmt: skip
 def test_projectors(golden, kind, reference):
+    """The outputs of both projectors of the release match."""
     adapter = golden.adapter(shallow=kind == "shallow")
     close(adapter.projector(golden.features(reference)), golden.outputs[f"projector_{kind}/{reference}"],
           golden.tolerance("projector"))  # fmt: skip
 
 
 def test_cross_scale_attention(golden):
+    """The cross-scale attention (Eq. 7) of the highres projector matches."""
     features = golden.features("ref1")
     computed = golden.pipeline.adapter.projector.cross_scale_attention(features.deep, features.local)
     close(computed, golden.outputs["min_attention_highres/ref1"], golden.tolerance("projector"))
 
 
 def test_guidance_pass_and_its_recorded_maps(golden):
-    """Text only: the noise, and the attention to the target words per layer, summed over words, mean over heads."""
+    """The text-only pass matches: its noise, the recorded maps of each layer (summed over words, averaged over heads)
+    and the resulting masks."""
     generations = golden.generations()
     denoiser = golden.pipeline.denoiser
     computed, _ = denoiser.predict(generations, [g.text for g in generations])
@@ -297,7 +303,7 @@ def test_guidance_pass_and_its_recorded_maps(golden):
 
 
 def stored_maps(golden, token: str) -> list[torch.Tensor]:
-    """The stored maps of the words, per layer [B, h, w], in forward order."""
+    """The stored maps of the target words of each layer [B, h, w], in forward order."""
     marks = golden.inputs[token][0]
     return [(m.mean(1) * marks[None, :, None, None]).sum(1) for _, m in sorted(golden.crossmaps.items())]
 
@@ -314,6 +320,7 @@ def test_every_mask_strategy(golden):
 
 
 def test_mask_at_an_odd_size_and_without_target(golden):
+    """Masks match at an odd size and for maps that are all zero."""
     method = MethodConfig.preset("release")
     maps = stored_maps(golden, "target_token")
     odd = aggregate_attention_maps(maps, tuple(golden.meta["mask_target_odd"]), "max")
@@ -324,7 +331,7 @@ def test_mask_at_an_odd_size_and_without_target(golden):
 
 
 def predict_generation_row(golden, generations, masks, *, negative: bool = False) -> torch.Tensor:
-    """The generation pass (or the negative pass) alone; masks [B, S, h, w], or None for unmasked attention."""
+    """Run the generation pass or the negative pass alone; masks [B, S, h, w], or None for unmasked attention."""
     denoiser = golden.pipeline.denoiser
     black = golden.keys_values("neg")
     references = [(black[i],) * len(g.references) if negative else g.references for i, g in enumerate(generations)]
@@ -344,12 +351,13 @@ def predict_generation_row(golden, generations, masks, *, negative: bool = False
 
 
 def test_generation_negative_and_guided_passes(golden):
-    """Text plus reference inside the mask, the negative pass, the attention layers' outputs, and Eq. 17 over both."""
+    """The generation pass, its attention layers, the negative pass, their combination (Eq. 17) and the unmasked
+    generation pass match."""
     outputs, generations = golden.outputs, golden.generations()
-    seen = {}
+    layer_outputs = {}
     hooks = [
         golden.unet.get_submodule(name.removeprefix("attn2_output/")).register_forward_hook(
-            lambda module, args, out, name=name: seen.__setitem__(name, out)
+            lambda module, args, out, name=name: layer_outputs.__setitem__(name, out)
         )
         for name in outputs
         if name.startswith("attn2_output/")
@@ -358,9 +366,9 @@ def test_generation_negative_and_guided_passes(golden):
     close(predict_generation_row(golden, generations, masks), outputs["unet_gen"], golden.tolerance("unet_gen"))
     for hook in hooks:
         hook.remove()
-    assert seen
-    for name, out in seen.items():
-        # The set states no tolerance for the layers. Their values are larger, so the tolerance is relative to them.
+    assert layer_outputs
+    for name, out in layer_outputs.items():
+        # The set has no tolerance for single layers. Their values are larger, so the tolerance is scaled accordingly.
         close(out, outputs[name], golden.tolerance("unet_gen") * max(1, outputs[name].abs().max().item()))
     close(
         predict_generation_row(golden, generations, masks, negative=True),
@@ -372,13 +380,14 @@ def test_generation_negative_and_guided_passes(golden):
 
 
 def test_generation_pass_with_the_shallow_projector(golden):
+    """The generation pass matches with references of the shallow projector."""
     generations = golden.generations(adapter=golden.adapter(shallow=True))
     computed = predict_generation_row(golden, generations, golden.outputs["mask/max_norm/0.25"])
     close(computed, golden.outputs["unet_gen_shallow"], golden.tolerance("unet_gen"))
 
 
 def test_two_references(golden):
-    """One mask per phrase with its own scope, the sum over references, and the unconditional row with both masks."""
+    """With two references, the masks of both scopes, all passes and their combination match."""
     outputs = golden.outputs
     generations = golden.generations(("ref1", "ref2"), ("phrase", "phrase_2"))
     for g in generations:
@@ -408,7 +417,7 @@ LOOPS = {"ddim": None, "dpm_reuse2": AlternatingDPMSolverScheduler()}
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_sampling_loop(golden, name, monkeypatch):
-    """The sampling loop: mask, latent and clean estimate after every step, all images in one call."""
+    """Masks, latents and clean estimates match after every step, with all images in one batch."""
     settings = golden.meta["loops"][name]
     steps, scope = settings["steps"], settings["mask_scope"]
     monkeypatch.setattr(golden.pipeline.denoiser, "method", method_of(settings["mask_strategy"]))
@@ -429,10 +438,8 @@ def test_sampling_loop(golden, name, monkeypatch):
 
 
 def test_stored_phrase_positions_that_are_whole_words(golden):
-    """Where the release marks whole words, the same tokens are marked. It also marks parts of words."""
+    """The same tokens are marked if the release marks whole words; cases where it marks parts of words are skipped."""
     tokenizer = golden.pipeline.tokenizer
-    from realcustom.words import find_phrase, target_token_positions
-
     compared = 0
     for case in golden.meta["phrase_cases"]:
         try:
