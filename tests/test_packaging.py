@@ -8,6 +8,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from realcustom.assets import EXAMPLE_IMAGES, MINI_MODEL
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -75,5 +77,18 @@ def test_readme_names_the_tested_gradio():
 
 
 @pytest.mark.parametrize("file", ["CHANGELOG.md", "CITATION.cff"])
-def test_version_is_stated_once_per_release(file):
+def test_files_state_the_current_version(file):
     assert PROJECT["version"] in (ROOT / file).read_text()
+
+
+def test_pre_commit_uses_the_tested_versions():
+    tested = listed("constraints.txt")
+    hooks = re.findall(r"repo: \S+/(\S+)\n\s+rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert {repository.removesuffix("-pre-commit") for repository, _ in hooks} == {"ruff", "codespell"}
+    for repository, version in hooks:
+        (pin,) = tested[repository.removesuffix("-pre-commit")].specifier
+        assert pin.version == version
+
+
+def test_shipped_files_are_found_in_a_checkout():
+    assert (MINI_MODEL / "model_index.json").is_file() and (EXAMPLE_IMAGES / "dog.png").is_file()
