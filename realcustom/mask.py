@@ -3,7 +3,9 @@
 Legend: S subjects, h x w positions of the largest attention resolution, L layers.
 """
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,16 @@ EPSILON = 1e-6  # keeps an all-zero map from dividing by zero; the release's val
 
 
 def resize_map(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize of maps [S, h, w] to `size`; maps that already have this size are returned unchanged."""
-    if tuple(values.shape[-2:]) == tuple(size):
+    """Resize maps [S, h, w] to `size`: area averages if both axes shrink, bilinear otherwise.
+
+    Bilinear interpolation skips positions when it shrinks by more than 2, so that a small mask may vanish. At a factor
+    of exactly 2, as between SDXL's levels, both give the same values.
+    """
+    height, width = values.shape[-2:]
+    if (height, width) == tuple(size):
         return values
+    if size[0] <= height and size[1] <= width:
+        return F.interpolate(values[:, None], size=size, mode="area")[:, 0]
     return F.interpolate(values[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
@@ -72,13 +81,15 @@ def normalize(relevance: Tensor, normalization: str) -> Tensor:
 
 def scope_size(scope_ratio: float, num_positions: int) -> int:
     """The number of positions a subject keeps: floor(γ_scope * h * w), at least 1."""
-    return max(1, int(num_positions * scope_ratio))
+    # Exact arithmetic: in floating point 2700 * 0.7 is slightly less than 1890.
+    return max(1, math.floor(num_positions * Fraction(str(float(scope_ratio)))))
 
 
 def top_k_mask(relevance: Tensor, scope_ratio: float) -> Tensor:
     """Mark the fraction `scope_ratio` of most relevant positions of one map [h, w] (top-K, Sec. 3.3.1); bool [h, w]."""
     flat = relevance.flatten()
-    kept = flat.topk(scope_size(scope_ratio, flat.numel())).indices
+    # A stable sort resolves ties in favor of the first position, as Algorithm 1 does.
+    kept = flat.argsort(descending=True, stable=True)[: scope_size(scope_ratio, flat.numel())]
     return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, kept, True).view_as(relevance)
 
 

@@ -28,7 +28,7 @@ class DeepQueryAttention(nn.Module):
         self.to_v = nn.Linear(dim, dim, bias=False)
 
     def forward(self, deep: Tensor, context: Tensor) -> Tensor:
-        """deep [B, N, C], answering [B, M, C] -> [B, N, C]."""
+        """deep [B, N, C], context [B, M, C] -> [B, N, C]."""
         context = self.norm_context(context)
         query, key, value = (
             tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, tokens, C / H]

@@ -66,7 +66,9 @@ class SelfRecording:
     def times(self, columns: Tensor) -> Tensor:
         """M_self, averaged over heads, times columns [B, Q, S]: [B, Q, S]."""
         assert self.query is not None and self.key is not None, "a layer that should record did not run"
-        return attention_times(self.query, self.key, columns)
+        # Relevance may be far below 1, where half precision has few digits left, so each column is scaled to 1.
+        scale = columns.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(columns.dtype).tiny)
+        return attention_times(self.query, self.key, columns / scale) * scale
 
 
 class AttentionRecorder:

@@ -63,8 +63,10 @@ class ResolvedSubject:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest:
-    """A request in which nothing is left open. Made by `Request.resolve` at the entry point, checked there, then passed
-    on as it is. Attributes as in `Request`, with T_stop as a number of steps."""
+    """A request with every setting filled in, made once at the entry point by `Request.resolve`.
+
+    The attributes are those of `Request`, with T_stop as a number of steps.
+    """
 
     prompt: str
     subjects: tuple[ResolvedSubject, ...]
@@ -169,8 +171,10 @@ class Request:
                 taken[span] = subject.target_phrase
 
     def with_seed(self) -> Request:
-        """The request itself if it has a seed, or a copy with a random one. A retried request must have a seed, so that
-        the second attempt makes the same image."""
+        """Return the request itself if it has a seed, otherwise a copy with a random one.
+
+        A request that may be retried needs a seed, so that every attempt generates the same image.
+        """
         return self if self.seed is not None else replace(self, seed=secrets.randbelow(2**32))
 
     def resolve(self, defaults: SamplingDefaults) -> ResolvedRequest:

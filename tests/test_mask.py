@@ -10,9 +10,10 @@ from realcustom.mask import (
     resize_by_height,
     resize_map,
     round_robin_top_k,
+    scope_size,
     top_k_mask,
 )
-from realcustom.recorder import attention_times, recorded_levels
+from realcustom.recorder import SelfRecording, attention_times, recorded_levels
 from realcustom.visual_attention import LayerVision, SparseMask
 
 PAPER = MethodConfig()
@@ -29,6 +30,49 @@ def test_top_k_mask_keeps_the_most_relevant_positions(ratio, kept):
     selected = top_k_mask(values, ratio)
     assert selected.sum() == kept
     assert values[selected].min() >= values[~selected].max() if kept < 64 else True
+
+
+@pytest.mark.parametrize(
+    "ratio,positions,kept", [(0.7, 45 * 60, 1890), (0.29, 100, 29), (0.57, 100, 57), (1 / 3, 9, 2)]
+)
+def test_scope_size_is_the_exact_floor(ratio, positions, kept):
+    """floor(ratio * positions) of the decimal ratio, where floating-point products are slightly too small."""
+    assert scope_size(ratio, positions) == kept
+
+
+def test_ties_are_resolved_by_position():
+    """Of equally relevant positions, the first ones are kept, as in Algorithm 1."""
+    values = torch.zeros(40, 40)
+    values[3, 5] = 1.0
+    selected = top_k_mask(values, 0.25).flatten()
+    assert selected.sum() == 400 and selected[:399].all() and selected[3 * 40 + 5]
+
+
+def test_small_masks_survive_shrinking():
+    """A disc of radius 2 in a 64 x 64 mask stays nonzero at 8 x 8, wherever it is (the coarsest level of SD1.5)."""
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    for center in range(4, 60, 3):
+        disc = ((y - center) ** 2 + (x - 63 + center) ** 2 <= 4).float()
+        shrunk = resize_map(disc[None], (8, 8))
+        assert shrunk.sum() * 64 == pytest.approx(disc.sum().item())
+    smooth = relevance(1, 64, 64)
+    halved = F.interpolate(smooth[None], size=(32, 32), mode="bilinear", align_corners=False)[0]
+    assert torch.allclose(resize_map(smooth, (32, 32)), halved, atol=1e-6)
+
+
+def test_half_precision_keeps_the_ranking_of_small_relevance():
+    """M_self times relevance around 1e-6 ranks positions in fp16 as it does in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 2, 64, 8, generator=generator)
+    columns = relevance(1, 64, 1) * 1e-6
+    products = []
+    for dtype in (torch.float32, torch.float16):
+        recording = SelfRecording()
+        recording.record(query.to(dtype), key.to(dtype))
+        products.append(recording.times(columns).flatten())
+    exact, half = products
+    assert (half - exact).abs().max() <= 0.01 * exact.max()
+    assert torch.corrcoef(torch.stack([exact, half]))[0, 1] > 0.999
 
 
 def test_masks_are_soft_with_maximum_one():
