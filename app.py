@@ -1,63 +1,121 @@
-"""Start the demo: `python app.py`. Flags and wiring only."""
+"""Entry point of the demo: `python app.py`. Parses flags, connects to a server, and serves the page until Ctrl-C."""
+
+from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from serving.clients import Client, ModelInfo
+
+log = logging.getLogger("app")
+
+EXIT_ERROR = 2  # as argparse
 
 
 def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="RealCustom++ in the browser.")
-    parser.add_argument("--url", help="use a running server by its HTTP address, such as http://127.0.0.1:8000")
-    parser.add_argument("--address", help="use a server running on a Ray cluster, such as auto or ray://HOST:10001")
-    parser.add_argument("--api-key", default=os.environ.get("REALCUSTOM_API_KEY"), help="sent to the server of --url")
-    parser.add_argument("--model", default=None, help="model of the local server (default: the one that is shipped)")
+    parser.add_argument("--url", help="connect to a running server over HTTP, for example http://127.0.0.1:8000")
+    parser.add_argument("--address", help="connect to a server on a Ray cluster, for example auto or ray://HOST:10001")
+    parser.add_argument("--api-key", default=os.environ.get("REALCUSTOM_API_KEY"), help="API key of the --url server")
+    parser.add_argument("--model", help="model of the local server (default: the embedded model)")
     parser.add_argument(
-        "--memory", choices=("high", "medium", "low"), help="of the local server's model (default: high)"
+        "--memory", choices=("high", "medium", "low"), help="memory tier of the local server (default: high)"
     )
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")))
     flags = parser.parse_args(arguments)
     if sum(map(bool, (flags.url, flags.address, flags.model or flags.memory))) > 1:
-        parser.error("--url, --address and --model or --memory exclude each other: a running server has its own model.")
+        parser.error("--url, --address and --model/--memory exclude each other: a running server has its own model.")
     return flags
 
 
-def connect(flags: argparse.Namespace):
-    """A client of the server the flags name; without one, of a Ray Serve of our own on this machine."""
+def connect(flags: argparse.Namespace) -> Client:
+    """A client of the server that the flags name; by default, start a server on this machine and load the model."""
     if flags.url:
         from serving.clients import HttpClient
 
+        log.info("Connecting to %s…", flags.url)
         return HttpClient(flags.url, api_key=flags.api_key)
-    if flags.address:
-        from serving.clients.local import join
-
-        return join(flags.address)
-    from serving.clients.local import start
+    log.info("Connecting to Ray at %s…" if flags.address else "Loading the model…", *filter(None, [flags.address]))
+    from serving.clients.local import join, start
     from serving.settings import Settings
 
-    given = {"model": flags.model, "memory": flags.memory}
-    return start(Settings(**{name: value for name, value in given.items() if value}))
+    if flags.address:
+        return join(flags.address)
+    options = {"model": flags.model, "memory": flags.memory}
+    return start(Settings(**{name: value for name, value in options.items() if value}))
 
 
-def main() -> None:
-    flags = parse_flags()
-    client = connect(flags)
-
+def serve_page(client: Client, info: ModelInfo, flags: argparse.Namespace) -> None:
+    """Serve the page until SIGINT or SIGTERM."""
     from demo.theme import CSS, THEME
     from demo.ui import build_demo
 
-    info = asyncio.run(client.model())
-    build_demo(client, info).launch(
-        server_name=flags.host,
-        server_port=flags.port,
-        theme=THEME,
-        css=CSS,
-        share=False,
-        max_file_size=info.limits.max_image_bytes,
-        footer_links=["api"],
-        ssr_mode=False,
-    )
+    page = build_demo(client, info)
+    try:
+        page.launch(
+            server_name=flags.host,
+            server_port=flags.port,
+            theme=THEME,
+            css=CSS,
+            share=False,
+            quiet=True,
+            max_file_size=info.limits.max_image_bytes,
+            footer_links=["api"],
+            ssr_mode=False,
+            prevent_thread_lock=True,
+        )
+        log.info("Open %s in a browser. Press Ctrl-C to stop.", (page.local_url or "").rstrip("/"))
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
+
+
+def disconnect(client: Client) -> None:
+    """Stop the local server, or close the connection to a Ray cluster."""
+    from serving.clients import HandleClient, HttpClient
+
+    if isinstance(client, HttpClient):
+        return
+    from serving.clients.local import LocalServer
+
+    if isinstance(client, LocalServer):
+        client.shutdown()
+    elif isinstance(client, HandleClient):
+        client.close()
+
+
+def main() -> int:
+    """Returns the exit code: 0 after Ctrl-C, 2 if the server cannot be reached or started."""
+    flags = parse_flags()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    log.setLevel(logging.INFO)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no hints about optional image processors
+    from serving.clients import InvalidRequest, QueueFull, ServerError
+
+    client = None
+    try:
+        client = connect(flags)
+        serve_page(client, asyncio.run(client.model()), flags)
+    except (InvalidRequest, QueueFull, ServerError, OSError) as error:
+        print(f"app.py: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
+        log.info("Stopping…")
+        return 0
+    finally:
+        if client is not None:
+            disconnect(client)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

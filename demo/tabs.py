@@ -1,7 +1,7 @@
 """One tab: inputs on the left, results on the right, and the event that forwards a request to the server."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -59,20 +59,10 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
     build_examples(task, prompt, slots)
     update_words_with_prompt(task, prompt, slots)
 
-    def buttons(*, running: bool) -> list[gr.Button]:
-        return [gr.Button(interactive=not running), gr.Button(interactive=running)]
-
     async def handle_generate(*values: Any) -> AsyncGenerator[list, None]:
-        try:
-            yield [progress("Starting…", 0), *_skip(5), *buttons(running=True)]
-            request, num_images = await asyncio.to_thread(read_form, task, values)
-            async with aclosing(_updates(client, request, num_images)) as updates:
-                async for update, done in updates:
-                    yield [*update, *buttons(running=not done)]
-        except (InvalidRequest, QueueFull, ServerError) as error:
-            # The page is updated before the error is raised, because Gradio keeps the last update of a failed event.
-            yield [failure(str(error)), *_skip(5), *buttons(running=False)]
-            raise gr.Error(str(error), duration=ERROR_DURATION_S, print_exception=False) from error
+        async with aclosing(generate_updates(task, client, values)) as updates:
+            async for update in updates:
+                yield update
 
     inputs: list[Component] = [prompt]
     for slot in slots:
@@ -87,13 +77,35 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
         lambda new, earlier: [*new, *(earlier or [])][:MAX_GALLERY_IMAGES], [results, gallery], gallery, queue=False,
         show_progress="hidden", api_visibility="private",
     )  # fmt: skip
-    event.failure(lambda: buttons(running=False), None, [generate, stop], queue=False, api_visibility="private")
+    event.failure(lambda: _buttons(running=False), None, [generate, stop], queue=False, api_visibility="private")
     # In a second event, after the first has cancelled the generation: an earlier update could arrive after "Stopped".
     stop.click(None, cancels=[event], queue=False, api_visibility="private").then(
-        lambda: [progress("Stopped", 0), *buttons(running=False)], None, [status, generate, stop], queue=False,
+        lambda: [progress("Stopped", 0), *_buttons(running=False)], None, [status, generate, stop], queue=False,
         api_visibility="private",
     )  # fmt: skip
     reuse_seed.click(str, first_seed, controls.seed, queue=False, api_visibility="private")
+
+
+async def generate_updates(task: Task, client: Client, values: Sequence[Any]) -> AsyncGenerator[list, None]:
+    """Forward the form to the server.
+
+    Yields values of status, image, masks, results, first seed, its button, and the Generate and Stop buttons. Work on
+    images runs in threads, so that it does not delay other visitors.
+
+    Args:
+        values: see `form.read_form`.
+    Raises:
+        gr.Error: the request failed. The page is updated before that; Gradio keeps the last update of a failed event.
+    """
+    try:
+        yield [progress("Starting…", 0), *_skip(5), *_buttons(running=True)]
+        request, num_images = await asyncio.to_thread(read_form, task, values)
+        async with aclosing(_updates(client, request, num_images)) as updates:
+            async for update, done in updates:
+                yield [*update, *_buttons(running=not done)]
+    except (InvalidRequest, QueueFull, ServerError) as error:
+        yield [failure(str(error)), *_skip(5), *_buttons(running=False)]
+        raise gr.Error(str(error), duration=ERROR_DURATION_S, print_exception=False) from error
 
 
 async def _updates(client: Client, request: Request, num_images: int) -> AsyncGenerator[tuple[list, bool], None]:
@@ -128,6 +140,11 @@ def _draw_results(state: GenerationState) -> list[tuple[Image.Image, str]]:
         assert image.image is not None
         results += [(image.image, f"seed {image.seed}"), (overlay_masks(image.image, image.masks), "masks")]
     return results
+
+
+def _buttons(*, running: bool) -> list[gr.Button]:
+    """State of the Generate and Stop buttons."""
+    return [gr.Button(interactive=not running), gr.Button(interactive=running)]
 
 
 def _skip(count: int) -> list:

@@ -1,4 +1,4 @@
-"""From the browser through Ray Serve and back, in headless Chromium, on every tab."""
+"""The demo page in headless Chromium, on every tab, with Ray Serve behind it."""
 
 import asyncio
 import io
@@ -13,6 +13,13 @@ import pytest
 from PIL import Image
 from tiny import subject_image, tiny_pipeline
 
+from demo.theme import CSS, THEME
+from demo.ui import build_demo
+from realcustom import SamplingDefaults
+from serving.clients import Limits, ModelInfo, Progress, Request, ServerError
+from serving.clients.local import start
+from serving.settings import Settings
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
@@ -22,10 +29,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A Ray Serve with the toy model and two places; its default of 25 steps lets the page ask for up to 100."""
-    from serving.clients.local import start
-    from serving.settings import Settings
-
+    """Ray Serve with the toy model and a batch size of 2; its default of 25 steps lets the page request up to 100."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tiny_pipeline().save_pretrained(folder)
     words = {"subjects": ["dog", "cat", "owl"], "scenes": ["on the beach", "in the snow"]}
@@ -40,10 +44,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(server):
-    """The page over the server."""
-    from demo.theme import CSS, THEME
-    from demo.ui import build_demo
-
+    """Address of the page."""
     demo = build_demo(server, asyncio.run(server.model()))
     _, address, _ = demo.launch(
         server_name="127.0.0.1", theme=THEME, css=CSS, prevent_thread_lock=True, quiet=True, ssr_mode=False
@@ -63,11 +64,16 @@ def browser():
 
 
 @pytest.fixture
-def page(url, browser):  # the server first: Playwright's own event loop must not be running yet
+def external_requests():
+    """URLs that `page` has requested from other hosts."""
+    return []
+
+
+@pytest.fixture
+def page(url, browser, external_requests):  # `url` first: the page must be launched before Playwright's event loop runs
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.set_default_timeout(20_000)
-    page.foreign = []
-    page.on("request", lambda r: page.foreign.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
+    page.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else external_requests.append(r.url))
     page.goto(url)
     page.wait_for_selector("#One2One-prompt")
     yield page
@@ -80,8 +86,8 @@ def png(image: Image.Image) -> dict:
     return {"name": "subject.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
 
 
-def choose(page, tab: str, prompt: str, slots: list[tuple[Image.Image, list[str]]]) -> None:
-    """Fill in a tab as a person does: open it, drop images, type the prompt, click the words; a seed in settings."""
+def fill_in(page, tab: str, prompt: str, slots: list[tuple[Image.Image, list[str]]]) -> None:
+    """Open a tab, upload the images, type the prompt, select the words, and enter a seed."""
     page.get_by_role("tab", name=tab, exact=True).click()
     page.fill(f"#{tab}-prompt textarea", prompt)
     if len(slots) > 2:
@@ -96,7 +102,7 @@ def choose(page, tab: str, prompt: str, slots: list[tuple[Image.Image, list[str]
 
 
 def generate(page, tab: str) -> tuple[np.ndarray, np.ndarray]:
-    """Press the button and wait; the image and the image with masks, as int arrays."""
+    """Click Generate and wait; returns the image and the image with masks, as int arrays."""
     find = f"[...document.querySelectorAll('#{tab}-gallery img')].map(image => image.src)"
     before = page.evaluate(find)
     page.click(f"#{tab}-generate")
@@ -105,15 +111,15 @@ def generate(page, tab: str) -> tuple[np.ndarray, np.ndarray]:
     )
     assert "Done. Seed 11" in page.inner_text(f"#{tab}-status")
     sources = page.evaluate(find)[:2]
-    made = [Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB") for source in sources]
-    return tuple(np.asarray(image).astype(int) for image in made)
+    image, with_masks = (Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB") for source in sources)
+    return np.asarray(image).astype(int), np.asarray(with_masks).astype(int)
 
 
-def marked(image: np.ndarray, with_masks: np.ndarray) -> np.ndarray:
+def colored_region(image: np.ndarray, with_masks: np.ndarray) -> np.ndarray:
     """Where the masks color the image, bool [height, width]."""
     gray = Image.fromarray(image.astype(np.uint8)).convert("L").convert("RGB")
-    ground = np.asarray(Image.blend(Image.fromarray(image.astype(np.uint8)), gray, 0.6)).astype(int)
-    return np.abs(with_masks - ground).max(-1) > 8
+    desaturated = np.asarray(Image.blend(Image.fromarray(image.astype(np.uint8)), gray, 0.6)).astype(int)
+    return np.abs(with_masks - desaturated).max(-1) > 8
 
 
 CASES = {
@@ -127,9 +133,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("tab", CASES)
-def test_a_tab_makes_a_image_that_depends_on_its_reference_inside_the_mask(page, tab):
+def test_reference_changes_the_image_inside_the_mask(page, external_requests, tab):
     prompt, slots = CASES[tab]
-    choose(page, tab, prompt, slots)
+    fill_in(page, tab, prompt, slots)
     first, masks = generate(page, tab)
     page.click(f"#{tab}-image-0 button[aria-label='Clear'], #{tab}-image-0 button[aria-label='Remove Image']")
     page.set_input_files(f"#{tab}-image-0 input[type=file]", png(subject_image("lime")))
@@ -137,15 +143,15 @@ def test_a_tab_makes_a_image_that_depends_on_its_reference_inside_the_mask(page,
     second, other_masks = generate(page, tab)
 
     change = np.abs(first - second).mean(-1)
-    inside = marked(first, masks) | marked(second, other_masks)
-    assert change.max() > 2, "another reference must give another image"
+    inside = colored_region(first, masks) | colored_region(second, other_masks)
+    assert change.max() > 2, "a different reference must give a different image"
     assert 0.02 < inside.mean() < 0.98
     assert change[inside].mean() > change[~inside].mean()
-    assert not page.foreign, "the page must load nothing from elsewhere"
+    assert not external_requests, "the page must load nothing from other hosts"
 
 
-def test_a_seed_that_nobody_gave_is_drawn(page):
-    """Looking at the settings gives none; the button under the results brings the last one into the field."""
+def test_empty_seed_is_random_and_can_be_reused(page):
+    """Opening the settings leaves the seed empty; the button below the results copies the last seed into the field."""
     page.click("#One2One-settings button")
     page.wait_for_selector("#One2One-seed input")
     page.wait_for_timeout(500)
@@ -155,15 +161,15 @@ def test_a_seed_that_nobody_gave_is_drawn(page):
     page.click("#One2One-words-0 label:has-text('dog')")
     page.click("#One2One-generate")
     page.wait_for_function("document.querySelector('#One2One-status').innerText.includes('Done. Seed')")
-    drawn = page.inner_text("#One2One-status").split("Seed ")[1].split(".")[0]
-    page.click("text=Use the seed of the first image again")
-    page.wait_for_function(f"document.querySelector('#One2One-seed input').value === '{drawn}'")
-    assert int(drawn) > 1000
+    seed = page.inner_text("#One2One-status").split("Seed ")[1].split(".")[0]
+    page.click("#One2One-reuse")
+    page.wait_for_function(f"document.querySelector('#One2One-seed input').value === '{seed}'")
+    assert int(seed) > 1000
 
 
 def test_earlier_results_stay_in_the_gallery(page):
-    """A second press of the button puts its image in front; the first one is still there."""
-    choose(page, "One2One", *CASES["One2One"])
+    """The second image comes first in the gallery, and the first image stays."""
+    fill_in(page, "One2One", *CASES["One2One"])
     first, _ = generate(page, "One2One")
     page.fill("#One2One-prompt textarea", "a dog sleeps")
     second, _ = generate(page, "One2One")
@@ -174,19 +180,61 @@ def test_earlier_results_stay_in_the_gallery(page):
     assert (first != second).any()
 
 
-def test_a_mistake_is_answered_with_a_sentence(page):
+def test_input_error_shows_a_message_and_keeps_generate_enabled(page):
     page.fill("#One2One-prompt textarea", "a dog runs")
     page.click("#One2One-generate")
     toast = page.wait_for_selector("[data-testid=toast-body], .toast-body", timeout=10_000)
-    assert "Add an image of the subject" in toast.inner_text()
+    assert "Upload an image of the subject" in toast.inner_text()
+    page.wait_for_selector("#One2One-status:has-text('Upload an image of the subject')")
+    page.wait_for_selector("#One2One-generate:enabled")
+    assert page.is_disabled("#One2One-stop")
+
+
+class FailingClient:
+    """A client whose images fail after their second step."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    async def stream(self, request, *, previews=True, timeout_s=None):
+        for step in (1, 2):
+            yield Progress(step, 4, subject_image("red"), (Image.new("L", (64, 64), 128),))
+            await asyncio.sleep(0.2)
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    "error,message", [(ServerError("the replica failed."), "the replica failed."), (KeyError("bug"), "Error")]
+)
+def test_late_error_is_shown_and_generate_is_enabled_again(browser, error, message):
+    info = ModelInfo(id="toy", preset="paper", sampling=SamplingDefaults(), limits=Limits())
+    demo = build_demo(FailingClient(error), info)
+    options = dict(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    with ThreadPoolExecutor() as pool:  # Playwright's event loop runs in this thread
+        _, address, _ = pool.submit(lambda: demo.launch(**options)).result()
+    page = browser.new_page()
+    page.set_default_timeout(20_000)
+    page.goto(address)
+    page.wait_for_selector("#One2One-prompt")
+    fill_in(page, "One2One", *CASES["One2One"])
+    page.click("#One2One-generate")
+    page.wait_for_selector("#One2One-stop:enabled")
+    toast = page.wait_for_selector("[data-testid=toast-body], .toast-body")
+    assert message in toast.inner_text()
+    page.wait_for_selector("#One2One-generate:enabled")
+    page.wait_for_selector("#One2One-stop:disabled")
+    if isinstance(error, ServerError):
+        assert message in page.inner_text("#One2One-status")
+    page.close()
+    demo.close()
 
 
 @pytest.mark.parametrize(
     "tab,subjects,prompt",
     [("One2One", ["owl"], "an owl in the snow"), ("Many2Many", ["dog", "owl"], "a dog and an owl in the snow")],
 )
-def test_known_words_make_a_prompt_by_clicking(page, tab, subjects, prompt):
-    """Chips of subjects and scenes write the prompt, whose words can then be clicked."""
+def test_composer_writes_the_prompt(page, tab, subjects, prompt):
+    """Chips of subjects and scenes write the prompt, whose words can then be selected."""
     page.get_by_role("tab", name=tab, exact=True).click()
     page.click(f"#{tab}-compose button")
     for word in subjects:
@@ -196,12 +244,10 @@ def test_known_words_make_a_prompt_by_clicking(page, tab, subjects, prompt):
     page.wait_for_selector(f"#{tab}-words-0 label:has-text('{subjects[0]}')")
 
 
-class Occupied:
-    """Both places of the server taken by images of 1000 steps, until the block ends."""
+class FullServer:
+    """Context manager: two images of 1000 steps fill the batch of the server."""
 
     def __init__(self, server) -> None:
-        from serving.clients import Request
-
         self._server, self._loop = server, asyncio.new_event_loop()
         self._requests = [Request(prompt="a dog", num_inference_steps=1000, seed=i) for i in range(2)]
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -219,60 +265,60 @@ class Occupied:
 
 
 def stats(server) -> dict:
-    """In another thread: Playwright's event loop runs in this one."""
+    """Statistics of the replica. In a separate thread, because Playwright's event loop runs in this one."""
     with ThreadPoolExecutor() as pool:
-        return pool.submit(lambda: server._handle.stats.remote().result()).result()
+        return pool.submit(lambda: asyncio.run(server.stats())).result()
 
 
 def until(condition, timeout_s=20) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, f"the condition did not become true within {timeout_s} s"
         time.sleep(0.05)
 
 
-def ask_for_long_images(page) -> None:
-    choose(page, "One2One", "a dog runs", [(subject_image("red"), ["dog"])])
+def start_long_image(page) -> None:
+    fill_in(page, "One2One", "a dog runs", [(subject_image("red"), ["dog"])])
     page.fill("#One2One-steps input[type=number]", "100")
     page.click("#One2One-generate")
 
 
-@pytest.mark.parametrize("way", ["stop", "closed tab"])
-def test_leaving_in_mid_image_frees_the_place(server, page, way):
-    """The stop button, and closing the tab, end the image in the replica before its 100 steps are done."""
+@pytest.mark.parametrize("action", ["stop", "close tab"])
+def test_stop_and_closed_tab_cancel_the_image(server, page, action):
+    """The replica ends the image before its 100 steps are done."""
     before = stats(server)["steps"]
-    ask_for_long_images(page)
+    start_long_image(page)
     until(lambda: stats(server)["steps"] > before + 5)
-    if way == "stop":
+    if action == "stop":
         page.click("#One2One-stop")
     else:
         page.close()
     until(lambda: stats(server)["active"] == 0)
     assert stats(server)["steps"] < before + 100
-    if way == "stop":
+    if action == "stop":
         page.wait_for_selector("#One2One-status:has-text('Stopped')")
-        page.wait_for_timeout(500)  # progress that was under way does not come back
+        page.wait_for_timeout(500)  # late progress events must not overwrite the status
         assert "Stopped" in page.inner_text("#One2One-status")
 
 
-def test_a_visitor_in_line_hears_the_place_and_gives_it_up_by_closing_the_tab(server, page, browser):
-    with Occupied(server):
+def test_queue_position_is_shown_and_closed_tab_leaves_the_queue(server, page, browser):
+    with FullServer(server):
         first = browser.new_page()
         first.goto(page.url)
         first.wait_for_selector("#One2One-prompt")
-        ask_for_long_images(first)
+        start_long_image(first)
         until(lambda: stats(server)["waiting"] == 1)
-        ask_for_long_images(page)
+        start_long_image(page)
         page.wait_for_function(
-            "() => document.querySelector('#One2One-status').innerText.includes('1 image before yours')"
+            "() => document.querySelector('#One2One-status').innerText.includes('1 image ahead of yours')"
         )
         first.close()
-        page.wait_for_function("() => document.querySelector('#One2One-status').innerText.includes('Next in line')")
+        page.wait_for_function("() => document.querySelector('#One2One-status').innerText.includes('yours is next')")
         page.close()
         until(lambda: stats(server)["waiting"] == 0)
 
 
-def test_the_page_fits_a_phone(url, browser):
+def test_page_fits_a_phone_screen(url, browser):
     page = browser.new_page(viewport={"width": 390, "height": 800})
     page.goto(url)
     page.wait_for_selector("#One2One-prompt")

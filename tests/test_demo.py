@@ -1,6 +1,7 @@
 """Logic of the demo page, on a real engine with the toy pipeline."""
 
 import asyncio
+import threading
 from contextlib import aclosing
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 from tiny import subject_image, tiny_pipeline
 
+from demo import tabs
 from demo.components import failure, progress, side_by_side, tiled
 from demo.form import read_form
 from demo.generation_state import GenerationState, ImageState, generate_images
@@ -178,6 +180,28 @@ def test_error_of_one_image_is_raised(client):
 
     with pytest.raises(InvalidRequest, match="height is 65 px"):
         asyncio.run(run())
+
+
+def test_image_work_runs_outside_the_event_loop(client, monkeypatch):
+    """Building the request, which normalizes references, and drawing overlays run in worker threads."""
+    threads: dict[str, set] = {"read_form": set(), "overlay_masks": set()}
+    for name in threads:
+        function = getattr(tabs, name)
+
+        def recorded(*args, name=name, function=function):
+            threads[name].add(threading.current_thread())
+            return function(*args)
+
+        monkeypatch.setattr(tabs, name, recorded)
+
+    async def run():
+        values = ("a dog runs", subject_image(), "dog", "", *SETTINGS)
+        async with aclosing(tabs.generate_updates(ONE, client, values)) as updates:
+            return [update async for update in updates]
+
+    updates = asyncio.run(run())
+    assert "Starting" in updates[0][0] and "Done. Seeds 7, 8." in updates[-1][0]
+    assert all(found and threading.main_thread() not in found for found in threads.values())
 
 
 def test_overlay_has_the_color_of_the_subject_inside_its_mask_only():
