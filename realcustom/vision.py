@@ -124,13 +124,13 @@ class VisionEncoders:
         view, local = reference_views(pixels, self.method)
         vision = self.vision
         layers = tuple(zip((*vision.siglip_shallow, vision.siglip_deep), (*vision.dino_shallow, vision.dino_deep)))
-        *shallow, deep = self._features(view, layers)
-        (local_deep,) = self._features(local.flatten(0, 1), layers[-1:])
+        *shallow, deep = self.tokens(view, layers)
+        (local_deep,) = self.tokens(local.flatten(0, 1), layers[-1:])
         self._release()
         local_deep = local_deep.unflatten(0, (-1, 4)).transpose(1, 2).flatten(1, 2)  # [B, N * 4, C]
         return VisionFeatures(shallow=torch.cat(shallow, dim=1), deep=deep, local=local_deep)
 
-    def _features(self, pixels: Tensor, layers: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def tokens(self, pixels: Tensor, layers: Sequence[tuple[int, int]]) -> list[Tensor]:
         """The concatenated tokens [B, N, C] of each (SigLIP block, DINO block) pair."""
         num_prefix = 1 + getattr(self.dino.config, "num_register_tokens", 0)
         siglip = _hidden_states(self.siglip, pixels, SIGLIP_MEAN_STD)

@@ -90,7 +90,7 @@ def test_timesteps_cover_the_range(exponent):
 
 
 def test_caption_cache_encodes_each_caption_once(tokenizer):
-    """Cached text conditions equal those of the encoders and have no gradient."""
+    """Cached text conditions equal those of the encoders and have no gradient; no caption is encoded twice."""
     torch.manual_seed(0)
     model, encoded = TextToImage(tokenizer), []
 
@@ -170,7 +170,7 @@ def test_portrait_depends_on_the_tokens_of_the_instance_only():
 
 def test_compiled_unet_does_not_recompile_for_another_batch():
     """As in the stage with `--compile`: each batch has its own attention context, and the UNet is compiled once."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     unet = build_unet()
     attention = AttentionLayers(unet)
     adapter = RealCustomAdapter.for_unet(unet, vision_dim=192)

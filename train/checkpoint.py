@@ -25,7 +25,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Move the average toward the current parameters. The decay is smaller in early steps."""
+        """Move the average toward the current parameters.
+
+        In early steps the decay is smaller, so that the initial values lose their influence quickly.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         named = [(n, p) for n, p in module.named_parameters() if n in self.values]
         get_ema_multi_avg_fn(decay)([self.values[n] for n, _ in named], [p.detach() for _, p in named], step)

@@ -1,4 +1,4 @@
-"""The curriculum of RealCustom++ (Sec. 3.2.2): from the subject as the target image shows it to other views and sizes.
+"""The curriculum of RealCustom++ (Sec. 3.2.2): references change from the target image itself to other views and sizes.
 
 Pure functions of `progress` = S_cur / S_total in [0, 1].
 """

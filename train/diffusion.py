@@ -115,5 +115,5 @@ def sample_latents(
             ).sample.float()
         noise_text, noise_uncond = predicted.chunk(2)
         guided = noise_uncond + guidance_scale * (noise_text - noise_uncond)
-        latents = scheduler.step(guided, timestep, latents).prev_sample
+        latents = scheduler.step(guided, int(timestep), latents, return_dict=False)[0]
     return latents

@@ -23,7 +23,7 @@ class LatentCodec:
     def __init__(self, out: Path, device: str = "cpu") -> None:
         self.device = device
         vae = load_ema(out / "vae" / "checkpoint", build_vae())
-        self.vae = module_to(vae, device, torch.channels_last).requires_grad_(False)
+        self.vae = module_to(vae, device).requires_grad_(False)
         measured = out / "vae" / "scaling_factor.json"
         if not measured.exists():
             self.scaling_factor = 1.0

@@ -117,8 +117,7 @@ class MetricWindow:
 def stop_on_signal() -> Iterator[threading.Event]:
     """Event that SIGTERM or SIGINT sets; the previous handlers are restored on exit.
 
-    Python runs signal handlers in the main thread and only that thread may install them. In other threads the event is
-    never set, and signals keep the behavior that the application gave them.
+    Only the main thread may install signal handlers. In other threads nothing is installed, and the event is never set.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -3,11 +3,12 @@
 All of them are classes of diffusers and transformers.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import AutoencoderDC, DDIMScheduler, UNet2DConditionModel
 from torch import nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -29,10 +30,9 @@ VISION_WIDTH = 96  # channels of each of the two vision encoders
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def module_to(module: ModuleT, device: str, memory_format: torch.memory_format = torch.preserve_format) -> ModuleT:
-    """`module.to(...)` with a precise return type, which the classes of diffusers do not declare."""
-    nn.Module.to(module, device, memory_format=memory_format)
-    return module
+def module_to(module: ModuleT, device: str) -> ModuleT:
+    """`module.to(device)` with the module's own type, which the `to` of diffusers does not declare."""
+    return nn.Module.to(module, device)
 
 
 def build_vae() -> AutoencoderDC:
@@ -41,7 +41,7 @@ def build_vae() -> AutoencoderDC:
     On a CPU its cost is memory traffic. The full-resolution level therefore has no layers, and the half-resolution
     level has 24 channels.
     """
-    return AutoencoderDC(
+    vae = AutoencoderDC(
         in_channels=3,
         latent_channels=4,
         encoder_block_out_channels=(32, 24, 96),
@@ -53,19 +53,20 @@ def build_vae() -> AutoencoderDC:
         encoder_out_shortcut=True,
         decoder_in_shortcut=True,
     )
+    return convert_conv2d_weight_memory_format(vae, torch.channels_last)
 
 
 def build_unet() -> UNet2DConditionModel:
     """Cross-attention at the second and third level, as in SDXL."""
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=IMAGE_SIZE // LATENT_FACTOR,
         in_channels=4,
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(32, 64, 160),
-        attention_head_dim=(2, 2, 5),
-        transformer_layers_per_block=(1, 1, 1),
+        attention_head_dim=cast(Any, (2, 2, 5)),  # one number per level; diffusers declares tuple[int]
+        transformer_layers_per_block=cast(Any, (1, 1, 1)),
         layers_per_block=1,
         norm_num_groups=8,
         cross_attention_dim=2 * TEXT_WIDTH,
@@ -74,12 +75,15 @@ def build_unet() -> UNet2DConditionModel:
         addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 16,
     )
+    return convert_conv2d_weight_memory_format(unet, torch.channels_last)
 
 
 def build_text_encoders(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """Two CLIP text encoders of the same size; the second also returns the pooled text."""
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert isinstance(bos, int) and isinstance(eos, int) and isinstance(pad, int)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -89,9 +93,9 @@ def build_text_encoders(
         num_attention_heads=4,
         max_position_embeddings=TEXT_LENGTH,
         hidden_act="quick_gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=pad,
     )
     return CLIPTextModel(config), CLIPTextModelWithProjection(config)
 

@@ -14,7 +14,8 @@ from .data.sprite_world import SpriteWorld
 from .data.sprites import CATEGORIES
 from .networks import TEXT_LENGTH
 
-# Keeps words outside the sprite world from being split into single bytes.
+# Training text of the tokenizer, so that words outside the sprite world are not split into single bytes. Do not correct
+# its spelling: it determines the vocabulary.
 COMMON_WORDS = """
 the of and to a in is it you that he was for on are with as his they be at one have this from or had by but what some we
 can out other were all there when up use your how said an each she which do their time if will way about many then them

@@ -58,8 +58,8 @@ class SamplePool:
     def refresh(self, step: int) -> None:
         """Render the samples that the pool must hold at `step` and does not hold yet.
 
-        In a running training these are the `per_step` new samples of the step. After a start or restart there are more;
-        they are rendered by several processes.
+        During training these are the `per_step` new samples of the step. After a start or restart there are more, and
+        several processes render them.
         """
         end = self._end(step)
         wanted = np.arange(max(0, end - self.capacity), end)

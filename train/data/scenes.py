@@ -137,7 +137,10 @@ def _city(rng: np.random.Generator, horizon: int) -> Drawing:
     return pixels, houses
 
 
-_DRAW = dict(zip(SCENES, (_beach, _snow, _grass, _jungle, _wooden_floor, _cobblestone, _night, _city), strict=True))
+DrawScene = Callable[[np.random.Generator, int], Drawing]
+_DRAW: dict[str, DrawScene] = dict(
+    zip(SCENES, (_beach, _snow, _grass, _jungle, _wooden_floor, _cobblestone, _night, _city), strict=True)
+)
 
 
 @cache

@@ -223,8 +223,8 @@ class SpriteWorld:
     def pair(self, index: int, *, two_subjects: float = 0.5, **options) -> ReferencePair:
         """A sample with a reference of its first subject, its second subject, or both in one image (One2Many).
 
-        By default every fourth reference shows both subjects. Assigning positions to the right one of two subjects is
-        the hardest part of the task.
+        By default a quarter of the references show both subjects: assigning positions to the right one of two subjects
+        is the hardest part of the task.
         """
         rng = self.generator(index, 1)
         sample = make_sample(rng, self.split, two_subjects=two_subjects, without_scene=0.0, **options)

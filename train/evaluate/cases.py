@@ -21,7 +21,7 @@ from ..data.sprite_world import (
 Task = Literal["One2One", "One2Many", "Many2Many"]
 TASKS: tuple[Task, ...] = get_args(Task)
 NUM_CANDIDATES = 10  # the right instance and nine same-category distractors
-# The square that shows one of two subjects, as fractions of the image side. Two subjects stand in the lower half.
+# The square that shows one of two subjects, as fractions of the image side. Two subjects are in the lower half.
 CROP_SIDE = 0.56
 CROP_TOP = 0.31
 

@@ -8,6 +8,7 @@ frequent, and the loss has a higher weight inside the reference's subjects. Imag
 Legend: B batch, N vision tokens, C vision channels, h, w latent size.
 """
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -105,7 +106,7 @@ class AdapterTask:
 
     def loss(
         self,
-        unet: torch.nn.Module,
+        unet: Callable,
         vision: VisualAttention | None,
         clean: Tensor,
         weight: Tensor,
@@ -219,6 +220,6 @@ def load_adapter(out: Path, model: TextToImage) -> RealCustomAdapter:
     folder = out / "adapter" / "checkpoint"
     if find_checkpoint(folder) is not None:
         return load_ema(folder, adapter)
-    for layer in adapter.to_v_vision.values():
-        torch.nn.init.zeros_(layer.weight)
+    for weight in adapter.to_v_vision.parameters():
+        torch.nn.init.zeros_(weight)
     return adapter

@@ -1,9 +1,9 @@
 """Stage `base`: the text-to-image model. UNet and both text encoders are trained from scratch on latents of the sprite
 world.
 
-Most steps use half-size images, which train three times as many samples per second. The model learns words, shapes and
-layout from them, as SDXL does at its first resolution. While the learning rate falls, all steps use full-size images,
-from which it learns details.
+Most steps use half-size images, at three times as many samples per second. They teach words, shapes and layout, as in
+the first phase of SDXL's own training. While the learning rate falls, all steps use full-size images, which teach
+details.
 """
 
 import math
@@ -33,7 +33,7 @@ from ..tokenizer import load_tokenizer
 CAPTION_DROPOUT = 0.1
 BATCH_SIZE = 64
 FULL_SIZE_EVERY = 20
-# The text encoders are trained for this many steps. They then know all captions; freezing them makes text free.
+# The text encoders are trained for this many steps. Afterwards they are frozen, and each caption is encoded only once.
 TEXT_STEPS = 200_000 // BATCH_SIZE
 # A step that records attention takes a third longer. Divides FULL_SIZE_EVERY, so that both sizes are grounded.
 GROUNDED_EVERY = 5
@@ -93,7 +93,6 @@ class TextToImage(nn.Module):
         self.text_encoder, self.text_encoder_2 = build_text_encoders(tokenizer)
         for encoder in (self.text_encoder, self.text_encoder_2):  # see `differentiable_attention`
             encoder.set_attn_implementation("eager")
-        self.to(memory_format=torch.channels_last)
 
     def tokens(self, captions: list[str]) -> Tensor:
         """Token ids, int64 [B, T]."""

@@ -57,7 +57,7 @@ def train_vae(out: Path, device: str = "cpu", **options) -> None:
     config = LoopConfig(
         out=out, batch_size=BATCH_SIZE, learning_rate=2e-3, ema_decay=0.995, warmup_steps=100, **options
     )
-    vae = module_to(build_vae(), device, torch.channels_last)
+    vae = module_to(build_vae(), device)
     fields = {"pixels": ((3, 128, 128), "uint8")}
     pool = SamplePool(out / "pool", fields, RenderImages(), start=4000, capacity=6000, per_step=2)
 

@@ -1,10 +1,14 @@
 """Stage `vision`: the two small vision encoders. A full-size model uses pretrained ones instead.
 
-Three losses: two views of an instance are closer than two instances of a category (last block, contrastive); the deep
-features reconstruct the upright instance independent of its pose in the view (appearance); each deep token reconstructs
-its own patch (structure). The first two use only the tokens that lie on the instance, and half of the views show a
-second subject. Each token therefore describes only the subject it lies on; otherwise features would mix the subjects of
-a reference with two (One2Many). Global views and local crops are trained alike, because the projector reads both.
+Three losses train them:
+
+- contrastive: two views of an instance are closer to each other than to other instances of the category (last block);
+- appearance: the deep features reconstruct the instance upright, independent of its pose in the view;
+- structure: each deep token reconstructs its own patch.
+
+The first two use only the tokens that lie on the instance, and half of the views contain a second subject. Each token
+therefore describes only the subject it lies on. Otherwise, the features of a reference with two subjects (One2Many)
+would mix them. Global views and local crops are trained alike, because the projector reads both.
 
 Legend: B images, N = 64 tokens (8 x 8), C channels of both encoders together.
 """
@@ -61,7 +65,7 @@ MINI_VISION = VisionConfig(siglip_shallow=(0, 1, 2), siglip_deep=3, dino_shallow
 
 @dataclass(frozen=True)
 class RenderViews:
-    """Two views of an instance and its upright portrait. Half of the views also show an instance of another category.
+    """Two views of an instance and its upright portrait. Half of the views also contain another category.
 
     Fields, all uint8 except the last: `first`, `second` [n, 3, 128, 128]; `first_inside`, `second_inside` [n, 8, 8], 1
     for the instance's tokens; `portrait` [n, 3, 32, 32]; `category` int64 [n].
@@ -132,7 +136,7 @@ class VisionPretrainer(nn.Module):
 
     def tokens(self, pixels: Tensor) -> list[Tensor]:
         """[B, 3, 64, 64] in [0, 1] -> tokens of the deep layer and of the last block, each [B, N, C]."""
-        return self.encoders()._features(pixels, ((MINI_VISION.siglip_deep, MINI_VISION.dino_deep), (4, 4)))
+        return self.encoders().tokens(pixels, ((MINI_VISION.siglip_deep, MINI_VISION.dino_deep), (4, 4)))
 
     def portrait(self, deep: Tensor, inside: Tensor) -> Tensor:
         """Reconstruct the portrait from the deep tokens [B, N, C] where `inside` [B, N] is true; [B, 3, 32, 32]."""
