@@ -127,6 +127,11 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         return super().to(*args, **options)
 
     @property
+    def execution_device(self) -> torch.device:
+        """The device that computes, also where weights are offloaded. Reading it walks all modules."""
+        return self._execution_device
+
+    @property
     def decoder(self) -> LatentDecoder:
         """The decoder of the current `vae`, which may be replaced by assignment."""
         if self._decoder.vae is not self.vae:
@@ -197,7 +202,7 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         adapter, plain = load_adapter(path, self.unet, vision_dim=encoders.num_channels, replace_unet=replace_unet)
         self.unet.load_state_dict(plain, strict=False)
         to: Any = adapter.to  # its type is hidden by a decorator of diffusers
-        adapter = to(self._execution_device, self.unet.dtype)
+        adapter = to(self.execution_device, self.unet.dtype)
         self.register_modules(adapter=adapter)
         self.clear_caches()
 

@@ -74,7 +74,7 @@ class RealCustomPipeline(RealCustomComponents):
         for name in ("height", "width"):
             if getattr(request, name) % factor:
                 raise ValueError(f"{name} is {getattr(request, name)} px; it must be a multiple of {factor} px.")
-        device = self._execution_device  # walks all modules, so it is read once per image and not in every step
+        device = self.execution_device  # read once per image and not in every step, because it walks all modules
         scheduler = copy.deepcopy(scheduler if scheduler is not None else self.scheduler)
         scheduler.set_timesteps(request.num_inference_steps, device=device)
         generator = generator or torch.Generator("cpu").manual_seed(request.seed)

@@ -30,7 +30,7 @@ def test_adapter_is_loaded_onto_the_execution_device(tier, monkeypatch, tmp_path
     pipeline = tiny_pipeline()
     pipeline.save_realcustom(tmp_path / "adapter.safetensors")
     apply_memory_tier(pipeline, "cpu", tier)
-    monkeypatch.setattr(type(pipeline), "_execution_device", torch.device("meta"))
+    monkeypatch.setattr(type(pipeline), "execution_device", torch.device("meta"))
     pipeline.load_realcustom(tmp_path / "adapter.safetensors")
     assert pipeline.adapter.device.type == "meta"
 
