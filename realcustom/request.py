@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import secrets
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeVar, get_args
 
 from PIL import Image
 
 from .config import MaskSource, SamplingDefaults
 from .reference_image import ReferenceImage
-from .words import find_phrase
+from .words import find_phrase, shorten
 
 MAX_SEED = 2**63 - 1
 
@@ -157,18 +158,18 @@ class Request:
             raise ValueError(f"early_stop_step is {stop}; give at least 1 step or a fraction in (0, 1].")
 
     def _check_subjects(self) -> None:
-        taken: dict[tuple[int, int], str] = {}
+        spans: list[tuple[int, int, str]] = []
         for subject in self.subjects:
             if not isinstance(subject, Subject):
-                raise ValueError(f"subjects must hold Subject objects, not {type(subject).__name__}.")
-            for span in find_phrase(self.prompt, subject.target_phrase):
-                for (start, end), other in taken.items():
-                    if span[0] < end and start < span[1]:
-                        raise ValueError(
-                            f"target_phrase {subject.target_phrase!r} overlaps with {other!r}; "
-                            "give each subject words of its own."
-                        )
-                taken[span] = subject.target_phrase
+                raise ValueError(f"subjects must contain Subject objects, not {type(subject).__name__}.")
+            phrase = subject.target_phrase
+            spans += [(start, end, phrase) for start, end in find_phrase(self.prompt, phrase)]
+        spans.sort()  # then only neighbors can overlap
+        for (_, end, phrase), (start, _, other) in pairwise(spans):
+            if start < end:
+                raise ValueError(
+                    f"target_phrase {shorten(other)} overlaps with {shorten(phrase)}; give each subject its own words."
+                )
 
     def with_seed(self) -> Request:
         """Return the request itself if it has a seed, otherwise a copy with a random one.

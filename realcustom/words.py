@@ -26,7 +26,7 @@ def find_phrase(prompt: str, phrase: str) -> list[tuple[int, int]]:
     spans = [match.span() for match in re.finditer(pattern, prompt, flags=re.IGNORECASE)]
     if not spans:
         raise ValueError(
-            f"target_phrase {phrase!r} does not occur in the prompt {prompt!r} as whole words; "
+            f"target_phrase {shorten(phrase)} does not occur in the prompt {shorten(prompt)} as whole words; "
             f"the words are: {_list_words(prompt)}."
         )
     return spans
@@ -55,7 +55,7 @@ def target_token_positions(tokenizer, prompt: str, phrase: str) -> list[int]:
         limit = tokenizer.model_max_length
         reach = max((end for _, end in offsets), default=0)
         raise ValueError(
-            f"target_phrase {phrase!r} is beyond the {limit} tokens that the text encoder reads; "
+            f"target_phrase {shorten(phrase)} is beyond the {limit} tokens that the text encoder reads; "
             f"shorten the prompt or move the phrase forward. Words within the limit: {_list_words(prompt[:reach])}."
         )
     return positions
@@ -67,6 +67,15 @@ def encode_offsets(tokenizer, prompt: str) -> list[tuple[int, int]]:
     return [tuple(span) for span in encoded["offset_mapping"]]
 
 
-def _list_words(prompt: str) -> str:
-    words = list(dict.fromkeys(words_of(prompt)))
-    return ", ".join(words) if words else "none (the prompt has no words)"
+def shorten(text: str, max_chars: int = 100) -> str:
+    """The repr of a text for an error message, with the middle omitted if it is longer than `max_chars`."""
+    if len(text) > max_chars:
+        text = f"{text[: max_chars // 2]} … {text[-max_chars // 2 :]}"
+    return repr(text)
+
+
+def _list_words(prompt: str, max_words: int = 30) -> str:
+    words = list(dict.fromkeys(word for word in words_of(prompt[:10_000]) if len(word) <= 50))
+    if not words:
+        return "none (the prompt has no words)"
+    return ", ".join(words[:max_words]) + (", …" if len(words) > max_words else "")

@@ -1,5 +1,6 @@
 """Requests, subjects and reference images: validation, normalization and resolution."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -148,3 +149,16 @@ def test_16_bit_images_keep_their_brightness():
     """16-bit gray values are scaled to 8 bits, not clipped."""
     gray = Image.fromarray(np.full((2, 2), 32768, dtype=np.uint16))
     assert abs(to_rgb(gray).getpixel((0, 0))[0] - 128) <= 1
+
+
+def test_checks_take_linear_time_and_short_messages():
+    """A prompt of 200,000 characters with 100,000 occurrences is checked in linear time and not echoed."""
+    prompt = "a " * 100_000
+    start = time.process_time()
+    Request(prompt=prompt, subjects=(subject(target_phrase="a"),))
+    with pytest.raises(ValueError, match="does not occur") as missing:
+        Request(prompt=prompt, subjects=(subject(target_phrase="dog"),))
+    with pytest.raises(ValueError, match="overlaps") as overlap:
+        Request(prompt=prompt, subjects=(subject(target_phrase="a"), subject(target_phrase="a a")))
+    assert time.process_time() - start < 5
+    assert max(len(str(missing.value)), len(str(overlap.value))) < 500
