@@ -1,9 +1,9 @@
-"""Replicas follow the load, 1 -> 3 -> 1, on a local cluster of three Ray nodes; nobody is dropped on the way.
+"""Autoscaling from 1 to 3 replicas and back on a local cluster of three Ray nodes; no request may fail.
 
     python benchmarks/autoscaling.py      # 4 minutes; writes benchmarks/results/autoscaling.{json,md,png}
 
-Open loop: images are asked for by a Poisson process, at a low rate, then at more than one replica can make, then at
-the low rate again. Every answer is checked against its seed's image. Each node has room for one replica.
+Open loop: requests arrive by a Poisson process at a low rate, then at a rate above the capacity of one replica, then at
+the low rate again. Every image is compared with the image of the same seed. Each node has resources for one replica.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.chaos import Answer, judge, requests
+from benchmarks.chaos import Response, check_request, requests
 from benchmarks.report import save
 from serving.build import REPLICA
 from serving.clients import Client
@@ -34,32 +34,32 @@ DEADLINE_S = 300
 
 
 def running() -> int:
-    """Replicas that take requests."""
+    """Number of replicas that accept requests."""
     states = serve.status().applications[NAME].deployments[REPLICA].replica_states
     return states.get("RUNNING", 0)
 
 
 async def capacity(client: Client, number: int = 16) -> float:
-    """Images per second of one replica that is always busy."""
-    wanted = requests()
-    await client.generate(wanted[0])
+    """Throughput of one saturated replica in images per second."""
+    variants = requests()
+    await client.generate(variants[0])
     start_ = time.perf_counter()
-    await asyncio.gather(*(client.generate(wanted[i % len(wanted)]) for i in range(number)))
+    await asyncio.gather(*(client.generate(variants[i % len(variants)]) for i in range(number)))
     return number / (time.perf_counter() - start_)
 
 
 async def record(client: Client, phases: list[tuple[float, float]]) -> dict:
-    """Play the phases (rate, seconds), and watch until all images are there and one replica is left."""
-    wanted = requests()
-    images = [np.asarray((await client.generate(request)).image).astype(int) for request in wanted]
+    """Run the phases (rate, seconds) and sample the number of replicas until all requests are finished."""
+    variants = requests()
+    images = [np.asarray((await client.generate(request)).image).astype(int) for request in variants]
     draw, begin = np.random.default_rng(0), time.monotonic()
-    asked: list[asyncio.Task[Answer]] = []
+    tasks: list[asyncio.Task[Response]] = []
     samples: list[dict[str, float]] = []
 
     async def watch() -> None:
         while True:
             replicas = await asyncio.to_thread(running)
-            outstanding = sum(not task.done() for task in asked)
+            outstanding = sum(not task.done() for task in tasks)
             at = round(time.monotonic() - begin, 2)
             samples.append({"at_s": at, "replicas": replicas, "outstanding": outstanding})
             await asyncio.sleep(SAMPLE_S)
@@ -68,21 +68,23 @@ async def record(client: Client, phases: list[tuple[float, float]]) -> dict:
     for rate, seconds in phases:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            index = draw.integers(len(wanted))
-            asked.append(asyncio.create_task(judge(client, wanted[index], images[index], "whole", DEADLINE_S)))
+            index = int(draw.integers(len(variants)))
+            tasks.append(
+                asyncio.create_task(check_request(client, variants[index], images[index], "whole", DEADLINE_S))
+            )
             await asyncio.sleep(min(draw.exponential(1 / rate), max(0.0, end - time.monotonic())))
-    answers = await asyncio.gather(*asked)
+    responses = await asyncio.gather(*tasks)
     watching.cancel()
     return {
         "phases": [{"rate_per_s": round(rate, 3), "seconds": seconds} for rate, seconds in phases],
-        "requests": len(answers),
-        "outcomes": dict(Counter(answer.outcome for answer in answers)),
+        "requests": len(responses),
+        "outcomes": dict(Counter(response.outcome for response in responses)),
         "samples": samples,
     }
 
 
 def moments(report: dict) -> dict[str, float]:
-    """Seconds after the load has risen until there were more replicas and all, and after it fell until one was left."""
+    """Seconds from the rise of the load to the second and the last replica, and from its fall to one replica again."""
     rise = report["phases"][0]["seconds"]
     fall = rise + report["phases"][1]["seconds"]
     first = lambda condition: next((s["at_s"] for s in report["samples"] if condition(s)), float("nan"))
@@ -118,12 +120,12 @@ def table(report: dict) -> str:
     outcomes = ", ".join(f"{number} {outcome}" for outcome, number in report["outcomes"].items())
     times = report["moments"]
     return (
-        f"{report['model']}, one replica makes {report['capacity_per_s']:.2f} images/s; asked for: "
+        f"{report['model']}, capacity of one replica: {report['capacity_per_s']:.2f} images/s; arrivals: "
         f"{low['rate_per_s']:.2f}, then {high['rate_per_s']:.2f}, then {low['rate_per_s']:.2f} images/s. "
         f"{report['requests']} requests: {outcomes}.\n\n"
-        f"After the load rose: a second replica after {times['second_replica_s']:.1f} s, all {NUM_NODES} after "
-        f"{times['all_replicas_s']:.1f} s (starting and loading included). After it fell: one again after "
-        f"{times['one_replica_again_s']:.1f} s (of which downscale_delay_s {report['downscale_delay_s']:.0f} s).\n\n"
+        f"After the rise of the load, the second replica was ready after {times['second_replica_s']:.1f} s and all "
+        f"{NUM_NODES} after {times['all_replicas_s']:.1f} s, including start and loading. After its fall, one "
+        f"replica was left after {times['one_replica_again_s']:.1f} s (downscale_delay_s: {report['downscale_delay_s']:.0f}).\n\n"
         "![replicas over time](autoscaling.png)\n"
     )
 
@@ -131,9 +133,9 @@ def table(report: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="assets/mini")
-    parser.add_argument("--low", type=float, default=0.2, help="load as a fraction of what one replica makes")
-    parser.add_argument("--high", type=float, default=1.5)
-    parser.add_argument("--seconds", type=float, nargs=3, default=[20, 60, 100], help="of the three phases")
+    parser.add_argument("--low", type=float, default=0.2, help="low load, relative to the capacity of one replica")
+    parser.add_argument("--high", type=float, default=1.5, help="high load, relative to the capacity of one replica")
+    parser.add_argument("--seconds", type=float, nargs=3, default=[20, 60, 100], help="duration of the three phases")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "autoscaling")
     flags = parser.parse_args()
     settings = Settings(
@@ -147,7 +149,7 @@ def main() -> None:
     try:
         server = start(settings)
         full = asyncio.run(capacity(server))
-        while running() > 1:  # measuring was a load, too
+        while running() > 1:  # the measurement was a load as well
             time.sleep(1)
         rates = [full * flags.low, full * flags.high, full * flags.low]
         report = {"model": flags.model, "capacity_per_s": full, "downscale_delay_s": settings.downscale_delay_s}

@@ -1,11 +1,11 @@
-"""Images keep coming while processes of the server are killed: every answer is checked against its seed's image.
+"""Kills processes of the server under load and checks every image.
 
     python benchmarks/chaos.py      # 5 minutes; writes benchmarks/results/chaos.{json,md}
     python benchmarks/chaos.py --kinds replica ingress proxy controller --every 10
 
-Open loop: images are asked for by a Poisson process through both doors (HTTP and Ray handle), whole or streamed, and
-some callers leave in mid-image. Meanwhile a process is killed (SIGKILL) every few seconds. Each answer must be the
-image that its request gave before the killing began, or a clear error; never a wrong image, never silence.
+Open loop: requests arrive by a Poisson process over HTTP and a Ray handle, streamed or not, and some are cancelled.
+Meanwhile a process is killed (SIGKILL) every few seconds. Each request must give the image that it gave before any
+process was killed, or an error of the client; never a wrong image, and never no response.
 """
 
 import argparse
@@ -39,32 +39,32 @@ from serving.clients import (
 from serving.clients.local import NAME, start
 from serving.settings import Settings
 
-TITLES = {  # how the command lines of Ray Serve's processes begin
+TITLES = {  # first words of the command lines of Ray Serve's processes
     "replica": f"ray::ServeReplica:{NAME}:Replica",
     "ingress": f"ray::ServeReplica:{NAME}:Ingress",
     "proxy": "ray::ProxyActor",
     "controller": "ray::ServeController",
 }
-MAX_DIFFERENCE = 1  # of 8-bit pixels: other neighbors, other order of a float sum
-SILENCE_S = 30  # this long after its deadline, a request without an answer counts as forgotten
-STYLES = ("whole", "stream", "leave")
+MAX_DIFFERENCE = 1  # of 8-bit pixels: the batch changes the order of floating-point sums
+GRACE_S = 30  # a request without a response this long after its deadline counts as lost
+STYLES = ("whole", "stream", "cancel")
 
 
 def processes(kind: str) -> list[psutil.Process]:
-    """Processes of this kind of the Ray that this process has started."""
+    """Processes of this kind that belong to the Ray of this process."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
             if process.cmdline() and process.cmdline()[0].startswith(TITLES[kind]):
                 found.append(process)
-        except psutil.Error:  # it has just ended
+        except psutil.Error:  # the process has ended
             continue
     return found
 
 
 @dataclass(frozen=True)
-class Answer:
-    """`outcome`: "right", "wrong", "left" (the caller did), "silent", or the name of an error; with its message."""
+class Response:
+    """Outcome of a request: "right", "wrong", "cancelled", "lost", or the name of an error, with its message."""
 
     outcome: str
     seconds: float
@@ -72,7 +72,7 @@ class Answer:
 
 
 def requests() -> list[Request]:
-    """A few different ones: subjects, sizes, settings. Their seeds make each image a known one."""
+    """Requests that differ in subjects, sizes and settings. Each has a seed, so that its image is reproducible."""
     prompt = "a dog and a cat on the beach"
     dog, cat = (
         Subject(image=Image.new("RGB", (64, 64), color), target_phrase=phrase)
@@ -88,40 +88,42 @@ def requests() -> list[Request]:
     ]
 
 
-async def ask(client: Client, request: Request, style: str, deadline_s: float) -> Image.Image | None:
-    """The image; None if the caller has left, which style "leave" does at the second step."""
+async def run_request(client: Client, request: Request, style: str, deadline_s: float) -> Image.Image | None:
+    """The image; None if it was cancelled, which style "cancel" does at the second step."""
     if style == "whole":
         return (await client.generate(request, timeout_s=deadline_s)).image
     async with aclosing(client.stream(request, timeout_s=deadline_s)) as events:
         async for event in events:
             if isinstance(event, Result):
                 return event.image
-            if style == "leave" and isinstance(event, Progress) and event.step >= 2:
+            if style == "cancel" and isinstance(event, Progress) and event.step >= 2:
                 return None
-    raise AssertionError("the stream has ended without a result")
+    raise AssertionError("the stream ended without a result")
 
 
-async def judge(client: Client, request: Request, expected: np.ndarray, style: str, deadline_s: float) -> Answer:
-    """Ask, and compare."""
+async def check_request(
+    client: Client, request: Request, expected: np.ndarray, style: str, deadline_s: float
+) -> Response:
+    """Run the request and compare its image."""
     start, message = time.monotonic(), ""
     try:
-        image = await asyncio.wait_for(ask(client, request, style, deadline_s), deadline_s + SILENCE_S)
+        image = await asyncio.wait_for(run_request(client, request, style, deadline_s), deadline_s + GRACE_S)
         if image is None:
-            outcome = "left"
+            outcome = "cancelled"
         else:
             difference = np.abs(np.asarray(image).astype(int) - expected).max()
             outcome = "right" if difference <= MAX_DIFFERENCE else "wrong"
             message = "" if outcome == "right" else f"seed {request.seed}: pixels differ by up to {difference}"
     except asyncio.TimeoutError:
-        outcome = "silent"
+        outcome = "lost"
     except (InvalidRequest, QueueFull, ServerError) as error:
         outcome, message = type(error).__name__, str(error)
-    return Answer(outcome, time.monotonic() - start, message)
+    return Response(outcome, time.monotonic() - start, message)
 
 
 async def chaos(
     clients: Sequence[Client],
-    wanted: Sequence[Request],
+    requests: Sequence[Request],
     *,
     rate: float,
     seconds: float,
@@ -129,42 +131,42 @@ async def chaos(
     every_s: float,
     deadline_s: float,
     seed: int = 0,
-) -> tuple[list[Answer], Counter[str]]:
-    """Let images come, `rate` per second for `seconds`, and kill one process of one of `kinds` every `every_s`.
+) -> tuple[list[Response], Counter[str]]:
+    """Send `rate` requests per second for `seconds`, and kill one process of one of `kinds` every `every_s` seconds.
 
     Returns:
-        An answer to every request, and how many processes of each kind were killed.
+        The response to every request, and how many processes of each kind were killed.
     """
-    images = [np.asarray((await clients[0].generate(request)).image).astype(int) for request in wanted]
+    images = [np.asarray((await clients[0].generate(request)).image).astype(int) for request in requests]
     draw = np.random.default_rng(seed)
     killed: Counter[str] = Counter()
 
-    async def keep_killing() -> None:
+    async def kill_processes() -> None:
         while True:
             await asyncio.sleep(every_s)
             kind = kinds[sum(killed.values()) % len(kinds)]
             if found := processes(kind):
-                found[draw.integers(len(found))].kill()
+                found[int(draw.integers(len(found)))].kill()
                 killed[kind] += 1
 
-    killing = asyncio.create_task(keep_killing())
-    answers, end = [], time.monotonic() + seconds
+    killing = asyncio.create_task(kill_processes())
+    responses, end = [], time.monotonic() + seconds
     while time.monotonic() < end:
-        index = draw.integers(len(wanted))
-        client, style = clients[draw.integers(len(clients))], STYLES[draw.choice(3, p=[0.45, 0.45, 0.1])]
-        coming = judge(client, wanted[index], images[index], style, deadline_s)
-        answers.append(asyncio.create_task(coming))
+        index = int(draw.integers(len(requests)))
+        client, style = clients[int(draw.integers(len(clients)))], STYLES[int(draw.choice(3, p=[0.45, 0.45, 0.1]))]
+        checked = check_request(client, requests[index], images[index], style, deadline_s)
+        responses.append(asyncio.create_task(checked))
         await asyncio.sleep(draw.exponential(1 / rate))
     killing.cancel()
-    return await asyncio.gather(*answers), killed
+    return await asyncio.gather(*responses), killed
 
 
-def summary(answers: Sequence[Answer], killed: Counter[str]) -> dict:
-    right = [answer.seconds for answer in answers if answer.outcome == "right"]
+def summary(responses: Sequence[Response], killed: Counter[str]) -> dict:
+    right = [response.seconds for response in responses if response.outcome == "right"]
     return {
-        "requests": len(answers),
-        "outcomes": dict(Counter(answer.outcome for answer in answers)),
-        "messages": dict(Counter(answer.message for answer in answers if answer.message)),
+        "requests": len(responses),
+        "outcomes": dict(Counter(response.outcome for response in responses)),
+        "messages": dict(Counter(response.message for response in responses if response.message)),
         "killed": dict(killed),
         "seconds": {f"p{q}": round(float(np.percentile(right, q)), 2) for q in (50, 95, 100)} if right else {},
     }
@@ -181,8 +183,8 @@ def table(report: dict) -> str:
         "|---|---|",
         *(f"| {outcome} | {number} |" for outcome, number in sorted(report["outcomes"].items())),
         "",
-        f"Right images took {report['seconds']['p50']} s (p50), {report['seconds']['p95']} s (p95), at most "
-        f"{report['seconds']['p100']} s.",
+        f"Latency of right images: {report['seconds']['p50']} s (p50), {report['seconds']['p95']} s (p95), "
+        f"{report['seconds']['p100']} s (maximum).",
         *(f"\n{number} x: {message}" for message, number in report["messages"].items()),
     ]
     return "\n".join(lines) + "\n"
@@ -193,11 +195,11 @@ def main() -> None:
     parser.add_argument("--model", default="assets/mini")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--rate", type=float, default=0.5, help="images asked for per second")
+    parser.add_argument("--rate", type=float, default=0.5, help="requests per second")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--every", type=float, default=5, help="seconds between two kills")
     parser.add_argument("--kinds", nargs="+", choices=TITLES, default=["replica"])
-    parser.add_argument("--deadline", type=float, default=120, help="of each request, seconds")
+    parser.add_argument("--deadline", type=float, default=120, help="deadline of each request in seconds")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "chaos")
     flags = parser.parse_args()
     server = start(
@@ -207,7 +209,7 @@ def main() -> None:
         )
     )  # fmt: skip
     try:
-        answers, killed = asyncio.run(
+        responses, killed = asyncio.run(
             chaos(
                 [server, HttpClient(server.url)],
                 requests(),
@@ -221,7 +223,7 @@ def main() -> None:
     finally:
         server.shutdown()
     report = {"model": flags.model, "replicas": flags.replicas, "arrivals_s": flags.seconds, "every_s": flags.every}
-    report |= summary(answers, killed)
+    report |= summary(responses, killed)
     save(report, table(report), flags.out)
 
 

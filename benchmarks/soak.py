@@ -2,9 +2,9 @@
 
     python benchmarks/soak.py      # 3,000 requests; writes benchmarks/results/soak.{json,md}
 
-Small images of changing sizes, references and settings through HTTP, several at a time: most are waited for, some
-left in mid-image, some refused because they are wrong. Resident memory of each kind of process is read as it goes.
-Caches fill first; what grows after the first quarter, and keeps growing, would be a leak.
+Requests for small images of different sizes, references and settings are sent over HTTP, several at a time. Most run to
+the end, some are cancelled and some are invalid. The resident memory of each kind of process is sampled. It grows while
+the caches fill; growth that continues after the first quarter indicates a leak.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from serving.settings import Settings
 
 KINDS = tuple(TITLES)
 SIZES = (64, 96, 128)  # px
-NUM_REFERENCES, NUM_PROMPTS = 24, 100  # fewer than the caches keep: that they fill is no leak
+NUM_REFERENCES, NUM_PROMPTS = 24, 100  # fewer than the caches hold, so that full caches do not look like a leak
 
 
 def request(draw: np.random.Generator) -> Request:
-    """An image that costs little and differs from its neighbors."""
+    """A cheap request that differs from the others."""
     names = ("dog", "cat")[: draw.integers(0, 3)]
     subjects = []
     for name in names:
@@ -50,25 +50,25 @@ def request(draw: np.random.Generator) -> Request:
     )
 
 
-async def ask(client: HttpClient, draw: np.random.Generator) -> str:
-    """One request; how it ended."""
-    asked, style = request(draw), draw.choice(["whole", "stream", "leave", "wrong"], p=[0.5, 0.3, 0.1, 0.1])
-    if style == "wrong":
+async def run_request(client: HttpClient, draw: np.random.Generator) -> str:
+    """Run one request; returns its outcome."""
+    valid, style = request(draw), draw.choice(["whole", "stream", "cancel", "invalid"], p=[0.5, 0.3, 0.1, 0.1])
+    if style == "invalid":
         try:
-            await client.generate(replace(asked, height=asked.height + 1))
+            await client.generate(replace(valid, height=(valid.height or 0) + 1))
         except InvalidRequest:
-            return "refused"
-        raise AssertionError("a height that no model can make was accepted")
+            return "rejected"
+        raise AssertionError("a height that is not a multiple of 8 was accepted")
     if style == "whole":
-        await client.generate(asked)
-        return "made"
-    async with aclosing(client.stream(asked)) as events:
+        await client.generate(valid)
+        return "finished"
+    async with aclosing(client.stream(valid)) as events:
         async for event in events:
             if isinstance(event, Result):
-                return "made"
-            if style == "leave" and isinstance(event, Progress):
-                return "left"
-    raise AssertionError("the stream has ended without a result")
+                return "finished"
+            if style == "cancel" and isinstance(event, Progress):
+                return "cancelled"
+    raise AssertionError("the stream ended without a result")
 
 
 def resident_mb() -> dict[str, float]:
@@ -76,17 +76,17 @@ def resident_mb() -> dict[str, float]:
     return {kind: round(sum(p.memory_info().rss for p in processes(kind)) / 1e6, 1) for kind in KINDS}
 
 
-async def soak(client: HttpClient, number: int, together: int, every: int) -> tuple[list[dict], Counter[str]]:
-    """Memory after each `every` requests, and how the requests ended."""
+async def soak(client: HttpClient, number: int, concurrency: int, every: int) -> tuple[list[dict], Counter[str]]:
+    """Resident memory after every `every` requests, and the outcomes of the requests."""
     readings, outcomes, index = [{"requests": 0, **resident_mb()}], Counter(), count()
 
     async def worker() -> None:
         while (i := next(index)) < number:
-            outcomes[await ask(client, np.random.default_rng(i))] += 1
+            outcomes[await run_request(client, np.random.default_rng(i))] += 1
             if (done := sum(outcomes.values())) % every == 0:
                 readings.append({"requests": done, **resident_mb()})
 
-    await asyncio.gather(*(worker() for _ in range(together)))
+    await asyncio.gather(*(worker() for _ in range(concurrency)))
     return readings, outcomes
 
 
@@ -95,7 +95,7 @@ def table(report: dict) -> str:
     ends = ", ".join(f"{number} {outcome}" for outcome, number in sorted(report["outcomes"].items()))
     lines = [
         f"Resident memory in MB over {report['requests']} requests to {report['model']} ({ends}), "
-        f"{report['together']} at a time.",
+        f"{report['concurrency']} at a time.",
         "",
         f"| requests | {' | '.join(KINDS)} |",
         "|---|" + "---|" * len(KINDS),
@@ -121,19 +121,19 @@ def main() -> None:
     parser.add_argument("--model", default="assets/mini")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--requests", type=int, default=3000)
-    parser.add_argument("--together", type=int, default=6, help="requests under way at a time")
+    parser.add_argument("--concurrency", type=int, default=6, help="concurrent requests")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "soak")
     flags = parser.parse_args()
     server = start(Settings(model=flags.model, device=flags.device, cpu_threads=1))
     try:
-        run = soak(HttpClient(server.url), flags.requests, flags.together, every=max(1, flags.requests // 20))
+        run = soak(HttpClient(server.url), flags.requests, flags.concurrency, every=max(1, flags.requests // 20))
         readings, outcomes = asyncio.run(run)
     finally:
         server.shutdown()
     report = {
         "model": flags.model,
         "requests": flags.requests,
-        "together": flags.together,
+        "concurrency": flags.concurrency,
         "outcomes": dict(outcomes),
         "growth_mb_per_thousand": growth(readings),
         "readings": readings,

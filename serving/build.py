@@ -1,4 +1,4 @@
-"""Settings -> Ray Serve application: an HTTP ingress in front of autoscaled replicas."""
+"""Builds the Ray Serve application: an HTTP ingress in front of autoscaled replicas."""
 
 from ray import serve
 from ray.serve import Application
@@ -8,19 +8,18 @@ from .autoscaling import BacklogPolicy
 from .clients.handle import HandleClient
 from .http.app import create_api
 from .replica import Replica
-from .settings import PROJECT_ROOT, Settings
+from .settings import PROJECT_ROOT, REPLICA, Settings
 
-REPLICA = "Replica"
-HEALTH_CHECK_PERIOD_S = 2  # a process that died is replaced after at most this time and its start
-MAX_CONNECTIONS = 1000  # requests that the ingress follows at once; the replicas' queues are much shorter
+HEALTH_CHECK_PERIOD_S = 2  # longest time until a dead process is detected
+MAX_CONNECTIONS = 1000  # concurrent requests of an ingress; the queues of the replicas are much shorter
 
 
 def app(settings: Settings) -> Application:
-    """`serve run serving:app key=value ...`, or the `args` of a configuration file."""
+    """The application builder of `serve run serving:app key=value ...` and of configuration files (`args`)."""
     settings = settings.resolved()
-    # Workers of a server that was started elsewhere find the project without being told.
+    # So that workers find the project if the server was started in another folder
     runtime_env = {"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}}
-    full = {"status_code": 429, "retry_after_s": 5}
+    queue_full = {"status_code": 429, "retry_after_s": 5}
     logs = {"encoding": settings.log_format}
     replicas = serve.deployment(
         Replica,
@@ -44,7 +43,7 @@ def app(settings: Settings) -> Application:
         user_config=settings.live.model_dump(),
         max_ongoing_requests=settings.max_batch_size + settings.max_queued,
         max_queued_requests=settings.max_queued,
-        backpressure_config=full,
+        backpressure_config=queue_full,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         logging_config=logs,
@@ -63,7 +62,7 @@ def app(settings: Settings) -> Application:
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         max_ongoing_requests=MAX_CONNECTIONS,
         max_queued_requests=MAX_CONNECTIONS,
-        backpressure_config=full,
+        backpressure_config=queue_full,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         logging_config=logs,
     )

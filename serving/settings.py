@@ -10,6 +10,7 @@ from realcustom.config import MemoryTier
 from .protocol.limits import Limits
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+REPLICA = "Replica"  # name of the deployment that computes images
 
 
 class LiveSettings(Limits):

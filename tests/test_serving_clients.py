@@ -86,7 +86,7 @@ async def events_of(client) -> list:
 
 
 def test_image_restarts_on_another_replica_without_repeating_steps(waits):
-    """The first replica dies at step 3, the second cancels, the third finishes: steps are reported once and in order."""
+    """The first replica dies at step 3, the second cancels, the third finishes: each step is reported once."""
     handle = FakeHandle(
         [Progress(1, 4), Progress(2, 4), Progress(3, 4), ActorDiedError()],
         [Progress(1, 4), asyncio.CancelledError()],

@@ -1,4 +1,4 @@
-"""What is shipped for operators is what Ray Serve, KubeRay and our code understand."""
+"""The files in serving/configs match the schemas of Ray Serve and KubeRay, the settings and the metrics."""
 
 import json
 import re
@@ -16,14 +16,15 @@ SUFFIXES = {"Gauge": {""}, "Counter": {"_total"}, "Histogram": {"_bucket", "_sum
 
 
 def serve_config(path) -> dict:
-    """What Ray Serve is given by a file, plain or inside a RayService."""
+    """The Ray Serve configuration of a file, plain or inside a RayService."""
     config = yaml.safe_load(path.read_text())
     return yaml.safe_load(config["spec"]["serveConfigV2"]) if "spec" in config else config
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path):
-    """Every file is what Ray Serve and our settings take; what listens beyond this machine says how to lock it."""
+    """Every file fits the schema and the settings. Files that listen on other interfaces name both means of
+    authentication."""
     config = serve_config(path)
     ServeDeploySchema.model_validate(config)
     for application in config["applications"]:
@@ -33,9 +34,9 @@ def test_shipped_configurations_are_valid(path):
         assert "api_key" in path.read_text() and re.search("RAY_AUTH_MODE|authOptions", path.read_text())
 
 
-def test_the_rayservice_has_room_for_its_replicas():
-    """The cluster may grow to as many GPUs as autoscaling may want, each node holds a replica, Ray's version is one
-    that we ask for, and its own interfaces ask for a token."""
+def test_rayservice_has_resources_for_its_replicas():
+    """The cluster can grow to the maximum of replicas, each node has resources for one, the Ray version fits
+    requirements.txt, and Ray's own interfaces require a token."""
     service = yaml.safe_load((CONFIGS / "kuberay_sdxl.yaml").read_text())
     assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
     cluster, (workers,) = (service["spec"]["rayClusterConfig"], service["spec"]["rayClusterConfig"]["workerGroupSpecs"])
@@ -59,9 +60,8 @@ def test_the_rayservice_has_room_for_its_replicas():
     assert "lifecycle" not in worker  # see the comment in the file
 
 
-def test_the_dashboard_asks_for_metrics_that_exist():
-    """Every name in the Grafana dashboard is one that the code exports, with the suffix of its kind, and every metric
-    is shown."""
+def test_dashboard_uses_existing_metrics():
+    """The Grafana dashboard uses only exported metrics, with the suffix of their type, and shows all of them."""
     exported = {}
     for metric in vars(RayMetrics()).values():
         exported |= {f"ray_{metric.info['name']}{suffix}": metric for suffix in SUFFIXES[type(metric).__name__]}

@@ -1,13 +1,13 @@
-"""Starting a Ray of one's own: a node that dies at birth gets another try, any other failure does not."""
+"""Starting a local Ray is repeated if its node dies during startup, and after no other error."""
 
 import pytest
 import ray
 
-from serving.clients.local import _start_ray
+from serving.clients.local import start_ray
 
 
 def failing(monkeypatch, *errors) -> list:
-    """`ray.init` raises these errors in turn, then succeeds; returns the calls it got."""
+    """`ray.init` raises these errors in turn, then succeeds; returns the options of its calls."""
     left, calls = list(errors), []
 
     def init(**options):
@@ -22,16 +22,16 @@ def failing(monkeypatch, *errors) -> list:
 DEAD = Exception("The current node timed out during startup. This could happen because ...")
 
 
-def test_a_node_that_dies_at_birth_gets_another_try(monkeypatch, caplog):
+def test_startup_is_repeated_once(monkeypatch, caplog):
     calls = failing(monkeypatch, DEAD)
-    _start_ray()
+    start_ray()
     assert len(calls) == 2 and calls[0] == calls[1]
     assert "trying again" in caplog.text
 
 
 @pytest.mark.parametrize("errors", [(DEAD, DEAD), (RuntimeError("no disk"),)])
-def test_other_failures_and_the_last_one_are_raised(monkeypatch, errors):
+def test_other_errors_and_the_last_one_are_raised(monkeypatch, errors):
     calls = failing(monkeypatch, *errors)
     with pytest.raises(type(errors[-1]), match=str(errors[-1])[:20]):
-        _start_ray()
+        start_ray()
     assert len(calls) == len(errors)

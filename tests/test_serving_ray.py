@@ -1,4 +1,4 @@
-"""The whole way through a real Ray Serve: HTTP, handle and Python are one; cancel, errors and crowds cross it."""
+"""A real Ray Serve: HTTP, handle and Python give the same results; cancellation, errors and load cross processes."""
 
 import asyncio
 import json
@@ -6,7 +6,6 @@ import re
 import socket
 import time
 from contextlib import aclosing
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -30,6 +29,7 @@ from serving.clients import (
 )
 from serving.clients.local import LocalServer, join, start
 from serving.protocol.image_codec import encode_image
+from serving.ray_private import logs_folder
 from serving.settings import PROJECT_ROOT, Settings
 
 PROMPT = "a dog and a cat"
@@ -72,10 +72,9 @@ REQUESTS = [
 
 
 def python_image(pipeline, request) -> tuple[bytes, list[bytes]]:
-    """The image and masks that RealCustomPipeline makes of the request, as PNG."""
+    """Image and masks of the request by RealCustomPipeline in this process, as PNG."""
     generation = pipeline.prepare(request)
-    while not generation.done:
-        pipeline.step([generation])
+    pipeline.run([generation])
     return encode_image(pipeline.decode([generation])[0]), [encode_image(m) for m in generation.mask_images()]
 
 
@@ -84,18 +83,18 @@ def as_bytes(result: Result) -> tuple[bytes, list[bytes]]:
 
 
 async def idle(server: LocalServer, timeout_s=10) -> dict:
-    """The replica's counts once it holds no image."""
+    """Statistics of the replica as soon as it has no images."""
     end = time.monotonic() + timeout_s
     while True:
-        stats = await server._handle.stats.remote()
+        stats = await server.stats()
         if not any(stats[state] for state in ("waiting", "preparing", "active")):
             return stats
-        assert time.monotonic() < end, f"images are left: {stats}"
+        assert time.monotonic() < end, f"images remain: {stats}"
         await asyncio.sleep(0.05)
 
 
 def test_http_handle_and_python_give_the_same_bytes(server, http, folder):
-    """One request, three doors, the same PNG of image and masks."""
+    """Each interface gives the same PNG files of image and masks for the same request."""
     threads = torch.get_num_threads()
     torch.set_num_threads(MODEL_OPTIONS["cpu_threads"])  # the order of sums depends on it
     try:
@@ -117,8 +116,8 @@ def test_http_handle_and_python_give_the_same_bytes(server, http, folder):
     assert as_bytes(http.generate_sync(REQUESTS[0])) == expected[0]
 
 
-def test_models_and_events_agree_behind_both_doors(server, http):
-    """Model description and the course of events are the same over the handle and over HTTP."""
+def test_model_and_events_are_the_same_over_handle_and_http(server, http):
+    """Model information and the sequence of events do not depend on the interface."""
 
     async def run():
         assert await server.model() == await http.model()
@@ -133,7 +132,7 @@ def test_models_and_events_agree_behind_both_doors(server, http):
 
 
 def test_errors_keep_their_kind_across_processes(server, http):
-    """What the replica refuses is InvalidRequest at both doors, with the same one-line message."""
+    """Requests that the server rejects raise InvalidRequest with the same one-line message over both interfaces."""
     beyond = "a " + 9 * "very " + "dog"
 
     async def run():
@@ -158,10 +157,10 @@ async def anext_result(events) -> Result:
     return [event async for event in events][-1]
 
 
-@pytest.mark.parametrize("door", ["handle", "http"])
-def test_closing_the_stream_frees_the_place(server, http, door):
-    """Closing the iterator stops the image; hundreds of steps are not run."""
-    client = server if door == "handle" else http
+@pytest.mark.parametrize("interface", ["handle", "http"])
+def test_closing_the_stream_cancels_the_image(server, http, interface):
+    """After the iterator is closed, the remaining steps are not run."""
+    client = server if interface == "handle" else http
 
     async def run():
         async with aclosing(client.stream(Request(prompt=PROMPT, num_inference_steps=900))) as events:
@@ -175,8 +174,8 @@ def test_closing_the_stream_frees_the_place(server, http, door):
     asyncio.run(run())
 
 
-def test_a_dropped_connection_frees_the_place(server):
-    """A caller whose socket goes away, without streaming, leaves nothing running."""
+def test_closing_the_connection_cancels_the_images(server):
+    """If the socket of a request without streaming is closed, its images are cancelled."""
     host, port = server.url.removeprefix("http://").split(":")
     body = (
         b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na dog\r\n'
@@ -191,7 +190,7 @@ def test_a_dropped_connection_frees_the_place(server):
                 b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
             )
             for _ in range(200):
-                if (await server._handle.stats.remote())["active"] == 2:
+                if (await server.stats())["active"] == 2:
                     break
                 await asyncio.sleep(0.05)
             else:
@@ -201,8 +200,8 @@ def test_a_dropped_connection_frees_the_place(server):
     asyncio.run(run())
 
 
-def test_cancelling_a_task_frees_the_place(server, http):
-    """`task.cancel()` and a client's timeout end in the replica."""
+def test_cancelling_a_task_cancels_the_image(server, http):
+    """`task.cancel()` in the client cancels the image in the replica."""
 
     async def run():
         for client in (server, http):
@@ -216,8 +215,8 @@ def test_cancelling_a_task_frees_the_place(server, http):
     asyncio.run(run())
 
 
-def test_a_deadline_holds_behind_both_doors(server, http):
-    """After `timeout_s` the image is given up with DeadlineExceeded (HTTP 504), and its place is free."""
+def test_deadline_over_handle_and_http(server, http):
+    """After `timeout_s` a request fails with DeadlineExceeded (HTTP 504), and its image is cancelled."""
 
     async def run():
         for client in (server, http):
@@ -228,65 +227,68 @@ def test_a_deadline_holds_behind_both_doors(server, http):
     asyncio.run(run())
     with httpx.Client(trust_env=False, timeout=30) as plain:
         form = {"prompt": PROMPT, "num_inference_steps": "900", "timeout_s": "0.5"}
-        answer = plain.post(server.url + "/v1/images/edits", files={k: (None, v) for k, v in form.items()})
-    assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout", answer.text
+        response = plain.post(server.url + "/v1/images/edits", files={k: (None, v) for k, v in form.items()})
+    assert response.status_code == 504 and response.json()["error"]["code"] == "timeout", response.text
 
 
-def test_sixteen_at_once_with_mixed_settings(server, http):
-    """Everyone gets the image that the request gives alone, with bad requests and leavers among them."""
+def test_sixteen_concurrent_requests(server, http):
+    """Concurrent requests give the images of the same requests alone; some of them are invalid or cancelled."""
 
     async def run():
         alone = [await server.generate(request) for request in REQUESTS]
 
-        async def leave():
+        async def cancel():
             async with aclosing(http.stream(Request(prompt=PROMPT, num_inference_steps=500))) as events:
                 async for event in events:
                     if isinstance(event, Progress):
-                        return "left"
+                        return "cancelled"
 
-        doors = (server, http)
-        tasks = [doors[i % 2].generate(REQUESTS[i % 4 if i < 8 else (i + 1) % 4]) for i in range(12)]
+        clients = (server, http)
+        tasks = [clients[i % 2].generate(REQUESTS[i % 4 if i < 8 else (i + 1) % 4]) for i in range(12)]
         tasks += [http.generate(Request(prompt=PROMPT, height=65)), server.generate(Request(prompt=PROMPT, height=65))]
-        tasks += [leave(), leave()]
+        tasks += [cancel(), cancel()]
         results = await asyncio.gather(*tasks, return_exceptions=True)
         for i, result in enumerate(results[:12]):
             wanted = alone[i % 4 if i < 8 else (i + 1) % 4]
             difference = np.asarray(result.image).astype(int) - np.asarray(wanted.image)
             assert result.seed == wanted.seed and np.abs(difference).max() <= 1
-        assert all(isinstance(result, InvalidRequest) for result in results[12:14]) and results[14:] == ["left", "left"]
+        assert all(isinstance(result, InvalidRequest) for result in results[12:14]) and results[14:] == [
+            "cancelled",
+            "cancelled",
+        ]
         await idle(server)
 
     asyncio.run(run())
 
 
-def test_a_crowd_is_told_to_come_back(server, http):
-    """More than the server holds: some are refused with QueueFull, the others hear their place and are served."""
-    places: list[list[int]] = []
+def test_overload_rejects_some_requests(server, http):
+    """With more requests than the queue holds, some raise QueueFull; the others report their position and finish."""
+    positions: list[list[int]] = []
 
-    async def wait_in_line(client, request):
-        places.append([])
-        line = places[-1]
+    async def follow(client, request):
+        positions.append([])
+        own = positions[-1]
         async for event in client.stream(request, previews=False):
             if isinstance(event, Queued):
-                line.append(event.position)
+                own.append(event.position)
         return event
 
     async def run():
         request = Request(prompt="a dog", num_inference_steps=25)
-        tasks = [wait_in_line((server, http)[i % 2], request) for i in range(80)]
+        tasks = [follow((server, http)[i % 2], request) for i in range(80)]
         results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
         assert {type(result) for result in results} == {Result, QueueFull}
         assert sum(isinstance(result, Result) for result in results) >= 8
-        assert all(line for line, result in zip(places, results) if isinstance(result, Result))
-        assert max(max(line, default=0) for line in places) >= 10
+        assert all(own for own, result in zip(positions, results) if isinstance(result, Result))
+        assert max(max(own, default=0) for own in positions) >= 10
         assert all(result.retry_after_s >= 1 for result in results if isinstance(result, QueueFull))
         await idle(server)
 
     asyncio.run(run())
 
 
-def test_http_streaming_bytes(server):
-    """The events on the wire: text/event-stream, arriving while the image is made."""
+def test_http_stream_arrives_during_the_generation(server):
+    """The response is a text/event-stream whose events arrive while the image is generated."""
     with (
         httpx.Client(trust_env=False, timeout=30) as http,
         http.stream(
@@ -294,23 +296,23 @@ def test_http_streaming_bytes(server):
             server.url + "/v1/images/edits",
             data={"prompt": PROMPT, "stream": "true", "partial_images": "3", "num_inference_steps": "100", "seed": "1"},
             files={"image": encode_image(subject_image())} | {"target_phrase": (None, "dog")},
-        ) as answer,
+        ) as response,
     ):
-        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
         arrivals = [
-            (time.monotonic(), json.loads(line[5:])) for line in answer.iter_lines() if line.startswith("data:")
+            (time.monotonic(), json.loads(line[5:])) for line in response.iter_lines() if line.startswith("data:")
         ]
     assert [event["type"] for _, event in arrivals][-1] == "image_edit.completed" and len(arrivals) >= 2
-    assert arrivals[-1][0] - arrivals[0][0] > 0.1, "the events came all at once"
+    assert arrivals[-1][0] - arrivals[0][0] > 0.1, "all events arrived together"
 
 
 def test_the_openai_client_works(server):
-    """OpenAI's own client edits images here: several images, lists of phrases, streaming, errors."""
+    """OpenAI's Python client works with this server: several images, lists of phrases, streaming, errors."""
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
     dog, cat = (("subject.png", encode_image(subject_image(color))) for color in ("red", "blue"))
-    answer = client.images.edit(image=dog, prompt=PROMPT, n=2, extra_body={"target_phrase": "dog", "seed": 3})
-    assert len(answer.data) == 2 and answer.data[0].b64_json and answer.created > 0
+    response = client.images.edit(image=dog, prompt=PROMPT, n=2, extra_body={"target_phrase": "dog", "seed": 3})
+    assert len(response.data) == 2 and response.data[0].b64_json and response.created > 0
     several = {"target_phrase": ["dog", "cat"], "scope_ratio": [0.2, 0.5], "num_inference_steps": 60}
     stream = client.images.edit(image=[dog, cat], prompt=PROMPT, stream=True, partial_images=2, extra_body=several)
     events = [event.type for event in stream]
@@ -319,19 +321,19 @@ def test_the_openai_client_works(server):
         client.images.edit(image=dog, prompt=PROMPT)
 
 
-def test_a_running_server_can_be_joined(server):
+def test_join_finds_the_running_server(server):
     """`join` finds the application on the cluster this process is connected to."""
     assert asyncio.run(join().model()) == asyncio.run(server.model())
 
 
-def test_the_request_id_goes_from_http_to_the_image(server):
-    """One id names a request in the caller's header, the answer's header and the replica's structured log."""
-    wanted = "from-the-caller-7"
+def test_request_id_is_logged_with_the_image(server):
+    """The request id is the same in the headers of request and response and in the structured log of the replica."""
+    wanted = "from-the-client-7"
     form = {"prompt": PROMPT, "seed": "1", "num_inference_steps": "3"}
     with httpx.Client(trust_env=False, timeout=30, headers={"X-Request-ID": wanted}) as plain:
-        answer = plain.post(server.url + "/v1/images/edits", files={k: (None, v) for k, v in form.items()})
-    assert answer.headers["x-request-id"] == wanted
-    logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path()) / "serve"
+        response = plain.post(server.url + "/v1/images/edits", files={k: (None, v) for k, v in form.items()})
+    assert response.headers["x-request-id"] == wanted
+    logs = logs_folder() / "serve"
     lines = [
         json.loads(line) for path in logs.glob("replica_*_Replica_*.log") for line in path.read_text().splitlines()
     ]
@@ -339,19 +341,19 @@ def test_the_request_id_goes_from_http_to_the_image(server):
     assert line["outcome"] == "finished" and "3 steps" in line["message"]
 
 
-def test_prometheus_finds_the_names_of_the_dashboard(server):
-    """Ray's metrics port exports the engine's numbers under the names that configs/grafana.json asks for."""
+def test_dashboard_metrics_are_exported(server):
+    """Ray's metrics port exports all metrics that configs/grafana.json uses."""
     with pytest.raises(InvalidRequest):
         asyncio.run(server.generate(Request(prompt=PROMPT, height=65)))
     asyncio.run(server.generate(Request(prompt=PROMPT, subjects=(dog(),), num_inference_steps=12)))
     (node,) = ray.nodes()
-    asked = set(re.findall(r"ray_realcustom_\w+", (PROJECT_ROOT / "serving/configs/grafana.json").read_text()))
-    seldom = {"ray_realcustom_rejected_total", "ray_realcustom_reference_hits_total"}  # the others always have a value
-    seldom |= {name for name in asked if "first_preview" in name}
-    end, missing = time.monotonic() + 40, asked
+    used = set(re.findall(r"ray_realcustom_\w+", (PROJECT_ROOT / "serving/configs/grafana.json").read_text()))
+    rare = {"ray_realcustom_rejected_total", "ray_realcustom_reference_hits_total"}  # may have no value in this test
+    rare |= {name for name in used if "first_preview" in name}
+    end, missing = time.monotonic() + 40, used
     while missing:
         assert time.monotonic() < end, f"not exported: {sorted(missing)}"
         with httpx.Client(trust_env=False, timeout=10) as plain:
             text = plain.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics").text
-        missing = asked - seldom - set(re.findall(r"^(ray_realcustom_\w+)", text, flags=re.MULTILINE))
+        missing = used - rare - set(re.findall(r"^(ray_realcustom_\w+)", text, flags=re.MULTILINE))
         time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""Settings: what a command line gives as text, and what a configuration file gives."""
+"""Settings from the command line, where all values are text, and from configuration files."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from serving.settings import PROJECT_ROOT, Settings, resolve_path
 
 
-def test_text_of_the_command_line_is_understood():
+def test_text_values_are_converted():
     """`serve run serving:app key=value` gives strings."""
     settings = Settings.model_validate({"max_batch_size": "4", "stall_timeout_s": "9.5", "num_replicas": "2"})
     assert (settings.max_batch_size, settings.stall_timeout_s) == (4, 9.5)
@@ -26,19 +26,19 @@ def test_text_of_the_command_line_is_understood():
         {"num_replicas": "2", "max_replicas": "2"},
     ],
 )
-def test_typos_and_contradictions_are_refused(wrong):
+def test_typos_and_contradictions_are_rejected(wrong):
     with pytest.raises(ValidationError):
         Settings.model_validate(wrong)
 
 
-def test_the_device_decides_about_gpus():
+def test_num_gpus_follows_the_device():
     assert Settings(device="cpu").resolved().num_gpus == 0
     assert Settings(device="cuda").resolved().num_gpus == 1
     assert Settings(device="cuda", num_gpus=0.5).resolved().num_gpus == 0.5
 
 
-def test_models_are_found_from_any_folder(tmp_path, monkeypatch):
-    """The project's own model is found relative to the project, others relative to the current folder."""
+def test_paths_are_resolved_in_any_folder(tmp_path, monkeypatch):
+    """Paths of the project are relative to it, other paths to the current folder."""
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
     assert Settings(model="mine", device="cpu").resolved().model == str(tmp_path / "mine")

@@ -1,16 +1,17 @@
-"""A Ray Serve of one's own on this machine, or one that runs already: for `app.py`, notebooks and tests."""
+"""Starts a server on this machine, or connects to one on a Ray cluster: for `app.py`, notebooks and tests."""
 
 import logging
 import os
 import socket
 
 from ..protocol.errors import ServerError
-from ..settings import Settings
+from ..ray_private import enable_token_auth, local_clusters
+from ..settings import REPLICA, Settings
 from .handle import HandleClient
 
 log = logging.getLogger(__name__)
 
-NAME = "realcustom"  # of the Serve application
+NAME = "realcustom"  # of the Ray Serve application
 
 
 class LocalServer(HandleClient):
@@ -34,22 +35,22 @@ class LocalServer(HandleClient):
 def start(
     settings: Settings | None = None, *, host: str = "127.0.0.1", port: int | None = None, route_prefix: str = "/"
 ) -> LocalServer:
-    """Start Ray Serve, or join the Ray that this process is connected to, and wait until the model is loaded.
+    """Start Ray Serve and wait until the model is loaded. Uses the Ray that this process is connected to, if any.
 
     Args:
-        settings: default: the shipped model.
-        host, port: of the HTTP interface; None takes a free port.
-        route_prefix: path under which the interface is found.
+        settings: None serves the embedded model.
+        host, port: of the HTTP interface; None selects a free port.
+        route_prefix: path of the HTTP interface.
     Raises:
         FileNotFoundError: the model does not exist.
         ServerError: the model cannot be loaded. What was started is stopped, as after any other error or Ctrl-C.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "2")  # one that died is replaced after this time
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "2")  # a proxy that died is replaced
     import ray
     from ray import serve
 
-    from ..build import REPLICA, app
+    from ..build import app
     from ..replica import model_path
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -59,7 +60,7 @@ def start(
     owns_ray = not ray.is_initialized()
     try:
         if owns_ray:
-            _start_ray()
+            start_ray()
         serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
         try:
             serve.run(app(settings), name=NAME, route_prefix=route_prefix)
@@ -94,50 +95,84 @@ def _stop(*, owns_ray: bool) -> None:
         serve.delete(NAME)
 
 
-def _start_ray(tries: int = 2) -> None:
-    """A Ray on this machine alone.
+def start_ray(num_attempts: int = 2) -> None:
+    """Start a Ray on this machine that belongs to this process.
 
-    Its node sometimes dies at birth, before it writes a log; Ray gives it 30 s. What it had started ends with this
-    process, and does not stand in the way of another try.
+    Its node occasionally dies before it writes a log, and `ray.init` times out after 30 s. Another attempt works,
+    because the processes of the first one end with this process and do not interfere.
     """
     import ray
 
-    for left in reversed(range(tries)):
+    for attempt in range(num_attempts):
         try:
             ray.init(
                 address="local",
-                num_cpus=max(2, os.cpu_count() or 1),  # bookkeeping: a replica must find its place on one core, too
+                num_cpus=max(2, os.cpu_count() or 1),  # so that a replica and the proxy fit on one core
                 include_dashboard=False,
                 logging_level=logging.WARNING,
                 log_to_driver=False,
                 object_store_memory=512 * 2**20,
             )
             return
-        except Exception as error:  # Ray has no type for it
-            if "timed out during startup" not in str(error) or not left:
+        except Exception as error:  # Ray has no type for this error
+            if "timed out during startup" not in str(error) or attempt == num_attempts - 1:
                 raise
             log.warning("Ray did not start; trying again: %s", error)
 
 
 def join(address: str = "auto") -> HandleClient:
-    """A client of the application that already runs on a Ray cluster.
+    """A client of a server that runs on a Ray cluster.
 
     Args:
-        address: as `ray.init` takes it.
+        address: host:port of the cluster, ray://host:port, or "auto": the one of the environment variable RAY_ADDRESS,
+            or else the only cluster of this machine. Has no effect if this process is connected to a cluster already.
     Raises:
-        ServerError: no application of ours runs there.
+        ServerError: the cluster does not exist, is ambiguous or refuses the connection, or has no RealCustom++ server.
     """
     import ray
     from ray import serve
 
-    from ..build import REPLICA
-
     if not ray.is_initialized():
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+        if address == "auto":
+            address = _only_cluster()
+        _connect(address)
     for name, application in serve.status().applications.items():
         if REPLICA in application.deployments:
             return HandleClient(serve.get_deployment_handle(REPLICA, app_name=name))
     raise ServerError(f"no RealCustom++ server runs at {address!r}; start one with `serve run serving:app`.")
+
+
+def _only_cluster() -> str:
+    """Address of RAY_ADDRESS, or of the only Ray cluster of this machine. Ray itself would use any of several."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        return address
+    clusters = local_clusters()
+    if not clusters:
+        raise ServerError(
+            "no Ray cluster runs on this machine; start one with `ray start --head`, or give its address."
+        )
+    if len(clusters) > 1:
+        raise ServerError(
+            f"{len(clusters)} Ray clusters run on this machine ({', '.join(clusters)}); give the address of one, "
+            "or set RAY_ADDRESS."
+        )
+    return clusters[0]
+
+
+def _connect(address: str) -> None:
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    enable_token_auth()
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+    except AuthenticationError as error:
+        raise ServerError(
+            f"Ray at {address!r} requires its token: copy ~/.ray/auth_token from there to this machine, or set "
+            "RAY_AUTH_TOKEN."
+        ) from error
+    except (ConnectionError, ValueError) as error:
+        raise ServerError(f"Ray cannot be reached at {address!r}: {str(error).splitlines()[0]}") from error
 
 
 def free_port(host: str = "127.0.0.1") -> int:
