@@ -1,6 +1,6 @@
 """Evaluation report: do the images show the right instances, the right categories and the right scene?
 
-Each case asks for held-out instances in a scene. It is generated from the same seed under several conditions: with
+Each case requests held-out instances in a scene. It is generated from the same seed under several conditions: with
 guidance masks, with masks of ones (every reference at all positions), and with text only; for one subject also with
 guidance masks from both approximations. The classifiers choose among ten references of the same category, and predict
 the category and the scene. Chance level is 10%, 6.25% and 12.5%.
