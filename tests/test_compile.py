@@ -1,12 +1,11 @@
-"""torch.compile of the UNet's repeated blocks and of the whole UNet: the same image, no recompilation once warm."""
+"""Compilation of the transformer blocks and of the whole UNet: equal results, no recompilation after warm-up."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_pipeline import PROMPT, cat, dog, latents, run
-from tiny import tiny_pipeline
+from tiny import PROMPT, cat, dog, latents_of, run, tiny_pipeline
 from torch._dynamo.backends.common import aot_autograd
 
 from realcustom import Request, apply_memory_tier
@@ -14,12 +13,12 @@ from realcustom import Request, apply_memory_tier
 
 @pytest.fixture(scope="module", params=[False, True], ids=["blocks", "whole"])
 def compiled(request):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     pipeline = tiny_pipeline()
-    # The backend captures graphs like the default one, without generating code.
+    # aot_eager captures the same graphs as the default backend but does not generate code.
     pipeline.compile(whole=request.param, backend="aot_eager")
     yield pipeline
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def requests():
@@ -32,64 +31,65 @@ def requests():
     ]
 
 
-def fast(request: Request) -> Request:
+def approximate(request: Request) -> Request:
+    """The same request with masks from the generation branch."""
     return replace(request, mask_source="generation_branch")
 
 
-def test_a_compiled_pipeline_makes_the_same_image(compiled):
-    plain = tiny_pipeline()
-    for request in (*requests()[:2], fast(requests()[0])):
-        assert torch.allclose(latents(compiled, request), latents(plain, request), atol=1e-4)
+def test_compiled_pipeline_matches_eager(compiled):
+    """Compiled and eager pipelines produce the same latents, with both sources of masks."""
+    eager = tiny_pipeline()
+    for request in (*requests()[:2], approximate(requests()[0])):
+        assert torch.allclose(latents_of(compiled, request), latents_of(eager, request), atol=1e-4)
 
 
-def test_a_compiled_pipeline_shows_each_image_its_own_text(compiled):
-    """Texts that were put together for one group of images are not those of the next group of that size."""
-    plain = tiny_pipeline()
+def test_stacked_texts_are_not_reused_for_another_prompt(compiled):
+    """Consecutive runs with different prompts match eager runs: stacked text keys and values are not stale."""
+    eager = tiny_pipeline()
     for prompt in (PROMPT, "the dog", PROMPT):
         request = Request(prompt=prompt, subjects=(dog(),), seed=1)
-        assert torch.allclose(latents(compiled, request), latents(plain, request), atol=1e-4)
+        assert torch.allclose(latents_of(compiled, request), latents_of(eager, request), atol=1e-4)
 
 
-def test_a_warm_pipeline_never_recompiles(compiled):
-    """After warming up, any mix of batch sizes, subjects, scopes, guidance and sources of masks runs on the programs
-    there are."""
+def test_no_recompilation_after_warm_up(compiled):
+    """After `warm_up`, no mix of batch sizes, subjects, scopes, guidance and mask sources triggers a recompilation."""
     compiled.warm_up()
-    exact, approximate = requests(), [fast(request) for request in requests()]
+    exact, approximated = requests(), [approximate(request) for request in requests()]
     with torch.compiler.set_stance("fail_on_recompile"):
         for count in range(1, 6):
-            for mix in (exact[:count], exact[-count:], approximate[:count], approximate[count:] + exact[:count]):
+            for mix in (exact[:count], exact[-count:], approximated[:count], approximated[count:] + exact[:count]):
                 run(compiled, [compiled.prepare(request) for request in mix])
 
 
-def test_programs_are_of_one_unet_as_it_was_when_compiled():
-    """Few guards are left on the modules of a UNet compiled whole; no program serves another UNet for that, whose
-    tensors have the same shapes, nor the same UNet when it is compiled again."""
-    torch._dynamo.reset()
+def test_compiled_programs_are_not_shared_between_unets():
+    """With `compile(whole=True)`, a UNet reuses neither the programs of another UNet with the same shapes nor its own
+    programs from before a second compilation, although most guards on its modules are dropped."""
+    torch.compiler.reset()
     request = Request(prompt=PROMPT, subjects=(dog(),), seed=1)
-    first, second, plain = (tiny_pipeline() for _ in range(3))
+    first, second, eager = (tiny_pipeline() for _ in range(3))
     for pipeline in (first, second):
         pipeline.compile(whole=True, backend="aot_eager")
-    before = latents(first, request)
-    for changed in (second, plain):
-        _halve_an_attention(changed)
-    expected = latents(plain, request)
+    before = latents_of(first, request)
+    for changed in (second, eager):
+        _halve_one_attention_output(changed)
+    expected = latents_of(eager, request)
     assert (expected - before).abs().max() > 1e-2
-    assert torch.allclose(latents(second, request), expected, atol=1e-4)
-    _halve_an_attention(first)
+    assert torch.allclose(latents_of(second, request), expected, atol=1e-4)
+    _halve_one_attention_output(first)
     first.compile(whole=True, backend="aot_eager")
-    assert torch.allclose(latents(first, request), expected, atol=1e-4)
+    assert torch.allclose(latents_of(first, request), expected, atol=1e-4)
 
 
-def _halve_an_attention(pipeline) -> None:
-    """A change that no tensor of the UNet tells of."""
+def _halve_one_attention_output(pipeline) -> None:
+    """Change the UNet's output without changing any of its tensors."""
     pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.rescale_output_factor = 2.0
 
 
-def test_a_lora_takes_effect_after_compiling(compiled, tmp_path):
-    """Loaded, scaled, switched off and unloaded: each shows in the next image, as if nothing were compiled."""
-    plain = tiny_pipeline()
+def test_lora_changes_take_effect_after_compilation(compiled, tmp_path):
+    """Loading, scaling, disabling and unloading a LoRA change a compiled pipeline as they change an eager one."""
+    eager = tiny_pipeline()
     layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q"
-    width = plain.unet.get_submodule(layer.removeprefix("unet.")).in_features
+    width = eager.unet.get_submodule(layer.removeprefix("unet.")).in_features
     torch.manual_seed(0)
     state = {f"{layer}.lora_A.weight": torch.randn(4, width) * 3, f"{layer}.lora_B.weight": torch.randn(width, 4) * 3}
     save_file(state, tmp_path / "lora.safetensors")
@@ -101,29 +101,31 @@ def test_a_lora_takes_effect_after_compiling(compiled, tmp_path):
         lambda p: p.disable_lora(),
         lambda p: p.unload_lora_weights(),
     )
-    images = []
+    results = []
     for change in changes:
-        for pipeline in (plain, compiled):
+        for pipeline in (eager, compiled):
             change(pipeline)
-        images.append(latents(plain, request))
-        assert torch.allclose(latents(compiled, request), images[-1], atol=1e-4)
-    before, loaded, scaled, off, unloaded = images
+        results.append(latents_of(eager, request))
+        assert torch.allclose(latents_of(compiled, request), results[-1], atol=1e-4)
+    before, loaded, scaled, disabled, unloaded = results
     assert (loaded - before).abs().max() > 1e-2 and (scaled - loaded).abs().max() > 1e-2
-    assert torch.allclose(off, before, atol=1e-5) and torch.allclose(unloaded, before, atol=1e-5)
+    assert torch.allclose(disabled, before, atol=1e-5) and torch.allclose(unloaded, before, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"mode": "default"}, {"options": {"max_autotune": False}}])
-def test_options_of_torch_compile_go_with_compiling_whole(options):
-    torch._dynamo.reset()
-    pipeline, plain = tiny_pipeline(), tiny_pipeline()
+def test_torch_compile_options_apply_to_the_whole_unet(options):
+    """`compile(whole=True)` accepts the mode or the options of `torch.compile`, with equal results."""
+    torch.compiler.reset()
+    pipeline, eager = tiny_pipeline(), tiny_pipeline()
     pipeline.compile(whole=True, **options)
     request = Request(prompt=PROMPT, seed=1, guidance_scale=1.0, num_inference_steps=1)
-    assert torch.allclose(latents(pipeline, request), latents(plain, request), atol=1e-4)
+    assert torch.allclose(latents_of(pipeline, request), latents_of(eager, request), atol=1e-4)
 
 
-def test_a_guidance_branch_compiled_whole_computes_nothing_behind_the_last_recorded_layer():
-    """Its output is not asked for; the eager one leaves early instead."""
-    torch._dynamo.reset()
+def test_compiled_guidance_branch_skips_layers_after_the_last_recording():
+    """With `compile(whole=True)`, the guidance branch has no more convolutions than eager execution runs before it ends
+    early."""
+    torch.compiler.reset()
     convolutions = []
 
     def count(graph, _):
@@ -134,15 +136,16 @@ def test_a_guidance_branch_compiled_whole_computes_nothing_behind_the_last_recor
     pipeline.compile(whole=True, backend=aot_autograd(fw_compiler=count))
     request = Request(prompt=PROMPT, subjects=(dog(),), seed=1)
     pipeline.denoiser.guidance_branch([pipeline.prepare(request)])
-    eager, called = tiny_pipeline(), []
+    eager, calls = tiny_pipeline(), []
     modules = [module for module in eager.unet.modules() if isinstance(module, torch.nn.Conv2d)]
     for module in modules:
-        module.register_forward_hook(lambda *_: called.append(1))
+        module.register_forward_hook(lambda *_: calls.append(1))
     eager.denoiser.guidance_branch([eager.prepare(request)])
-    assert convolutions[0] <= len(called) < len(modules)
+    assert convolutions[0] <= len(calls) < len(modules)
 
 
-def test_a_unet_that_is_brought_over_layer_by_layer_is_not_compiled_whole():
+def test_low_memory_tier_and_whole_compilation_exclude_each_other():
+    """Memory tier "low" and `compile(whole=True)` raise a ValueError in either order."""
     low = tiny_pipeline()
     apply_memory_tier(low, "cpu", "low")
     with pytest.raises(ValueError, match=r"'low'.*'medium'"):
@@ -153,20 +156,20 @@ def test_a_unet_that_is_brought_over_layer_by_layer_is_not_compiled_whole():
         apply_memory_tier(whole, "cpu", "low")
 
 
-def test_a_cold_start_finds_its_programs_in_the_cache(tmp_path, monkeypatch):
-    """A new process's compilation, with TORCHINDUCTOR_CACHE_DIR of an earlier one, generates no code."""
+def test_second_compilation_hits_the_inductor_cache(tmp_path, monkeypatch):
+    """Compiling again with the same TORCHINDUCTOR_CACHE_DIR, as after a restart, finds all programs in the cache."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     counters = torch._dynamo.utils.counters
-    images, found = [], []
+    results, cache_counts = [], []
     for _ in range(2):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         counters.clear()
         pipeline = tiny_pipeline()
         pipeline.compile()
         request = Request(prompt=PROMPT, seed=1, guidance_scale=1.0, num_inference_steps=1)
-        images.append(latents(pipeline, request))
-        found.append([counters["inductor"][f"fxgraph_cache_{kind}"] for kind in ("hit", "miss")])
-    (hits, misses), (hits_again, misses_again) = found
+        results.append(latents_of(pipeline, request))
+        cache_counts.append([counters["inductor"][f"fxgraph_cache_{kind}"] for kind in ("hit", "miss")])
+    (hits, misses), (hits_again, misses_again) = cache_counts
     assert misses > 0 and misses_again == 0
     assert hits_again == hits + misses
-    assert torch.equal(*images)
+    assert torch.equal(*results)
