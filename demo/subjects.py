@@ -126,7 +126,7 @@ def build_examples(task: Task, prompt: gr.Textbox, slots: list[Slot]) -> None:
     gr.Markdown("**Examples**")
     with gr.Row(elem_classes="examples"):
         for index, example in enumerate(task.examples):
-            with gr.Column(min_width=120, scale=0):
+            with gr.Column(min_width=THUMBNAIL_PX * len(example.images), scale=0):
                 thumbnail = gr.Image(
                     side_by_side([Image.open(path) for path in example.paths]), show_label=False, height=THUMBNAIL_PX,
                     width=THUMBNAIL_PX * len(example.images), interactive=False, container=False, buttons=[],

@@ -65,7 +65,9 @@ TASKS = (
         text="**One image, several words.** Each selected word takes its subject from the same image.",
         num_slots=1,
         multiple_words=True,
-        examples=(Example(images=("cat_and_car.png",), prompt="a cat and a car in the snow", words=(("cat", "car"),)),),
+        examples=(
+            Example(images=("cat_and_car.png",), prompt="a cat and a car on the beach", words=(("cat", "car"),)),
+        ),
     ),
     Task(
         name="Many2Many",

@@ -197,8 +197,9 @@ class FailingClient:
         self._error = error
 
     async def stream(self, request, *, previews=True, timeout_s=None):
+        preview = subject_image("red")
         for step in (1, 2):
-            yield Progress(step, 4, subject_image("red"), (Image.new("L", (64, 64), 128),))
+            yield Progress(step, 4, preview, (Image.new("L", preview.size, 128),))
             await asyncio.sleep(0.2)
         raise self._error
 

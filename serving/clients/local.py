@@ -11,6 +11,7 @@ from .handle import HandleClient
 
 log = logging.getLogger(__name__)
 
+CONNECT_TIMEOUT_S = 5.0
 NAME = "realcustom"  # of the Ray Serve application
 
 
@@ -165,13 +166,16 @@ def _connect(address: str) -> None:
 
     enable_token_auth()
     try:
+        if "://" not in address:  # `ray.init` would wait for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
     except AuthenticationError as error:
         raise ServerError(
             f"Ray at {address!r} requires its token: copy ~/.ray/auth_token from there to this machine, or set "
             "RAY_AUTH_TOKEN."
         ) from error
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ServerError(f"Ray cannot be reached at {address!r}: {str(error).splitlines()[0]}") from error
 
 
