@@ -124,8 +124,9 @@ def table(report: dict) -> str:
         f"{low['rate_per_s']:.2f}, then {high['rate_per_s']:.2f}, then {low['rate_per_s']:.2f} images/s. "
         f"{report['requests']} requests: {outcomes}.\n\n"
         f"After the rise of the load, the second replica was ready after {times['second_replica_s']:.1f} s and all "
-        f"{NUM_NODES} after {times['all_replicas_s']:.1f} s, including start and loading. After its fall, one "
-        f"replica was left after {times['one_replica_again_s']:.1f} s (downscale_delay_s: {report['downscale_delay_s']:.0f}).\n\n"
+        f"{NUM_NODES} after {times['all_replicas_s']:.1f} s, including start and loading. After its fall, one replica "
+        f"was left after {times['one_replica_again_s']:.1f} s "
+        f"(downscale_delay_s: {report['downscale_delay_s']:.0f}).\n\n"
         "![replicas over time](autoscaling.png)\n"
     )
 

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image, ImageOps
 
-STRIP_PIXELS = 2**20  # pixels per call into PIL
+STRIP_PIXELS = 2**18  # pixels per call into PIL
 
 
 @dataclass(frozen=True, eq=False)

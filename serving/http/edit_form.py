@@ -220,8 +220,7 @@ def _short_form(phrases: list[str], scopes: list[float], num_files: int) -> list
 
 
 async def _read(file: UploadFile, limits: Limits, name: str) -> ReferenceImage:
-    data = await file.read(limits.max_image_bytes + 1)
-    return await asyncio.to_thread(decode_image, data, limits, name)
+    return await asyncio.to_thread(decode_image, file.file, limits, name)
 
 
 def sentence(errors: Sequence[Any]) -> str:

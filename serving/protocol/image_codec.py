@@ -1,35 +1,41 @@
 """Images as file bytes and base64. Size limits are checked before an image is decoded."""
 
 import base64
+import os
 from io import BytesIO
+from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
 from realcustom.reference_image import ReferenceImage
 
+from .decode_process import decode_in_process
 from .errors import InvalidRequest, TooLarge
 from .limits import Limits
 
 INPUT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+LARGE_PIXELS = 2**21  # images with more pixels are decoded in another process
 OUTPUT_FORMATS = ("png", "jpeg", "webp")
 BASE64_BYTES = 3 * 2**18  # per piece; a multiple of 3, so that pieces can be joined
 
 
-def decode_image(data: bytes, limits: Limits, name: str = "image") -> ReferenceImage:
+def decode_image(file: BinaryIO, limits: Limits, name: str = "image") -> ReferenceImage:
     """Decode an uploaded file; of an animation, the first frame. Takes up to seconds, so call it in a thread.
 
     Raises:
         TooLarge: more bytes or pixels than `limits` allow; the number of pixels is read from the header.
         InvalidRequest: empty, truncated, damaged, or not one of `INPUT_FORMATS`.
     """
-    if not data:
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if num_bytes == 0:
         raise InvalidRequest(f"{name} is empty; send an image file.")
-    if len(data) > limits.max_image_bytes:
+    if num_bytes > limits.max_image_bytes:
         raise TooLarge(
-            f"{name} has {len(data)} bytes; this server accepts at most {limits.max_image_bytes}. Send a smaller one."
+            f"{name} has {num_bytes} bytes; this server accepts at most {limits.max_image_bytes}. Send a smaller one."
         )
     try:
-        image = Image.open(BytesIO(data), formats=INPUT_FORMATS)
+        image = Image.open(file, formats=INPUT_FORMATS)
     except Image.DecompressionBombError:
         raise TooLarge(
             f"{name} has too many pixels; this server accepts {limits.max_reference_pixels}. Send a smaller one."
@@ -45,6 +51,10 @@ def decode_image(data: bytes, limits: Limits, name: str = "image") -> ReferenceI
             "Send a smaller one."
         )
     try:
+        if width * height > LARGE_PIXELS:
+            assert image.format is not None
+            file.seek(0)
+            return decode_in_process(file, image.format)
         image.load()
         return ReferenceImage.from_pil(image)
     except Exception as error:
