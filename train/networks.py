@@ -32,7 +32,8 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 def module_to(module: ModuleT, device: str) -> ModuleT:
     """`module.to(device)` with the module's own type, which the `to` of diffusers does not declare."""
-    return nn.Module.to(module, device)
+    nn.Module.to(module, device)  # in place
+    return module
 
 
 def build_vae() -> AutoencoderDC:
