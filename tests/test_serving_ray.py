@@ -153,6 +153,19 @@ def test_errors_keep_their_kind_across_processes(server, http):
     asyncio.run(run())
 
 
+def test_errors_of_callers_are_not_logged_as_tracebacks(server, http):
+    """Invalid requests over both interfaces leave no traceback in the logs of Ray Serve."""
+    logs = logs_folder() / "serve"
+    sizes = {path: path.stat().st_size for path in logs.glob("*.log")}
+    for client in (server, http):
+        with pytest.raises(InvalidRequest):
+            asyncio.run(client.generate(Request(prompt=PROMPT, height=65)))
+    time.sleep(1)  # log files are written by other processes
+    for path in logs.glob("*.log"):
+        new = path.read_text(errors="replace")[sizes.get(path, 0) :]
+        assert "Traceback" not in new and new.count("InvalidRequest") <= 1, f"{path.name}: {new}"
+
+
 async def anext_result(events) -> Result:
     return [event async for event in events][-1]
 
