@@ -1,6 +1,7 @@
 """One tab: inputs on the left, results on the right, and the event that forwards a request to the server."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -18,6 +19,8 @@ from .generation_state import GenerationState, generate_images
 from .mask_overlay import overlay_masks
 from .subjects import build_composer, build_examples, build_slots, update_words_with_prompt
 from .task import Task
+
+log = logging.getLogger(__name__)
 
 MAX_GALLERY_IMAGES = 32  # each result has two: the image and its masks
 ERROR_DURATION_S = 10
@@ -77,7 +80,6 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
         lambda new, earlier: [*new, *(earlier or [])][:MAX_GALLERY_IMAGES], [results, gallery], gallery, queue=False,
         show_progress="hidden", api_visibility="private",
     )  # fmt: skip
-    event.failure(lambda: _buttons(running=False), None, [generate, stop], queue=False, api_visibility="private")
     # In a second event, after the first has cancelled the generation: an earlier update could arrive after "Stopped".
     stop.click(None, cancels=[event], queue=False, api_visibility="private").then(
         lambda: [progress("Stopped", 0), *_buttons(running=False)], None, [status, generate, stop], queue=False,
@@ -103,9 +105,13 @@ async def generate_updates(task: Task, client: Client, values: Sequence[Any]) ->
         async with aclosing(_updates(client, request, num_images)) as updates:
             async for update, done in updates:
                 yield [*update, *_buttons(running=not done)]
-    except (InvalidRequest, QueueFull, ServerError) as error:
-        yield [failure(str(error)), *_skip(5), *_buttons(running=False)]
-        raise gr.Error(str(error), duration=ERROR_DURATION_S, print_exception=False) from error
+    except Exception as error:
+        message = str(error)
+        if not isinstance(error, InvalidRequest | QueueFull | ServerError):
+            log.exception("Unexpected error in the demo")
+            message = "Internal error; see the log of the demo."
+        yield [failure(message), *_skip(5), *_buttons(running=False)]
+        raise gr.Error(message, duration=ERROR_DURATION_S, print_exception=False) from error
 
 
 async def _updates(client: Client, request: Request, num_images: int) -> AsyncGenerator[tuple[list, bool], None]:
