@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from io import BytesIO
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -18,8 +19,7 @@ from PIL import Image
 
 from realcustom.reference_image import ReferenceImage
 
-from ..settings import PROJECT_ROOT
-
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
 HEADER = struct.Struct("<II")  # height, width; then the RGB pixels
 CHUNK_BYTES = 2**18
 
