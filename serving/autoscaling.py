@@ -1,17 +1,18 @@
-"""How many replicas the queued work asks for. Ray Serve's controller calls this and adds bounds and delays."""
+"""BacklogPolicy: how many replicas the queued work requires. Ray Serve's controller calls it and applies bounds and
+delays."""
 
 import math
 from typing import Any
 
 
 class BacklogPolicy:
-    """A Ray Serve autoscaling policy on seconds of queued work instead of the number of requests.
+    """A Ray Serve autoscaling policy that follows seconds of queued work instead of the number of requests.
 
-    Replicas report `backlog_s`, the time their remaining steps will take at their measured speed, and `images`
-    (see `Replica.record_autoscaling_stats`). Requests that no replica has taken yet count as average images.
+    Replicas report `backlog_s`, the predicted seconds until all their images are done, and `images` (see
+    `Replica.record_autoscaling_stats`). A request that no replica has accepted yet counts as an average image.
 
     Args:
-        target_backlog_s: seconds of work that each replica should have ahead.
+        target_backlog_s: seconds of work per replica.
     """
 
     def __init__(self, target_backlog_s: float) -> None:
@@ -21,10 +22,10 @@ class BacklogPolicy:
         reported = context.aggregated_metrics or {}
         backlog_s = sum(reported.get("backlog_s", {}).values())
         images = sum(reported.get("images", {}).values())
-        unplaced = max(0.0, context.total_num_requests - images)
+        unassigned = max(0.0, context.total_num_requests - images)
         if images >= 1:
-            backlog_s += unplaced * backlog_s / images
-        elif unplaced >= 1:  # nothing is known about them but that they are there
+            backlog_s += unassigned * backlog_s / images
+        elif unassigned >= 1:  # their work is unknown: keep the replicas, at least one
             return max(1, context.current_num_replicas), {}
         wanted = math.ceil(backlog_s / self._target_s)
         busy = context.total_num_requests > 0

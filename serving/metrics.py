@@ -1,38 +1,49 @@
-"""The engine's numbers as Ray Serve metrics (Prometheus names `ray_realcustom_...`); see configs/grafana.json."""
+"""RayMetrics: exports the engine's numbers as Ray Serve metrics, in Prometheus `ray_realcustom_...`.
+
+`configs/grafana.json` is a dashboard of them.
+"""
 
 from .engine.observer import Observer, Outcome
 
-SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250]
-PICTURES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+SECONDS_BUCKETS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250]
+IMAGE_BUCKETS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
 
 
 class RayMetrics(Observer):
-    """Exports through `ray.serve.metrics`, which add deployment, replica and application as tags."""
+    """Exports through `ray.serve.metrics`, which adds deployment, replica and application as tags."""
 
     def __init__(self) -> None:
         from ray.serve.metrics import Counter, Gauge, Histogram
 
-        self._queue = Gauge("realcustom_queue_length", description="Images waiting in the replica.")
-        self._active = Gauge("realcustom_active_images", description="Images under way in the replica.")
-        self._backlog = Gauge("realcustom_backlog_seconds", description="Seconds that all steps to come will take.")
-        self._rejected = Counter("realcustom_rejected", description="Requests that found no place.")
-        self._steps = Counter("realcustom_steps", description="Steps of the engine; each advances several images.")
+        self._queue = Gauge("realcustom_queue_length", description="Images that wait in the replica.")
+        self._active = Gauge(
+            "realcustom_active_images", description="Images that are prepared or active in the replica."
+        )
+        self._backlog = Gauge("realcustom_backlog_seconds", description="Predicted seconds until all images are done.")
+        self._rejected = Counter("realcustom_rejected", description="Requests rejected because the queue was full.")
+        self._steps = Counter("realcustom_steps", description="Steps of the engine; a step advances several images.")
         self._rows = Counter("realcustom_rows", description="Rows of UNet calls; their rate is the throughput.")
-        self._mask_rows = Counter("realcustom_mask_rows", description="Rows for guidance masks: steps before T_stop.")
-        self._batch = Histogram("realcustom_batch_size", description="Images in a step.", boundaries=PICTURES)
-        self._step_s = Histogram("realcustom_step_seconds", description="Duration of a step.", boundaries=SECONDS)
+        self._mask_rows = Counter(
+            "realcustom_mask_rows", description="Rows of the guidance branch (steps before T_stop)."
+        )
+        self._batch = Histogram("realcustom_batch_size", description="Images per step.", boundaries=IMAGE_BUCKETS)
+        self._step_s = Histogram(
+            "realcustom_step_seconds", description="Seconds of a step.", boundaries=SECONDS_BUCKETS
+        )
         self._preview_s = Histogram(
-            "realcustom_first_preview_seconds", description="From arrival to the first preview.", boundaries=SECONDS
+            "realcustom_first_preview_seconds",
+            description="Seconds from arrival to the first preview.",
+            boundaries=SECONDS_BUCKETS,
         )
         self._images = Counter(
-            "realcustom_images", description="Images that have left, by how they ended.", tag_keys=("outcome",)
+            "realcustom_images", description="Images that left the engine, by outcome.", tag_keys=("outcome",)
         )
         self._image_s = Histogram(
-            "realcustom_image_seconds", description="From arrival to the end.", boundaries=SECONDS,
+            "realcustom_image_seconds", description="Seconds from arrival to the outcome.", boundaries=SECONDS_BUCKETS,
             tag_keys=("outcome",),
         )  # fmt: skip
         self._hits = Counter("realcustom_reference_hits", description="References found in the cache.")
-        self._misses = Counter("realcustom_reference_misses", description="References that had to be encoded.")
+        self._misses = Counter("realcustom_reference_misses", description="References that were encoded.")
 
     def queue(self, *, waiting: int, active: int, backlog_s: float) -> None:
         self._queue.set(waiting)

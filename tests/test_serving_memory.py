@@ -1,11 +1,11 @@
-"""Memory of images under way: measured, not guessed, and never promised twice."""
+"""MemoryModel and MemoryBudget: measured bytes predict the peak of larger groups, and budgets are kept."""
 
 import pytest
 import torch
 from tiny import subject_image, tiny_pipeline
 
 from realcustom import Request, Subject
-from serving.engine.memory import AffineCost, MemoryBudget, MemoryModel, _TensorAccount, measure
+from serving.engine.memory import AffineCost, MemoryBudget, MemoryModel, TensorAccount, measure
 
 FLAT = MemoryModel(
     resident=AffineCost(10, 0),
@@ -21,9 +21,9 @@ def pipeline():
     return tiny_pipeline()
 
 
-def test_the_account_sees_what_lives_and_what_lived_at_most():
-    """Bytes of results are counted once each, views not at all, and are given back when the last holder goes."""
-    with _TensorAccount() as account:
+def test_the_account_counts_live_bytes_and_their_peak():
+    """Bytes of results are counted once, views not at all, and subtracted when the last reference is dropped."""
+    with TensorAccount() as account:
         kept = torch.zeros(100)
         view = kept.view(10, 10)[1:]
         assert account.live == 400
@@ -35,8 +35,8 @@ def test_the_account_sees_what_lives_and_what_lived_at_most():
     assert account.live == 0
 
 
-def test_what_was_measured_predicts_a_larger_group(pipeline):
-    """The footprint, measured with one and two images, foretells the peak of five, in another size, within 15%."""
+def test_the_model_predicts_the_peak_of_a_larger_group(pipeline):
+    """Measured with one and two images, it predicts the peak of five images of another size within 15%."""
     memory_model = measure(pipeline)
     colors = ("red", "green", "blue", "gold", "navy")
     wanted = [
@@ -49,25 +49,25 @@ def test_what_was_measured_predicts_a_larger_group(pipeline):
         )
         for color in colors
     ]
-    with _TensorAccount() as account:
+    with TensorAccount() as account:
 
-        def make() -> None:
+        def step() -> None:
             pipeline.step([pipeline.prepare(request) for request in wanted])
 
         pipeline.clear_caches()
-        peak = account.peak_during(make)
+        peak = account.peak_during(step)
     without_decoding = MemoryModel(**{**vars(memory_model), "decoding": AffineCost(0, 0)})
     assert without_decoding.needed([(96 * 64, 1)] * 5) == pytest.approx(peak, rel=0.15)
 
 
 def test_sizes_step_at_different_times():
-    """Activations count for the largest group of one size, held bytes for all, decoding for one."""
+    """Activations count for the largest group of one size, resident bytes for all images, decoding for one."""
     assert FLAT.needed([]) == 0
     assert FLAT.needed([(50, 1)]) == 15 + 50 + 100
     assert FLAT.needed([(50, 1), (50, 0), (80, 2)]) == 15 + 10 + 20 + 100 + 100
 
 
-def test_a_budget_shrinks_below_what_did_not_fit():
+def test_a_budget_shrinks_below_images_that_did_not_fit():
     budget = MemoryBudget(FLAT, 1000)
     two = [(300, 0)] * 2
     assert budget.fits(two)

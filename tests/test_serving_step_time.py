@@ -1,53 +1,100 @@
-"""How many images should step together follows from how the time of a step grows."""
+"""StepTimeModel: seconds of a step, learned from measured steps."""
 
 import numpy as np
 import pytest
+from tiny import PROMPT, cat, dog, tiny_pipeline
 
-from serving.engine.step_time import ENOUGH, LOOK_AGAIN, StepTimeModel
+from realcustom.request import Request
+from serving.engine.step_time import NUM_REMEMBERED, RemainingWork, StepTimeModel
+from serving.engine.stepper import num_rows
 
-
-def learnt(fixed_s: float, per_work_s: float, works=(2, 3, 6, 16), noise: float = 0.0) -> StepTimeModel:
-    pace, draw = StepTimeModel(), np.random.default_rng(0)
-    for work in works:
-        for _ in range(5):
-            pace.add(work, (fixed_s + per_work_s * work) * (1 + noise * draw.standard_normal()))
-    return pace
+PIXELS = 1024 * 1024
+KINDS = [(2, 3 * PIXELS), (1, 2 * PIXELS), (2, 24 * PIXELS), (1, 16 * PIXELS)]  # one and eight images, guided and not
 
 
-@pytest.mark.parametrize("fixed_s", [0.0, 0.01, 0.03, 0.1, 1.0, 10.0])
-@pytest.mark.parametrize("noise", [0.0, 0.02])
-def test_the_smallest_group_that_gets_nearly_all_of_the_speed(fixed_s, noise):
-    pace, works = learnt(fixed_s, 0.02, noise=noise), [2, 3, 2, 2, 3, 2, 3, 2]
-    speed = lambda number: (total := sum(works[:number])) / (fixed_s + 0.02 * total)
-    number = pace.efficient_batch_size(works)
-    slack = 3 * noise
-    assert speed(number) >= (ENOUGH - slack) * speed(8)
-    assert number == 1 or speed(number - 1) < (ENOUGH + slack) * speed(8)
+def learned(per_call: float, per_row: float, kinds=KINDS, noise: float = 0.0) -> StepTimeModel:
+    model, draw = StepTimeModel(), np.random.default_rng(0)
+    for _ in range(10):
+        for calls, row_pixels in kinds:
+            seconds = calls * per_call + row_pixels / PIXELS * per_row
+            model.add(calls, row_pixels, seconds * (1 + noise * draw.standard_normal()))
+    return model
 
 
-def test_all_step_together_until_enough_is_known():
-    pace = StepTimeModel()
-    assert pace.efficient_batch_size([1, 1, 1]) == 3
-    pace.add(1, 0.5)
-    assert pace.efficient_batch_size([1, 1, 1]) == 3
+@pytest.mark.parametrize("per_call, per_row", [(0.08, 0.0), (0.08, 0.02), (0.01, 0.5), (0.0, 0.5)])
+def test_a_size_never_measured_is_predicted(per_call, per_row):
+    """Whatever part dominates: four images of a size between the measured ones, and one of four times the pixels."""
+    model = learned(per_call, per_row)
+    for calls, rows in ((2, 12), (1, 8), (1, 4 * 2)):
+        assert model.seconds(calls, rows * PIXELS) == pytest.approx(calls * per_call + rows * per_row, rel=1e-6)
 
 
-def test_time_that_does_not_grow_lets_all_step():
-    assert learnt(1.0, -0.01).efficient_batch_size([2] * 5) == 5
+def test_noise_of_5_percent_changes_the_prediction_by_less():
+    model = learned(0.08, 0.02, noise=0.05)
+    assert model.seconds(2, 12 * PIXELS) == pytest.approx(2 * 0.08 + 12 * 0.02, rel=0.03)
 
 
-def test_one_slow_step_does_not_change_the_answer():
-    pace = learnt(0.0, 0.02)
-    pace.add(2, 100.0)
-    assert pace.efficient_batch_size([2] * 5) == 1
+def test_one_image_tells_calls_and_rows_apart():
+    """Steps before and after T_stop of a single image are two kinds of step, so they determine both parts."""
+    model = learned(0.08, 0.02, kinds=KINDS[:2])
+    assert model.seconds(2, 24 * PIXELS) == pytest.approx(2 * 0.08 + 24 * 0.02, rel=1e-6)
 
 
-def test_what_was_learnt_is_looked_at_again():
-    """A device that was busy with one image, and no longer is, is found out."""
-    pace = learnt(0.0, 0.02)
-    numbers = []
-    for _ in range(20 * LOOK_AGAIN):
-        number = pace.efficient_batch_size([2] * 8)
-        numbers.append(number)
-        pace.add(2 * number, 1.0)
-    assert numbers[0] == 1 and numbers[-2] >= 7
+def test_nothing_is_predicted_before_the_first_measurement():
+    assert StepTimeModel().cost is None and StepTimeModel().seconds(1, PIXELS) is None
+
+
+@pytest.mark.parametrize("kinds", [KINDS[:1], [(1, PIXELS), (2, 2 * PIXELS)]], ids=["one kind", "proportional kinds"])
+def test_half_of_the_time_is_given_to_each_part_that_cannot_be_told_apart(kinds):
+    """The measured steps are predicted exactly, and a step with twice the rows takes between once and twice as long."""
+    model = learned(0.1, 0.1, kinds=kinds)
+    calls, row_pixels = kinds[0]
+    seconds = calls * 0.1 + row_pixels / PIXELS * 0.1
+    assert model.seconds(calls, row_pixels) == pytest.approx(seconds, rel=1e-6)
+    assert model.seconds(calls, 2 * row_pixels) == pytest.approx(1.5 * seconds, rel=1e-6)
+
+
+def test_no_part_is_negative():
+    """Steps that get faster with more rows: a fit through them would predict negative seconds for a large batch."""
+    model = StepTimeModel()
+    for rows, seconds in ((2, 1.0), (4, 0.9), (8, 0.7)):
+        model.add(1, rows * PIXELS, seconds)
+    assert model.cost.per_row_pixel == 0 and 0.7 <= model.seconds(1, 100 * PIXELS) <= 1.0
+    superlinear = StepTimeModel()
+    for rows, seconds in ((2, 1.0), (4, 3.0), (8, 9.0)):
+        superlinear.add(1, rows * PIXELS, seconds)
+    assert superlinear.cost.per_call == 0 and superlinear.cost.per_row_pixel > 0
+
+
+def test_one_slow_step_hardly_changes_the_prediction():
+    """A step that took 1000 times as long, for example because a program was compiled."""
+    model = learned(0.08, 0.02)
+    model.add(2, 30 * PIXELS, 1000.0)
+    assert model.seconds(2, 12 * PIXELS) == pytest.approx(2 * 0.08 + 12 * 0.02, rel=0.05)
+
+
+def test_the_model_follows_a_device_that_changes():
+    """After `NUM_REMEMBERED` steps nothing is left of a device that was twice as slow."""
+    model = learned(0.16, 0.04)
+    for step in range(NUM_REMEMBERED):
+        calls, row_pixels = KINDS[step % 2]
+        model.add(calls, row_pixels, calls * 0.08 + row_pixels / PIXELS * 0.02)
+    assert model.seconds(2, 24 * PIXELS) == pytest.approx(2 * 0.08 + 24 * 0.02, rel=1e-6)
+
+
+@pytest.mark.parametrize("mask_source", ["guidance_branch", "generation_branch"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("subjects", [(), (dog(),), (dog(), cat())], ids=len)
+def test_remaining_work_counts_the_rows_that_the_pipeline_runs(subjects, guidance_scale, mask_source):
+    """Rows predicted from the request equal the rows of every step of the real generation."""
+    pipeline = tiny_pipeline()
+    settings = {"num_inference_steps": 6, "early_stop_step": 4, "mask_source": mask_source}
+    request = Request(prompt=PROMPT, subjects=subjects, guidance_scale=guidance_scale, **settings)
+    generation = pipeline.prepare(request.resolve(pipeline.sampling))
+    predicted = [RemainingWork.of(generation.request, step, generation.num_steps) for step in range(6)]
+    measured = []
+    while not generation.done:
+        measured.append(num_rows(generation))
+        pipeline.step([generation])
+    assert [work.rows + (work.num_guided_steps > 0) for work in predicted] == measured
+    assert [work.num_steps for work in predicted] == [6, 5, 4, 3, 2, 1]

@@ -1,14 +1,13 @@
-"""A step that failed is as if it had not been tried, and a fault reaches only the image that brings it."""
+"""Stepper: a failed step is undone and tried again in halves, so that a fault ends only the image that causes it."""
 
-import asyncio
 import copy
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
-from tiny import subject_image, tiny_pipeline
+from tiny import PROMPT, dog, tiny_pipeline
 
-from realcustom import Request, Subject
+from realcustom.request import Request, ResolvedRequest
 from serving.engine.job import Job
 from serving.engine.observer import Observer
 from serving.engine.stepper import Checkpoint, Stepper
@@ -26,16 +25,18 @@ def pipeline():
     return tiny_pipeline().to(torch.float64)
 
 
-def request(seed: int) -> Request:
-    dog = Subject(image=subject_image(), target_phrase="dog")
-    return Request(prompt="a dog and a cat", subjects=(dog,), seed=seed, num_inference_steps=5, early_stop_step=3)
+def request(pipeline, seed: int) -> ResolvedRequest:
+    wanted = Request(prompt=PROMPT, subjects=(dog(),), seed=seed, num_inference_steps=5, early_stop_step=3)
+    return wanted.resolve(pipeline.sampling)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("failing_step", [0, 2, 4])
-def test_a_step_undone_and_made_again_gives_the_same_image(pipeline, name, failing_step):
-    """Latents, masks, the scheduler's memory and the random numbers are as before the step that failed."""
-    expected, undone = (pipeline.prepare(request(3), scheduler=copy.deepcopy(SCHEDULERS[name])) for _ in range(2))
+def test_a_step_that_is_undone_and_repeated_gives_the_same_image(pipeline, name, failing_step):
+    """Latents, masks, the scheduler's state and the random numbers are restored."""
+    expected, undone = (
+        pipeline.prepare(request(pipeline, 3), scheduler=copy.deepcopy(SCHEDULERS[name])) for _ in range(2)
+    )
     for step in range(5):
         pipeline.step([expected])
         if step == failing_step:
@@ -48,34 +49,60 @@ def test_a_step_undone_and_made_again_gives_the_same_image(pipeline, name, faili
     assert torch.equal(undone.guidance_masks, expected.guidance_masks)
 
 
-def test_the_faulty_image_fails_alone_and_its_neighbours_are_unharmed(pipeline):
-    """An image whose step always fails, after its neighbors have already advanced, is the only one that is told."""
+def prepared_job(pipeline, seed: int) -> Job:
+    job = Job(request(pipeline, seed), previews=False, deliver=lambda event: None)
+    job.generation = pipeline.prepare(job.request)
+    return job
 
-    class Poisoned:
+
+def test_only_the_faulty_image_of_a_batch_fails(pipeline):
+    """An image whose step always fails, after the others have already advanced, is the only one that ends with an
+    error; the others advance by exactly one step."""
+
+    class Faulty:
         def step(self, generations) -> None:
             if healthy := [g for g in generations if g.request.seed != 2]:
                 pipeline.step(healthy)
             if any(g.request.seed == 2 for g in generations):
                 raise ZeroDivisionError
 
-    made = []
+    batches = []
+
+    class Recorder(Observer):
+        def step(self, *, images, rows, mask_rows, seconds) -> None:
+            batches.append(images)
+
     stepper = Stepper(
-        Poisoned(),
+        Faulty(),
         synchronize=lambda: None,
-        observer=Observer(),
-        out_of_memory=lambda: pytest.fail("it was another fault"),
-        made=lambda group, amount, seconds: made.append([job.request.seed for job in group]),
+        observer=Recorder(),
+        on_out_of_memory=lambda: pytest.fail("the fault was another one"),
+        on_step=lambda calls, row_pixels, seconds: None,
     )
-    loop = asyncio.new_event_loop()
-    jobs = [Job(request(seed), False, loop, cost=1.0, generation=pipeline.prepare(request(seed))) for seed in range(4)]
-    expected = [pipeline.prepare(request(seed)) for seed in range(4)]
+    jobs = [prepared_job(pipeline, seed) for seed in range(4)]
+    expected = [pipeline.prepare(request(pipeline, seed)) for seed in range(4)]
     failed = stepper.step(jobs)
     for generation in expected:
         pipeline.step([generation])
     assert list(failed) == [jobs[2]] and isinstance(failed[jobs[2]], Unavailable)
     assert "ZeroDivisionError" in str(failed[jobs[2]])
-    assert made == [[0, 1], [3]]
+    assert batches == [2, 1]
     for seed in (0, 1, 3):
-        torch.testing.assert_close(jobs[seed].generation.latents, expected[seed].latents, rtol=0, atol=1e-6)
         assert jobs[seed].generation.step_index == 1
-    loop.close()
+        torch.testing.assert_close(jobs[seed].generation.latents, expected[seed].latents, rtol=0, atol=1e-6)
+
+
+def test_calls_and_rows_of_a_step_are_measured(pipeline):
+    """Two images with classifier-free guidance: two calls and six rows before T_stop, one call and four rows after."""
+    measured = []
+    stepper = Stepper(
+        pipeline,
+        synchronize=lambda: None,
+        observer=Observer(),
+        on_out_of_memory=lambda: None,
+        on_step=lambda calls, row_pixels, seconds: measured.append((calls, row_pixels / 64**2)),
+    )
+    jobs = [prepared_job(pipeline, seed) for seed in range(2)]
+    for _ in range(5):
+        assert not stepper.step(jobs)
+    assert measured == [(2, 6.0)] * 3 + [(1, 4.0)] * 2

@@ -1,1 +1,1 @@
-"""Step-level continuous batching on one pipeline. `scheduler.py` decides who runs next; `engine.py` owns threads."""
+"""Step-level continuous batching on one pipeline: `scheduler.py` and `plan.py` decide, `engine.py` runs."""

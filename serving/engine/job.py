@@ -1,76 +1,94 @@
-"""One image's place in the engine and its line to the caller."""
+"""Job: one image in the engine, from its arrival to its last event."""
 
-import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from realcustom.generation import Generation
 from realcustom.request import ResolvedRequest
 
 from ..protocol.errors import DeadlineExceeded, InvalidRequest
 from ..protocol.events import Event, Progress, Result
 from .observer import Outcome
+from .step_time import RemainingWork
 
 
 @dataclass(eq=False)
 class Job:
-    """An image from its arrival until it is told.
+    """One image in the engine.
 
     Attributes:
-        request: with every default filled in.
-        previews: none, every few steps, or a number in all.
-        loop: of the caller.
-        cost: of all its steps (`cost.image_cost`).
+        request: what to generate.
+        previews: True sends a preview every few steps, False none, a number this many in all.
+        deliver: hands an event to the caller; called under the engine's lock from any thread, must return at once and
+            raise `RuntimeError` if the caller no longer exists.
         request_id: for the log.
+        arrived: time of arrival, `time.monotonic()`.
+        generation: the state of the image once it is prepared.
+        num_steps: UNet steps of the image; known exactly once it is prepared, as some schedulers add steps.
+        steps_done: UNet steps done.
+        closed: the result or an error has been sent, or the caller has closed the stream; nothing is sent any more.
+        position: position in the queue that was last sent.
+        preview_pending: a preview is queued or being decoded.
+        preview_sent: at least one preview was sent.
+        step_sent: highest step that was sent.
+        outcome: how the image ended; "cancelled" unless a result or an error was sent.
     """
 
     request: ResolvedRequest
     previews: bool | int
-    loop: asyncio.AbstractEventLoop
-    cost: float
+    deliver: Callable[[Event | Exception], object]
     request_id: str = ""
     arrived: float = field(default_factory=time.monotonic)
-    events: asyncio.Queue = field(default_factory=asyncio.Queue)
-    generation: Any = None
-    closed: bool = False  # the result or an error has been sent, or nobody listens any more
-    position: int | None = None  # place in line last told
+    generation: Generation | None = None
+    num_steps: int = 0
+    steps_done: int = 0
+    closed: bool = False
+    position: int | None = None
     preview_pending: bool = False
     preview_sent: bool = False
     step_sent: int = 0
-    last_turn: int = 0  # number of the engine's step it last took part in
-    outcome: Outcome = "cancelled"  # unless something else is told first
+    outcome: Outcome = "cancelled"
+
+    def __post_init__(self) -> None:
+        self.num_steps = self.num_steps or self.request.num_inference_steps
 
     def send(self, event: Event | Exception) -> None:
-        """Hand an event to the caller; from any thread, under the engine's lock, so that order holds."""
+        """Deliver an event unless the job is closed; a result or an error closes it."""
         if self.closed:
             return
         if isinstance(event, Result | Exception):
             self.closed, self.outcome = True, _outcome(event)
-        if isinstance(event, Progress):  # a preview is made beside the steps and may be behind them: never count back
+        if isinstance(event, Progress):  # a preview is decoded beside the steps and may be behind: never count back
             self.step_sent = max(self.step_sent, event.step)
             event = replace(event, step=self.step_sent)
         try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:  # the caller's loop has closed; nobody is left to tell
+            self.deliver(event)
+        except RuntimeError:  # the caller's event loop is closed
             self.closed = True
 
     def preview_due(self, every: int) -> bool:
-        """Whether to show the image after its present step; `every` counts the steps between previews."""
-        step, num_steps = self.generation.step_index, self.generation.num_steps
+        """Whether a preview should follow the current step; `every` is the number of steps between previews."""
         if self.previews is True:
-            return step % every == 0
-        return step in {round(i * num_steps / (self.previews + 1)) for i in range(1, self.previews + 1)}
+            return self.steps_done % every == 0
+        return self.steps_done in {round(i * self.num_steps / (self.previews + 1)) for i in range(1, self.previews + 1)}
 
     @property
-    def remaining_cost(self) -> float:
-        if self.generation is None:
-            return self.cost
-        return self.cost * (1 - self.generation.step_index / self.generation.num_steps)
+    def done(self) -> bool:
+        return self.steps_done >= self.num_steps
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels; images of one size can step together."""
+        return self.request.height, self.request.width
 
     @property
     def memory(self) -> tuple[int, int]:
-        """What its memory depends on: (pixels, subjects)."""
+        """(pixels, subjects): what the image's memory depends on."""
         return self.request.height * self.request.width, len(self.request.subjects)
+
+    def remaining_work(self) -> RemainingWork:
+        return RemainingWork.of(self.request, self.steps_done, self.num_steps)
 
 
 def _outcome(event: Result | Exception) -> Outcome:

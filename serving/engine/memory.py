@@ -1,7 +1,9 @@
-"""How many bytes an image under way takes, measured on the loaded model, and whether one more still fits.
+"""MemoryModel and MemoryBudget: how many bytes images take, measured on the loaded model, and whether one more fits.
 
-Legend: an image *holds* its text, noise, masks and share of the references between steps; while its group steps, or
-while it is decoded, activations come on top for a moment.
+Between steps an image keeps its text, noise, masks and its share of the references (*resident*). While its group steps,
+or while it is decoded, activations are added for that time.
+
+The private APIs of torch that count bytes in main memory are used in this file only.
 """
 
 import logging
@@ -21,20 +23,21 @@ from realcustom import RealCustomPipeline, Request, Subject
 
 logger = logging.getLogger("ray.serve.realcustom")
 
-USABLE = 0.9  # share of a GPU's free memory given to images: the rest is fragmentation
-USABLE_MAIN = 0.5  # share of free main memory: other replicas and programs live there, too
+USABLE_GPU = 0.9  # share of a GPU's free memory for images; the rest is lost to fragmentation
+USABLE_MAIN = 0.5  # share of free main memory for images; other replicas and programs need some as well
 
 
 @dataclass(frozen=True)
 class AffineCost:
-    """bytes = fixed + per_pixel x pixels."""
+    """bytes = fixed + per_pixel * pixels."""
 
     fixed: float
     per_pixel: float
 
     @classmethod
     def through(cls, points: list[tuple[int, int]]) -> "AffineCost":
-        """Through the measured (pixels, bytes); what grows slower than the image is taken as fixed."""
+        """The line through two measured (pixels, bytes). A negative part is set to 0, so that the larger size is exact
+        or overestimated."""
         (small, few), (large, many) = points
         per_pixel = max(0.0, (many - few) / (large - small))
         return cls(max(0.0, many - per_pixel * large), per_pixel)
@@ -48,7 +51,7 @@ class MemoryModel:
     """Measured bytes.
 
     Attributes:
-        held: by one image between steps, without references.
+        resident: of one image between steps, without its references.
         reference: keys and values of one reference.
         call: activations of a step that do not grow with the number of images.
         stepping: activations of a step, per image.
@@ -62,55 +65,64 @@ class MemoryModel:
     decoding: AffineCost
 
     def needed(self, images: Iterable[tuple[int, int]]) -> float:
-        """Bytes at the worst moment for images of (pixels, subjects) under way together.
+        """Peak bytes of images, each given as (pixels, subjects).
 
-        Images of one size step together; another size steps at another time, while one image is decoded.
+        Images of one size step together. Different sizes step at different times, while one image may be decoded.
         """
         groups: dict[int, int] = {}
-        total = 0.0
+        resident = 0.0
         for pixels, subjects in images:
-            total += self.resident.at(pixels) + subjects * self.reference
+            resident += self.resident.at(pixels) + subjects * self.reference
             groups[pixels] = groups.get(pixels, 0) + 1
         step = max((self.call.at(p) + n * self.stepping.at(p) for p, n in groups.items()), default=0.0)
-        return total + step + max((self.decoding.at(p) for p in groups), default=0.0)
+        return resident + step + max((self.decoding.at(p) for p in groups), default=0.0)
 
 
 class MemoryBudget:
-    """Decides whether one more image fits.
+    """Decides whether images fit into memory together.
 
     Args:
-        footprint: of the loaded model.
-        num_bytes: for all images under way together.
+        memory_model: of the loaded model.
+        num_bytes: available for images.
     """
 
     def __init__(self, memory_model: MemoryModel, num_bytes: float) -> None:
         self.memory_model, self.num_bytes = memory_model, num_bytes
 
     def fits(self, images: Iterable[tuple[int, int]]) -> bool:
+        """Whether images, each given as (pixels, subjects), fit together."""
         return self.memory_model.needed(images) <= self.num_bytes
 
     def shrink(self, images: Iterable[tuple[int, int]]) -> None:
-        """These did not fit after all: from now on fewer are let in together."""
+        """Reduce the budget to 90% of what these images need, because they did not fit."""
         self.num_bytes = min(self.num_bytes, 0.9 * self.memory_model.needed(images))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a device, or of main memory, where torch raises a plain RuntimeError."""
+    """Whether a device or main memory is exhausted; for the latter torch raises a plain `RuntimeError`."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def release() -> None:
-    """Give what torch keeps for later back to the device."""
+    """Return the blocks that torch caches to the GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-# ---- measuring ---------------------------------------------------------------------------------------------------
+def available(device: str) -> float:
+    """Bytes that images may take on `device` ("cuda" or "cpu") of this machine once the model is loaded."""
+    if device == "cuda":
+        release()
+        return USABLE_GPU * torch.cuda.mem_get_info()[0]
+    return USABLE_MAIN * psutil.virtual_memory().available
 
 
-class _TensorAccount(TorchDispatchMode):
-    """Counts bytes of storages that torch's operations make inside the block, and their peak; for devices without
-    statistics of their own."""
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+class TensorAccount(TorchDispatchMode):
+    """Counts the bytes of storages that torch operations allocate inside the block, and their peak. For devices
+    without allocator statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,9 +130,9 @@ class _TensorAccount(TorchDispatchMode):
         self._known: set[int] = set()
         self._lock = threading.Lock()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
                 self._count(tensor)
@@ -143,13 +155,14 @@ class _TensorAccount(TorchDispatchMode):
             self.live -= size
 
     def peak_during(self, work: Callable[[], object]) -> int:
+        """Bytes that `work` allocates at its peak, beyond those live before."""
         start = self.peak = self.live
         work()
         return self.peak - start
 
 
-class _DeviceAccount:
-    """The same from the statistics of a GPU's allocator."""
+class GpuAccount:
+    """The same numbers from the statistics of the GPU's allocator."""
 
     @property
     def live(self) -> int:
@@ -165,31 +178,49 @@ class _DeviceAccount:
 
 
 def measure(pipeline: RealCustomPipeline) -> MemoryModel:
-    """Make gray images of the default size and of half its sides, alone and in twos, and count the bytes.
+    """Generate gray images of the default size and of half its sides, one and two at a time, and count bytes.
 
-    Call it before `pipeline.compile()`: counting main memory sees single operations.
+    Call it before `pipeline.compile()`: in main memory only single operations can be counted.
     """
-    account = _DeviceAccount() if pipeline.unet.device.type == "cuda" else _TensorAccount()
+    account = GpuAccount() if pipeline.unet.device.type == "cuda" else TensorAccount()
     sampling, grid = pipeline.sampling, pipeline.vae_scale_factor
-    half = tuple(max(grid, side // 2 // grid * grid) for side in (sampling.height, sampling.width))
-    names = ("resident", "call", "stepping", "decoding")
-    points: dict[str, list[tuple[int, int]]] = {name: [] for name in names}
-    with account if isinstance(account, TorchDispatchMode) else nullcontext():
-        for height, width in (half, (sampling.height, sampling.width)):
-            measured, reference = _measure_at(pipeline, account, height, width)
-            for name, value in zip(names, measured, strict=True):
-                points[name].append((height * width, value))
-    lines = {name: AffineCost.through(values) for name, values in points.items()}
-    memory_model = MemoryModel(reference=reference, **lines)
-    one = memory_model.needed([(sampling.height * sampling.width, 1)])
-    two = memory_model.needed([(sampling.height * sampling.width, 1)] * 2)
+    full = (sampling.height, sampling.width)
+    half = (max(grid, full[0] // 2 // grid * grid), max(grid, full[1] // 2 // grid * grid))
+    with account if isinstance(account, TensorAccount) else nullcontext():
+        small, large = (_measure_at(pipeline, account, *size) for size in (half, full))
+
+    def line(name: str) -> AffineCost:
+        pixels = (half[0] * half[1], full[0] * full[1])
+        return AffineCost.through([(pixels[0], getattr(small, name)), (pixels[1], getattr(large, name))])
+
+    memory_model = MemoryModel(
+        resident=line("resident"),
+        reference=large.reference,
+        call=line("call"),
+        stepping=line("stepping"),
+        decoding=line("decoding"),
+    )
+    one = memory_model.needed([(full[0] * full[1], 1)])
+    two = memory_model.needed([(full[0] * full[1], 1)] * 2)
     logger.info("one image of the default size takes %.1f MB, each further one %.1f MB", one / 1e6, (two - one) / 1e6)
     return memory_model
 
 
-def _measure_at(pipeline, account, height: int, width: int) -> tuple[tuple[int, int, int, int], int]:
-    """((held, call, stepping, decoding), reference) in bytes for one size."""
-    subjects = ()
+@dataclass(frozen=True)
+class _Measured:
+    """Bytes at one size; see `MemoryModel`."""
+
+    resident: int
+    reference: int
+    call: int
+    stepping: int
+    decoding: int
+
+
+def _measure_at(
+    pipeline: RealCustomPipeline, account: TensorAccount | GpuAccount, height: int, width: int
+) -> _Measured:
+    subjects: tuple[Subject, ...] = ()
     if pipeline.adapter is not None:
         subjects = (Subject(image=Image.new("RGB", (64, 64), "gray"), target_phrase="ball"),)
     request = Request(prompt="a ball", subjects=subjects, height=height, width=width, seed=0)
@@ -204,12 +235,6 @@ def _measure_at(pipeline, account, height: int, width: int) -> tuple[tuple[int, 
     decoding = account.peak_during(lambda: pipeline.decode([first]))
     pipeline.clear_caches()
     stepping = max(0, together - alone)
-    return (resident, max(0, alone - stepping), stepping, decoding), reference
-
-
-def available(device: str) -> float:
-    """Bytes that images may take on this machine, with the model loaded."""
-    if device == "cuda":
-        release()
-        return USABLE * torch.cuda.mem_get_info()[0]
-    return USABLE_MAIN * psutil.virtual_memory().available
+    return _Measured(
+        resident=resident, reference=reference, call=max(0, alone - stepping), stepping=stepping, decoding=decoding
+    )

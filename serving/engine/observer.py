@@ -1,4 +1,4 @@
-"""What the engine tells about itself; the base class listens to nothing, `metrics.RayMetrics` exports it."""
+"""Observer: receives the engine's numbers. The base class ignores them; `metrics.RayMetrics` exports them."""
 
 from typing import Literal
 
@@ -6,22 +6,22 @@ Outcome = Literal["finished", "cancelled", "timed_out", "invalid", "failed"]
 
 
 class Observer:
-    """Called from the engine's threads and under its lock: return at once."""
+    """Methods are called from the engine's threads and under its lock: they must return at once."""
 
     def queue(self, *, waiting: int, active: int, backlog_s: float) -> None:
-        """Images waiting and under way, and the seconds that all their steps will take."""
+        """Images that wait, images that are prepared or active, and predicted seconds until all are done."""
 
     def rejected(self) -> None:
-        """A request found no place."""
+        """A request was rejected because the queue is full."""
 
     def step(self, *, images: int, rows: int, mask_rows: int, seconds: float) -> None:
-        """One call for several images; `rows` of the UNet in all, `mask_rows` of them for guidance masks."""
+        """A step of `images` images with `rows` UNet rows in all, of which `mask_rows` computed guidance masks."""
 
     def first_preview(self, seconds: float) -> None:
-        """From an image's arrival to its first preview."""
+        """The first preview of an image was sent `seconds` after its arrival."""
 
     def image(self, outcome: Outcome, *, seconds: float) -> None:
-        """An image has left, `seconds` after it came."""
+        """An image left the engine `seconds` after its arrival."""
 
     def references(self, *, hits: int, misses: int) -> None:
-        """References found in the cache, and those that had to be encoded."""
+        """References found in the cache, and references that were encoded."""

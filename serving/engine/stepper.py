@@ -1,13 +1,15 @@
-"""One step of several images, and what becomes of them when it fails: as if it had not been tried, then in halves.
+"""Stepper: one step of several images. A step that fails is undone and tried again in halves.
 
-A step that fails for a group may succeed for its parts: memory may suffice for half of it, and a fault that one image
-brings along must not reach its neighbors. Only an image that fails alone is told so.
+Halves may succeed where the group fails: memory may suffice for half of the images, and a fault of one image must not
+affect the others. Only an image whose step fails alone ends with an error.
 """
 
 import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from realcustom.generation import Generation
 
 from ..protocol.errors import Unavailable
 from .job import Job
@@ -18,10 +20,10 @@ logger = logging.getLogger("ray.serve.realcustom")
 
 
 class Checkpoint:
-    """A generation as it was before a step. Tensors are replaced by steps, never written to, so references suffice;
-    a scheduler's lists of earlier outputs are shifted in place and are copied."""
+    """The state of a generation before a step. References suffice: a step replaces tensors and never writes to them.
+    Only a scheduler's lists of earlier outputs are shifted in place; they are copied."""
 
-    def __init__(self, generation) -> None:
+    def __init__(self, generation: Generation) -> None:
         self._generation = generation
         self._masks = generation.guidance_masks
         self._fields = {name: getattr(generation, name) for name in ("latents", "predicted_clean", "step_index")}
@@ -34,7 +36,7 @@ class Checkpoint:
             setattr(generation, name, value)
         vars(generation.scheduler).clear()
         vars(generation.scheduler).update(self._scheduler)
-        if self._random is not None:
+        if generation.generator is not None and self._random is not None:
             generation.generator.set_state(self._random)
         if self._masks is None:
             generation.guidance_masks = None
@@ -42,68 +44,64 @@ class Checkpoint:
             generation.set_masks(self._masks)
 
 
-def rows(generation) -> int:
-    """Rows of the UNet's batch in the next step: with the text, without it, and for the mask."""
+def num_rows(generation: Generation) -> int:
+    """Rows of the next step: conditional, unconditional (with classifier-free guidance), guidance branch."""
     return 1 + (generation.negative_text is not None) + generation.needs_guidance_branch
-
-
-def work(generation) -> float:
-    """What the time of the next step grows with: rows x pixels."""
-    height, width = generation.size
-    return rows(generation) * height * width
 
 
 class Stepper:
     """Steps groups of images on one pipeline; used by one thread.
 
     Args:
-        pipeline: `step` of `RealCustomPipeline`.
+        pipeline: a `RealCustomPipeline`, or an object with its `step`.
         synchronize: waits for the device after a step.
-        observer: is told of steps that were made.
-        out_of_memory: called when a group did not fit, before its halves are tried.
-        made: called with the images of a step, the work it was, and its seconds.
+        observer: receives the numbers of every successful step.
+        on_out_of_memory: called when a group did not fit into memory, before its halves are tried.
+        on_step: called after every successful step with UNet calls, rows times pixels, and seconds.
     """
 
     def __init__(
         self,
-        pipeline,
+        pipeline: Any,
         *,
         synchronize: Callable[[], None],
         observer: Observer,
-        out_of_memory: Callable[[], None],
-        made: Callable[[Sequence[Job], float, float], None],
+        on_out_of_memory: Callable[[], None],
+        on_step: Callable[[int, float, float], None],
     ) -> None:
         self._pipeline, self._synchronize, self._observer = pipeline, synchronize, observer
-        self._out_of_memory, self._made = out_of_memory, made
+        self._on_out_of_memory, self._on_step = on_out_of_memory, on_step
 
-    def step(self, group: Sequence[Job]) -> dict[Job, Exception]:
-        """Advance all of one size by one step. Returns whose step failed, and what to tell them."""
-        generations = [job.generation for job in group]
-        about: dict[str, Any] = {"request_ids": [job.request_id for job in group]}
-        before = [Checkpoint(generation) for generation in generations]
-        mask_rows = sum(g.needs_guidance_branch for g in generations)
-        num_rows, amount = sum(map(rows, generations)), sum(map(work, generations))
+    def step(self, batch: Sequence[Job]) -> dict[Job, Exception]:
+        """Advance images of one size by one step. Returns the images whose step failed, each with its error."""
+        generations = [job.generation for job in batch if job.generation is not None]
+        assert len(generations) == len(batch), "an image must be prepared before it steps"
+        fields = {"request_ids": [job.request_id for job in batch]}
+        checkpoints = [Checkpoint(generation) for generation in generations]
+        rows, mask_rows = sum(map(num_rows, generations)), sum(g.needs_guidance_branch for g in generations)
+        height, width = generations[0].size
         start = time.monotonic()
         try:
             self._pipeline.step(generations)
             self._synchronize()
         except Exception as error:
-            full, name = is_out_of_memory(error), type(error).__name__
-            logger.warning("a step of %d images failed", len(group), exc_info=None if full else error, extra=about)
+            out_of_memory, name = is_out_of_memory(error), type(error).__name__
+            exc_info = None if out_of_memory else error
+            logger.warning("a step of %d images failed", len(batch), exc_info=exc_info, extra=fields)
         else:
             seconds = time.monotonic() - start
-            logger.debug("step of %d images in %.3f s", len(group), seconds, extra=about)
-            self._made(group, amount, seconds)
-            self._observer.step(images=len(group), rows=num_rows, mask_rows=mask_rows, seconds=seconds)
+            logger.debug("step of %d images in %.3f s", len(batch), seconds, extra=fields)
+            self._on_step(1 + (mask_rows > 0), rows * height * width, seconds)
+            self._observer.step(images=len(batch), rows=rows, mask_rows=mask_rows, seconds=seconds)
             return {}
         # Outside the handler, so that the failed step's traceback does not hold its tensors.
-        for checkpoint in before:
+        for checkpoint in checkpoints:
             checkpoint.restore()
-        if full:
+        if out_of_memory:
             release()
-            self._out_of_memory()
-        if len(group) == 1:
-            why = "the server's memory did not suffice for the image" if full else f"a step of it failed ({name})"
-            return {group[0]: Unavailable(f"the image was not finished: {why}; try again.")}
-        middle = len(group) // 2
-        return self.step(group[:middle]) | self.step(group[middle:])
+            self._on_out_of_memory()
+        if len(batch) == 1:
+            reason = "it did not fit into the server's memory" if out_of_memory else f"a step failed ({name})"
+            return {batch[0]: Unavailable(f"the image was not finished: {reason}; try again.")}
+        middle = len(batch) // 2
+        return self.step(batch[:middle]) | self.step(batch[middle:])
