@@ -61,7 +61,10 @@ def start(
     owns_ray = not ray.is_initialized()
     try:
         if owns_ray:
-            start_ray()
+            try:
+                start_ray()
+            except Exception as error:  # Ray has no type for this error
+                raise ServerError(f"Ray did not start: {error}") from error
         serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
         try:
             serve.run(app(settings), name=NAME, route_prefix=route_prefix)
