@@ -12,7 +12,7 @@ import sys
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -33,13 +33,12 @@ def decode_in_process(file: BinaryIO, image_format: str) -> ReferenceImage:
     Raises:
         ValueError: the message of the error in the other process.
     """
-    path = os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")])
     with subprocess.Popen(
         [sys.executable, "-m", __name__, image_format],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # the modules of this process
     ) as process:
         assert process.stdin and process.stdout and process.stderr
         with suppress(BrokenPipeError):  # the process has ended; its error follows
@@ -52,13 +51,13 @@ def decode_in_process(file: BinaryIO, image_format: str) -> ReferenceImage:
     return ReferenceImage(pixels)
 
 
-def _read_pixels(stream: BinaryIO) -> np.ndarray | None:
+def _read_pixels(stream: IO[bytes]) -> np.ndarray | None:
     """The pixels, uint8 [height, width, 3]; None if the stream ends before them."""
     header = stream.read(HEADER.size)
     if len(header) < HEADER.size:
         return None
     pixels = np.empty((*HEADER.unpack(header), 3), dtype=np.uint8)
-    buffer = memoryview(pixels).cast("B")
+    buffer = pixels.data.cast("B")
     position = 0
     while position < len(buffer):
         count = stream.readinto(buffer[position : position + CHUNK_BYTES])  # type: ignore[attr-defined]
