@@ -105,7 +105,7 @@ def main() -> int:
         client = connect(flags)
         serve_page(client, asyncio.run(client.model()), flags)
     except (InvalidRequest, QueueFull, ServerError, OSError) as error:
-        print(f"app.py: error: {error}", file=sys.stderr)
+        log.error("app.py: error: %s", error)
         return EXIT_ERROR
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
