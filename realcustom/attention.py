@@ -10,11 +10,13 @@ Legend: R rows of the UNet call, P (row, subject) pairs, B batch, H heads, Q = h
 tokens, C channels of a layer, d = C / H.
 """
 
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -27,6 +29,18 @@ from .visual_attention import (
     split_heads,
     stack_keys_values,
 )
+
+logger = logging.getLogger(__name__)
+
+# Processors that compute plain attention, as `RealCustomAttnProcessor` does without a context.
+EQUIVALENT_PROCESSORS = {
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "FusedAttnProcessor2_0",
+    "RealCustomAttnProcessor",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+}
 
 
 class LayerRecording(Protocol):
@@ -95,19 +109,46 @@ class AttentionLayers:
         names = sorted((name.removesuffix(".processor") for name in self._original_processors), key=_forward_order)
         num_levels = len(unet.config.down_block_types)
         self.levels = {name: attention_level(name, num_levels) for name in names}
+        self._attentions: dict[str, Any] = {name: unet.get_submodule(name) for name in names}
         self._processors = {name: RealCustomAttnProcessor() for name in names}
-        unet.set_attn_processor({f"{name}.processor": p for name, p in self._processors.items()})
+        self._install()
         self._text_layers: dict[str, list[str]] = {}  # transformer -> names of its text cross-attention layers
         for name in names:
             if name.endswith("attn2"):
                 self._text_layers.setdefault(_transformer(name), []).append(name)
-        self.compiled_whole = False
+        self.compiled_whole = isinstance(unet, torch._dynamo.OptimizedModule)  # `pipeline.unet = torch.compile(unet)`
         self._stacked_texts: tuple[tuple[KeysValues, ...], KeysValues] = ((), {})
         self._lock = threading.RLock()  # the processors serve one call at a time
+
+    def _install(self) -> None:
+        self._unet.set_attn_processor({f"{name}.processor": p for name, p in self._processors.items()})
 
     def remove(self) -> None:
         """Restore the processors that were installed before."""
         self._unet.set_attn_processor(dict(self._original_processors))
+
+    def check_installed(self) -> None:
+        """Install the processors again if others have replaced them since.
+
+        Other pipelines on the same UNet and diffusers' own variants of attention (sliced, fused projections, xFormers)
+        replace processors. They compute the same attention, so nothing is lost.
+
+        Raises:
+            ValueError: a processor that computes something else, such as an IP-Adapter's.
+        """
+        installed = {name: attention.processor for name, attention in self._attentions.items()}
+        if all(installed[name] is processor for name, processor in self._processors.items()):
+            return
+        names = {type(processor).__name__ for processor in installed.values()}
+        if unknown := sorted(names - EQUIVALENT_PROCESSORS):
+            raise ValueError(
+                f"the UNet's attention processors were replaced by {', '.join(unknown)}, which RealCustom++ cannot "
+                "combine with its own; remove them, for example with unload_ip_adapter() or "
+                "unet.set_attn_processor(AttnProcessor2_0())."
+            )
+        if names != {RealCustomAttnProcessor.__name__}:
+            logger.warning("RealCustom++ replaces the attention processors %s by its own", ", ".join(sorted(names)))
+        self._install()
 
     def text_keys_values(self, embeds: Tensor) -> KeysValues:
         """Keys and values of texts [B, T, C] in every cross-attention layer. They do not depend on the timestep."""
@@ -135,6 +176,7 @@ class AttentionLayers:
         """
         recordings = recordings or {}
         with self._lock:
+            self.check_installed()
             hooks: list[RemovableHandle] = []
             try:
                 for name, processor in self._processors.items():

@@ -1,5 +1,6 @@
 """The components of a pipeline: loading, saving, adapters, caches, compilation."""
 
+from collections.abc import Hashable
 from os import PathLike
 from typing import Any
 
@@ -13,6 +14,7 @@ from .conditioning import Conditioner
 from .config import RealCustomConfig, SamplingDefaults
 from .decoder import LatentDecoder
 from .denoiser import Denoiser
+from .fingerprint import fingerprint
 from .from_parts import load_parts
 from .latent_preview import LatentPreview
 from .lora import LoraLoader
@@ -81,12 +83,13 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         self._decoder = LatentDecoder(vae)
         self._latent_preview = LatentPreview(self._decoder)
         self.vae_scale_factor = self._decoder.factor
-        self.denoiser = Denoiser(unet, realcustom_config.method)
+        self._denoiser = Denoiser(unet, realcustom_config.method)
         self.conditioner = Conditioner(
             realcustom_config.method,
             zero_empty_prompt=force_zeros_for_empty_prompt,
-            prepare_text=self.denoiser.prepare_text,
+            prepare_text=lambda text: self.denoiser.prepare_text(text),
         )
+        self._fingerprints: tuple[Hashable, Hashable] = ((), ())  # of what the cached texts and references depend on
         self._compiled = False
         self.offload_hooks: dict[str, Any] = {}  # of components that are on the device only while in use, see memory.py
 
@@ -130,6 +133,14 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
     def execution_device(self) -> torch.device:
         """The device that computes, also where weights are offloaded. Reading it walks all modules."""
         return self._execution_device
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The denoiser of the current `unet`, which may be replaced by assignment."""
+        if self._denoiser.unet is not self.unet:
+            self._denoiser = Denoiser(self.unet, self.realcustom_config.method)
+            self._compiled = False
+        return self._denoiser
 
     @property
     def decoder(self) -> LatentDecoder:
@@ -186,8 +197,23 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         return self.conditioner.reference_cache
 
     def clear_caches(self) -> None:
-        """Discard encoded texts and references. Call it after changing weights in place."""
+        """Discard encoded texts and references.
+
+        Not needed after replacing a component, loading weights or changing a LoRA, which is detected; only after
+        changing weights through `tensor.data`.
+        """
         self.conditioner.clear()
+
+    def discard_outdated(self) -> None:
+        """Discard encoded texts and references if a component they depend on has changed since they were encoded."""
+        text = (self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2, self.unet)
+        vision = (self.image_encoder, self.image_encoder_2, self.adapter)
+        current = tuple(map(fingerprint, text)), tuple(map(fingerprint, vision))
+        if current[0] != self._fingerprints[0]:
+            self.conditioner.text_cache.clear()
+        if current[1] != self._fingerprints[1]:
+            self.conditioner.reference_cache.clear()
+        self._fingerprints = current
 
     def load_realcustom(self, path: str | PathLike, replace_unet: bool = False) -> None:
         """Load an adapter from a safetensors file or from the authors' .pth (see `weights.load_adapter`).

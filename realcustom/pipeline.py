@@ -82,6 +82,7 @@ class RealCustomPipeline(RealCustomComponents):
             shape = (self.unet.config.in_channels, request.height // factor, request.width // factor)
             latents = torch.randn(shape, generator=generator, device=generator.device)
         sample: Tensor = latents.to(device, torch.float32) * scheduler.init_noise_sigma
+        self.discard_outdated()
         conditioning = self.conditioner.encode(request, self.text_encoders, self.vision_encoders, self.adapter)
         generation = Generation(
             request=request,

@@ -19,17 +19,26 @@ def pipeline() -> RealCustomPipeline:
     return tiny_pipeline()
 
 
-def test_text_to_image_equals_stock_attention(pipeline):
-    """Without subjects, the UNet with this project's attention processors equals the UNet with those of diffusers."""
-    request = Request(prompt=PROMPT, seed=3)
-    computed = latents_of(pipeline, request)
-    processors = dict(pipeline.unet.attn_processors)
-    pipeline.unet.set_attn_processor(AttnProcessor2_0())
-    try:
-        stock = latents_of(pipeline, request)
-    finally:
-        pipeline.unet.set_attn_processor(processors)
+def test_unet_equals_unet_with_stock_attention(pipeline):
+    """Outside of a context, a UNet with this project's attention processors equals the UNet with those of diffusers."""
+    generation = pipeline.prepare(Request(prompt=PROMPT, seed=3))
+    inputs = dict(
+        sample=generation.latents[None],
+        timestep=generation.timestep,
+        encoder_hidden_states=generation.text.embeds[None],
+        added_cond_kwargs={"text_embeds": generation.text.pooled[None], "time_ids": generation.time_ids[None]},
+    )
+    with torch.no_grad():
+        computed = pipeline.unet(**inputs).sample
+        processors = dict(pipeline.unet.attn_processors)
+        pipeline.unet.set_attn_processor(AttnProcessor2_0())
+        try:
+            stock = pipeline.unet(**inputs).sample
+        finally:
+            pipeline.unet.set_attn_processor(processors)
     assert torch.allclose(computed, stock, atol=1e-5)
+    predicted, _ = pipeline.denoiser.predict([generation], [generation.text])
+    assert torch.allclose(predicted, stock, atol=1e-5)
 
 
 def test_zero_mask_equals_text_only(pipeline):

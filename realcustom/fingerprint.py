@@ -1,0 +1,26 @@
+"""Fingerprints of components: they change whenever a component is replaced or its weights or LoRA state change."""
+
+from collections.abc import Hashable
+
+from torch import nn
+
+
+def fingerprint(component: object) -> Hashable:
+    """A value that differs if the result of a component may differ.
+
+    It covers the component itself, the identity, version and type of each parameter and buffer, and the state of each
+    LoRA layer (active adapters, scales, enabled or not). It does not change when offloading moves weights between
+    devices. Writes through `tensor.data` are invisible to it; call `clear_caches` after them.
+    """
+    if not isinstance(component, nn.Module):
+        return id(component)
+    tensors = tuple(
+        (id(tensor), 0 if tensor.is_inference() else tensor._version, tensor.dtype)
+        for tensor in (*component.parameters(), *component.buffers())
+    )
+    lora = tuple(
+        (str(module.active_adapters), str(module.scaling), bool(module.disable_adapters), str(module.merged_adapters))
+        for module in component.modules()
+        if hasattr(module, "merged_adapters") and hasattr(module, "scaling")
+    )
+    return id(component), hash(tensors), hash(lora)

@@ -1,0 +1,141 @@
+"""Components that users replace or change take effect, or fail with a sentence; no image is silently wrong."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from peft import LoraConfig
+from tiny import PROMPT, cat, dog, latents_of, tiny_pipeline
+
+from realcustom import RealCustomPipeline, Request
+
+REQUEST = Request(prompt=PROMPT, subjects=(dog(), cat()), seed=5, num_inference_steps=3)
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "image_encoder", "image_encoder_2", "adapter")
+
+
+def rebuilt(pipeline: RealCustomPipeline) -> RealCustomPipeline:
+    """A new pipeline of the same components, with nothing cached."""
+    fresh = RealCustomPipeline(
+        **pipeline.components,
+        realcustom_config=pipeline.realcustom_config,
+        force_zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt,
+    )
+    fresh.set_progress_bar_config(disable=True)
+    return fresh
+
+
+@pytest.mark.parametrize("how", ["assignment", "register_modules"])
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_replaced_component_takes_effect(name, how):
+    """After replacing a component, the image equals that of a pipeline built with it."""
+    pipeline, other = tiny_pipeline(0), tiny_pipeline(1)
+    before = latents_of(pipeline, REQUEST)
+    if how == "assignment":
+        setattr(pipeline, name, getattr(other, name))
+    else:
+        pipeline.register_modules(**{name: getattr(other, name)})
+    after = latents_of(pipeline, REQUEST)
+    assert (after - before).abs().max() > 1e-3
+    assert torch.allclose(after, latents_of(rebuilt(pipeline), REQUEST), atol=1e-5)
+
+
+def add_lora(unet) -> None:
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False), "style")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda unet: None,
+        lambda unet: unet.disable_lora(),
+        lambda unet: unet.set_adapters(["style"], 0.2),
+        lambda unet: unet.delete_adapters("style"),
+    ],
+    ids=["add_adapter", "disable_lora", "set_adapters", "delete_adapters"],
+)
+def test_lora_on_the_unet_itself_takes_effect(change):
+    """Methods of the UNet that change LoRA layers apply to texts that were encoded before."""
+    pipeline = tiny_pipeline()
+    latents_of(pipeline, REQUEST)
+    add_lora(pipeline.unet)
+    change(pipeline.unet)
+    after = latents_of(pipeline, REQUEST)
+    pipeline.clear_caches()
+    assert torch.allclose(after, latents_of(pipeline, REQUEST), atol=1e-5)
+
+
+def test_weights_changed_in_place_take_effect():
+    pipeline = tiny_pipeline()
+    before = latents_of(pipeline, REQUEST)
+    with torch.no_grad():
+        for parameter in pipeline.adapter.parameters():
+            parameter.mul_(1.5)
+    after = latents_of(pipeline, REQUEST)
+    assert (after - before).abs().max() > 1e-3
+    pipeline.clear_caches()
+    assert torch.equal(after, latents_of(pipeline, REQUEST))
+
+
+def test_unchanged_components_keep_the_caches():
+    """Preparing a request twice encodes its texts and references once."""
+    pipeline = tiny_pipeline()
+    pipeline.prepare(REQUEST)
+    misses = pipeline.text_cache.misses, pipeline.reference_cache.misses
+    pipeline.prepare(REQUEST)
+    assert (pipeline.text_cache.misses, pipeline.reference_cache.misses) == misses
+
+
+def test_compiled_unet_is_called():
+    """`pipeline.unet = torch.compile(pipeline.unet)` runs compiled graphs and gives the same image."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    pipeline = tiny_pipeline()
+    expected = latents_of(pipeline, REQUEST)
+    pipeline.unet = torch.compile(pipeline.unet, backend=backend)
+    assert torch.allclose(latents_of(pipeline, REQUEST), expected, atol=1e-4)
+    assert graphs
+    torch._dynamo.reset()
+
+
+def test_two_pipelines_share_components():
+    """A second pipeline on the same components does not affect the first."""
+    pipeline = tiny_pipeline()
+    expected = latents_of(pipeline, REQUEST)
+    second = rebuilt(pipeline)
+    for _ in range(2):
+        assert torch.equal(latents_of(pipeline, REQUEST), expected)
+        assert torch.equal(latents_of(second, REQUEST), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p.enable_attention_slicing(),
+        lambda p: p.unet.set_attn_processor(AttnProcessor2_0()),
+        lambda p: p.unet.fuse_qkv_projections(),
+    ],
+    ids=["slicing", "AttnProcessor2_0", "fuse_qkv_projections"],
+)
+@pytest.mark.parametrize("masks", [None, torch.ones(2, 8, 8)], ids=["guidance", "given"])
+def test_other_attention_processors_are_replaced(change, masks):
+    """diffusers' variants of plain attention do not remove the subjects from the image."""
+    pipeline = tiny_pipeline()
+    expected = latents_of(pipeline, REQUEST, masks=masks)
+    change(pipeline)
+    assert torch.allclose(latents_of(pipeline, REQUEST, masks=masks), expected, atol=1e-5)
+
+
+class ScalingProcessor(AttnProcessor2_0):
+    """Attention that computes something else."""
+
+
+def test_unknown_attention_processors_are_refused():
+    pipeline = tiny_pipeline()
+    pipeline.unet.set_attn_processor(ScalingProcessor())
+    with pytest.raises(ValueError, match=r"ScalingProcessor.*set_attn_processor"):
+        latents_of(pipeline, REQUEST)
