@@ -5,8 +5,8 @@
 
 Open loop: images arrive by a Poisson process, or in bursts, whether or not earlier ones are done, so that waiting is
 counted in full. The capacity of a mode is its throughput with full batches; loads are fractions of the capacity of
-`Engine`, with the same arrivals for all modes. Below capacity the throughput of every mode is the arrival rate, less the
-wait for the last image. The arrivals of a load are played to one mode after another, within one process.
+`Engine`, with the same arrivals for all modes. Below capacity the throughput of every mode is the arrival rate, less
+the wait for the last image. The arrivals of a load are played to one mode after another, within one process.
 
 - continuous: `serving.engine.Engine`, images join and leave between steps.
 - serve_batch: Ray Serve's `@serve.batch` around whole generations: a batch is collected and runs to its end.

@@ -527,8 +527,8 @@ def test_never_worse_in_bursts(device, steps, burst):
 
 
 def test_images_of_two_sizes_are_earlier_than_with_the_work_conserving_batcher():
-    """Half of the images have four times the pixels. The median is not later and the throughput not lower; p95 may be up
-    to 10% later, because large and small images share the device equally and large ones lose their larger part of it."""
+    """Half of the images have four times the pixels. The median is not later and the throughput not lower; p95 may be
+    up to 10% later, because sizes share the device equally, so large images lose the larger part they would have."""
     kinds = [request(), request(height=128, width=128)]
     draw = random.Random(0)
     requests = [draw.choice(kinds) for _ in range(200)]
