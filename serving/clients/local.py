@@ -50,6 +50,7 @@ def start(
     os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "2")  # a proxy that died is replaced
     import ray
     from ray import serve
+    from ray.exceptions import RayError
 
     from ..build import app
     from ..replica import model_path
@@ -65,7 +66,10 @@ def start(
                 start_ray()
             except Exception as error:  # Ray has no type for this error
                 raise ServerError(f"Ray did not start: {error}") from error
-        serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+        try:
+            serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+        except RayError as error:
+            raise ServerError(f"Ray Serve did not start: {str(error).splitlines()[0]}") from error
         try:
             serve.run(app(settings), name=NAME, route_prefix=route_prefix)
         except RuntimeError as error:
