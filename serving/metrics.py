@@ -5,8 +5,8 @@
 
 from .engine.observer import Observer, Outcome
 
-SECONDS_BUCKETS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250]
-IMAGE_BUCKETS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+SECONDS_BUCKETS: list[float] = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250]
+IMAGE_BUCKETS: list[float] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
 
 
 class RayMetrics(Observer):
