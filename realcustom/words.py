@@ -1,29 +1,55 @@
 """Target phrase -> character spans -> token positions, for all occurrences of the phrase as whole words."""
 
 import re
+import unicodedata
+from functools import lru_cache
 
-# A word is a run of letters and digits, with inner apostrophes and hyphens ("dog's", "t-shirt").
-_WORD = re.compile(r"\w+(?:['’\-]\w+)*")
+# Scripts that are written without spaces between words: Thai, Lao, Khmer, Hiragana, Katakana, Han.
+_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_APOSTROPHES = str.maketrans("’‘ʼ＇", "''''")
 
 
 def words_of(prompt: str) -> list[str]:
-    """The words of a prompt in order, including repetitions."""
-    return _WORD.findall(prompt)
+    """The words of a prompt in order, including repetitions.
+
+    A word is a run of letters, digits and combining marks, with inner apostrophes and hyphens ("dog's", "t-shirt").
+    """
+    words, start = [], None
+    for index, char in enumerate(prompt):
+        if _is_word_char(char):
+            start = index if start is None else start
+        elif start is not None and not (
+            char in "'’-" and index + 1 < len(prompt) and _is_word_char(prompt[index - 1] + prompt[index + 1])
+        ):
+            words.append(prompt[start:index])
+            start = None
+    if start is not None:
+        words.append(prompt[start:])
+    return words
 
 
 def find_phrase(prompt: str, phrase: str) -> list[tuple[int, int]]:
-    """Character spans [start, end) of every occurrence of `phrase` in `prompt` as whole words, ignoring case.
+    """Character spans [start, end) of every occurrence of `phrase` in `prompt` as whole words.
 
-    Whitespace inside the phrase matches any run of whitespace. "dog" is found in "the dog's bed", not in "hotdog".
+    Case, Unicode normalization (composed, decomposed, full-width) and the shape of apostrophes are ignored. Whitespace
+    inside the phrase matches any run of whitespace. "dog" is found in "the dog's bed", not in "hotdog". In scripts
+    without spaces between words, such as Chinese, a phrase is found anywhere.
 
     Raises:
         ValueError: the phrase is empty or does not occur; the message lists the words of the prompt.
     """
-    parts = phrase.split()
+    parts = _fold(phrase)[0].split()
     if not parts:
         raise ValueError(f"target_phrase is empty; name a word of the prompt: {_list_words(prompt)}.")
-    pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, parts)) + r"(?!\w)"
-    spans = [match.span() for match in re.finditer(pattern, prompt, flags=re.IGNORECASE)]
+    text, starts, ends = _fold(prompt)
+    words = r"\s+".join(map(re.escape, parts))
+    pattern = re.compile(f"(?=({words}))")  # the lookahead finds overlapping matches
+    spans, reached = [], 0
+    for match in pattern.finditer(text):
+        begin, end = match.span(1)
+        if begin >= reached and _is_boundary(text, begin) and _is_boundary(text, end):
+            spans.append((starts[begin], ends[end - 1]))
+            reached = end
     if not spans:
         raise ValueError(
             f"target_phrase {shorten(phrase)} does not occur in the prompt {shorten(prompt)} as whole words; "
@@ -72,6 +98,41 @@ def shorten(text: str, max_chars: int = 100) -> str:
     if len(text) > max_chars:
         text = f"{text[: max_chars // 2]} … {text[-max_chars // 2 :]}"
     return repr(text)
+
+
+def _is_word_char(text: str) -> bool:
+    return all(char.isalnum() or char == "_" or unicodedata.category(char).startswith("M") for char in text)
+
+
+def _is_boundary(text: str, index: int) -> bool:
+    """Whether a word may start or end between the characters before and at `index`."""
+    if index in (0, len(text)):
+        return True
+    before, after = text[index - 1], text[index]
+    if unicodedata.category(after).startswith("M"):  # a combining mark belongs to the character before it
+        return False
+    return not (_is_word_char(before) and _is_word_char(after)) or bool(
+        _UNSPACED.match(before) or _UNSPACED.match(after)
+    )
+
+
+@lru_cache(maxsize=16)
+def _fold(text: str) -> tuple[str, list[int], list[int]]:
+    """Fold a text for comparison; also the start and end in `text` of each folded character."""
+    folded: list[str] = []
+    starts: list[int] = []
+    ends: list[int] = []
+    start = 0
+    while start < len(text):
+        end = start + 1
+        while end < len(text) and unicodedata.combining(text[end]):
+            end += 1
+        cluster = unicodedata.normalize("NFKC", text[start:end]).casefold().translate(_APOSTROPHES)
+        folded.append(cluster)
+        starts += [start] * len(cluster)
+        ends += [end] * len(cluster)
+        start = end
+    return "".join(folded), starts, ends
 
 
 def _list_words(prompt: str, max_words: int = 30) -> str:

@@ -5,6 +5,8 @@ from tiny import TEXT_LENGTH, tiny_tokenizer
 
 from realcustom.words import find_phrase, target_token_positions, words_of
 
+HINDI = "\u0939\u093f\u0928\u094d\u0926\u0940"  # combining marks that have no composed form
+
 
 def marked_text(prompt: str, phrase: str) -> str:
     """The text of the marked tokens, with a space at each word end."""
@@ -59,3 +61,35 @@ def test_special_characters_match_literally(phrase):
 def test_words_keep_apostrophes_and_hyphens():
     """Apostrophes, hyphens and accented letters are parts of a word."""
     assert words_of("the dog's T-shirt, naïve") == ["the", "dog's", "T-shirt", "naïve"]
+
+
+@pytest.mark.parametrize(
+    "prompt,phrase,found",
+    [
+        ("a cafe\u0301 here", "caf\u00e9", "cafe\u0301"),
+        ("a caf\u00e9 here", "cafe\u0301", "caf\u00e9"),
+        ("the dog\u2019s bed", "dog's", "dog\u2019s"),
+        ("the dog's bed", "dog\u2019s", "dog's"),
+        ("a \uff24\uff2f\uff27 runs", "dog", "\uff24\uff2f\uff27"),
+        ("STRASSE", "stra\u00dfe", "STRASSE"),
+        ("\u6d77\u6ee9\u4e0a\u7684\u732b\u5728\u8dd1", "\u732b", "\u732b"),
+        (f"{HINDI} text", HINDI, HINDI),
+        ("aa a a", "a a", "a a"),
+    ],
+)  # fmt: skip
+def test_unicode_variants_match(prompt, phrase, found):
+    """Normalization form, apostrophe, width and case do not matter; spans refer to the prompt as it is."""
+    ((start, end),) = find_phrase(prompt, phrase)
+    assert prompt[start:end] == found
+
+
+@pytest.mark.parametrize("prompt,phrase", [("a cafe\u0301", "cafe"), ("na\u00efvety", "na\u00efve")])
+def test_words_are_not_split_before_combining_marks(prompt, phrase):
+    """A letter with a combining mark is another letter, and a prefix is not a word."""
+    with pytest.raises(ValueError, match="does not occur"):
+        find_phrase(prompt, phrase)
+
+
+def test_words_keep_combining_marks():
+    """Words in Devanagari and decomposed Latin are not cut at their combining marks."""
+    assert words_of(f"{HINDI} cafe\u0301's") == [HINDI, "cafe\u0301's"]
