@@ -47,7 +47,7 @@ def app(settings: Settings) -> Application:
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         logging_config=logs,
-    ).bind(settings, metrics=True)
+    ).bind(settings.model_copy(update={"api_key": None}), metrics=True)  # only the ingress needs the key
 
     def http_api():
         handle = serve.get_deployment_handle(REPLICA, app_name=serve.get_replica_context().app_name)

@@ -1,15 +1,17 @@
 """Settings: the arguments of `serve run serving:app key=value` and of the YAML files, with their defaults."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from realcustom.config import MemoryTier
 
 from .protocol.limits import Limits
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+API_KEY_VARIABLE = "REALCUSTOM_API_KEY"
 REPLICA = "Replica"  # name of the deployment that computes images
 
 
@@ -42,6 +44,11 @@ def _numbers(value: object) -> object:
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
+def _api_key_of_environment() -> SecretStr | None:
+    key = os.environ.get(API_KEY_VARIABLE)
+    return None if key is None else SecretStr(key)
+
+
 class Settings(LiveSettings):
     """All settings of a server.
 
@@ -65,8 +72,12 @@ class Settings(LiveSettings):
         memory_gb: memory for the active images of a replica, in GiB; None uses most of what is free after loading.
         max_retries: how often an image is restarted on another replica after its replica failed.
         log_format: format of Ray Serve's log files; "JSON" includes the request id as a field.
-        api_key: if set, HTTP requests must send it as `Authorization: Bearer <api_key>`.
+        api_key: if set, HTTP requests must send it as `Authorization: Bearer <api_key>`. The default is the
+            environment variable REALCUSTOM_API_KEY of the process that builds the application. Prefer the variable:
+            Ray logs the arguments of `serve run` and of configuration files, and its dashboard displays them.
     """
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # the input may contain the API key
 
     model: str = "assets/mini"
     adapter: str | None = None
@@ -89,7 +100,17 @@ class Settings(LiveSettings):
     memory_gb: float | None = Field(default=None, gt=0)
     max_retries: int = Field(default=2, ge=0)
     log_format: Literal["TEXT", "JSON"] = "JSON"
-    api_key: SecretStr | None = None
+    api_key: SecretStr | None = Field(default_factory=_api_key_of_environment, validate_default=True)
+
+    @field_validator("api_key")
+    @classmethod
+    def _check_api_key(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None and not key.get_secret_value().strip():
+            raise ValueError(
+                f"api_key (or {API_KEY_VARIABLE}) is empty, which would leave the server open; set a key, or omit it "
+                "to accept requests without one."
+            )
+        return key
 
     @model_validator(mode="before")
     @classmethod

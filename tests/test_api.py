@@ -334,6 +334,26 @@ def test_api_key_is_required(replica, settings):
     ):
         assert call(locked, "GET", "/v1/models", headers=headers).status_code == status
     assert call(locked, "POST", "/v1/images/edits", content=b"x").status_code == 401
+    assert call(locked, "GET", "/healthz").status_code == 200 and call(locked, "GET", "/v1/nothing").status_code == 401
+
+
+@pytest.mark.parametrize("key", [b"", b"Bearer", b"Bearer wrong", b"Basic secret", "Bearer sécret".encode()])
+def test_a_wrong_api_key_is_refused_before_the_body_is_read(replica, settings, key):
+    """The response to a missing or wrong key needs no byte of the body."""
+    locked = create_api(replica, settings.model_copy(update={"api_key": Settings(api_key="secret").api_key}))
+    headers = [(b"content-type", b"multipart/form-data; boundary=x"), (b"content-length", b"100000000")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/images/edits", "root_path": "", "query_string": b""}
+    scope["headers"] = [*headers, (b"authorization", key)]
+    sent = []
+
+    async def receive():
+        raise AssertionError("the body was read")
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(locked(scope, receive, send))
+    assert sent[0]["status"] == 401 and json.loads(sent[1]["body"])["error"]["code"] == "invalid_api_key"
 
 
 def test_full_queue_is_429_with_retry_after(replica, settings):

@@ -45,3 +45,25 @@ def test_paths_are_resolved_in_any_folder(tmp_path, monkeypatch):
     assert Settings(model="serving", device="cpu").resolved().model == "serving"
     assert Path(resolve_path("serving")) == PROJECT_ROOT / "serving" and os.getcwd() == str(tmp_path)
     assert resolve_path("owner/name") == "owner/name"
+
+
+def test_an_empty_api_key_is_refused(monkeypatch):
+    """An empty key, from an argument or the environment, does not leave the server open."""
+    for key in ("", "  "):
+        with pytest.raises(ValidationError, match=r"api_key .* is empty"):
+            Settings(api_key=key)
+        monkeypatch.setenv("REALCUSTOM_API_KEY", key)
+        with pytest.raises(ValidationError, match="REALCUSTOM_API_KEY"):
+            Settings()
+
+
+def test_the_api_key_comes_from_the_environment_and_is_never_in_clear(monkeypatch):
+    """The key is in no representation of the settings and in no error of other settings."""
+    monkeypatch.setenv("REALCUSTOM_API_KEY", "s3cret-key")
+    settings = Settings(device="cpu")
+    assert settings.api_key is not None and settings.api_key.get_secret_value() == "s3cret-key"
+    assert "s3cret-key" not in f"{settings!r}{settings.model_dump()}{settings.model_dump_json()}"
+    for wrong in ({"device": "tpu"}, {"min_replicas": 3, "max_replicas": 2}, {"maxsteps": 1}):
+        with pytest.raises(ValidationError) as error:
+            Settings.model_validate({"api_key": "s3cret-key", **wrong})
+        assert "s3cret-key" not in str(error.value)

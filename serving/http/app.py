@@ -1,17 +1,16 @@
 """The HTTP interface: endpoints, authentication and error handling. It holds no model, only a backend."""
 
 import asyncio
-import hmac
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any, Protocol
 
-from fastapi import Depends, FastAPI, Form, HTTPException
+from fastapi import Depends, FastAPI, Form
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from realcustom.request import ResolvedRequest, seed_variations
@@ -21,6 +20,7 @@ from ..protocol.errors import EXPECTED_ERRORS, QueueFull, ServerError, Unavailab
 from ..protocol.events import Event, Result
 from ..protocol.model_info import ModelInfo
 from ..settings import Settings
+from .authentication import Authentication
 from .body_limit import BodyLimit
 from .edit_form import EditForm
 from .responses import Health, ImagesState, Model, Models, error_response, errors, images_json
@@ -44,6 +44,9 @@ class Backend(Protocol):
 def create_api(backend: Backend, settings: Settings) -> FastAPI:
     """The HTTP interface to `backend`."""
     api = FastAPI(title="RealCustom++", version="0.1", docs_url="/docs", redoc_url=None)
+    # Only describes the key in the OpenAPI schema; `Authentication` checks it
+    described_key = [Depends(HTTPBearer(auto_error=False, description="the server's API key"))]
+    dependencies = described_key if settings.api_key else []
     cached: list[tuple[float, ModelInfo]] = []  # at most one: time of the request, and its response
 
     async def model_info() -> ModelInfo:
@@ -61,7 +64,7 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
 
     @api.post(
         "/v1/images/edits",
-        dependencies=_authentication(settings),
+        dependencies=dependencies,
         response_model=ImagesState,
         responses={200: {"content": EVENT_STREAM}, **errors()},
     )
@@ -89,7 +92,7 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
         content = await asyncio.to_thread(images_json, [results[i] for i in range(form.n)], form.output_format)
         return Response(content, media_type="application/json")
 
-    @api.get("/v1/models", dependencies=_authentication(settings), responses=errors(401, 500, 503))
+    @api.get("/v1/models", dependencies=dependencies, responses=errors(401, 500, 503))
     async def list_models() -> Models:
         """The loaded model: defaults, limits, vocabulary."""
         return Models(data=[Model(**(await model_info()).to_dict())])
@@ -106,24 +109,11 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
         return Health()
 
     api.add_middleware(BodyLimit, max_bytes=settings.max_subjects * settings.max_image_bytes + 2**20)
+    if settings.api_key:  # added last, so that it runs first
+        api.add_middleware(Authentication, api_key=settings.api_key)
     for kind in (*EXPECTED_ERRORS, RequestValidationError, StarletteHTTPException, Exception):
         api.add_exception_handler(kind, _handle_error)
     return api
-
-
-def _authentication(settings: Settings) -> list[Any]:
-    """The dependencies of an endpoint that requires the API key, if there is one."""
-    if settings.api_key is None:
-        return []
-    expected = settings.api_key.get_secret_value().encode()
-    bearer = HTTPBearer(auto_error=False, description="the server's API key")
-
-    async def check_key(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        if given is None or not hmac.compare_digest(given.credentials.encode(), expected):
-            message = "the API key is missing or wrong; send 'Authorization: Bearer <key>'."
-            raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
-
-    return [Depends(check_key)]
 
 
 async def _handle_error(http: HttpRequest, error: Exception) -> JSONResponse:
