@@ -1,4 +1,4 @@
-"""RealCustom++: subjects of images become real words of a prompt.
+"""RealCustom++: subject-driven image customization with real words.
 
 Request and configuration types are imported here. Everything that needs torch is loaded on first use, so that a client
 or a web page can build a request without importing a model library.

@@ -1,7 +1,7 @@
-"""What RealCustom++ adds to a frozen text-to-image model: the projector and, per cross-attention layer, W_Ki and W_Vi.
+"""RealCustomAdapter: the weights that RealCustom++ adds to a frozen text-to-image model.
 
 The keys and values of a reference do not depend on the timestep or the text, so `forward` computes them once per
-reference and the attention processors own no weights. In the diffusers layout the adapter has its own folder.
+reference, and the attention processors own no weights. In the diffusers layout, the adapter has its own folder.
 """
 
 from typing import Any
@@ -58,7 +58,12 @@ class RealCustomAdapter(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_unet(cls, unet, *, vision_dim: int, **options) -> "RealCustomAdapter":
-        """Create an untrained adapter for `unet`. W_Ki and W_Vi are initialized from the UNet's text projections."""
+        """Create an untrained adapter for `unet`. W_Ki and W_Vi are initialized from the UNet's text projections.
+
+        Args:
+            vision_dim: channels of both vision encoders together.
+            options: head_dim, cross_layer and cross_scale of the constructor.
+        """
         layers = cross_attention_layers(unet)
         adapter = cls(layers=layers, vision_dim=vision_dim, condition_dim=unet.config.cross_attention_dim, **options)
         modules = dict(unet.named_modules())

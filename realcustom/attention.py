@@ -1,10 +1,10 @@
-"""Attention processors for a stock UNet, and the only code that knows the UNet's structure (Eq. 4, 16, 19).
+"""Attention processors for a stock UNet, and the only code that depends on the UNet's structure (Eq. 4, 16, 19).
 
 The processors own no weights. `AttentionLayers.attention_context` sets what each layer uses during one UNet call: keys
 and values of the texts, references with their masks (`LayerVision`), and what the layer records for the guidance masks
-(`LayerRecording`). With nothing set, every layer computes exactly what the stock processor computes. Layers receive
-what differs between them as tensors, never as names, so that `torch.compile` can share one program among all blocks of
-a shape.
+(`LayerRecording`). Outside a context, every layer computes exactly what the stock processor computes. Layer-specific
+data is passed as tensors, never as names, so that `torch.compile` can share one program among all blocks of the same
+shape.
 
 Legend: R rows of the UNet call, P (row, subject) pairs, B batch, H heads, Q = h * w positions, T text tokens, N vision
 tokens, C channels of a layer, d = C / H.
@@ -118,7 +118,7 @@ class AttentionLayers:
                 self._text_layers.setdefault(_transformer(name), []).append(name)
         self.compiled_whole = isinstance(unet, torch._dynamo.OptimizedModule)  # `pipeline.unet = torch.compile(unet)`
         self._stacked_texts: tuple[tuple[KeysValues, ...], KeysValues] = ((), {})
-        self._lock = threading.RLock()  # the processors serve one call at a time
+        self._lock = threading.RLock()  # the processors hold the state of one call at a time
 
     def _install(self) -> None:
         self._unet.set_attn_processor({f"{name}.processor": p for name, p in self._processors.items()})
@@ -128,10 +128,10 @@ class AttentionLayers:
         self._unet.set_attn_processor(dict(self._original_processors))
 
     def check_installed(self) -> None:
-        """Install the processors again if others have replaced them since.
+        """Reinstall the processors if other code has replaced them.
 
         Other pipelines on the same UNet and diffusers' own variants of attention (sliced, fused projections, xFormers)
-        replace processors. They compute the same attention, so nothing is lost.
+        replace processors. These compute the same attention, so replacing them changes no result.
 
         Raises:
             ValueError: a processor that computes something else, such as an IP-Adapter's.
@@ -147,7 +147,7 @@ class AttentionLayers:
                 "unet.set_attn_processor(AttnProcessor2_0())."
             )
         if names != {RealCustomAttnProcessor.__name__}:
-            logger.warning("RealCustom++ replaces the attention processors %s by its own", ", ".join(sorted(names)))
+            logger.warning("RealCustom++ replaces the attention processors %s with its own", ", ".join(sorted(names)))
         self._install()
 
     def text_keys_values(self, embeds: Tensor) -> KeysValues:
@@ -169,10 +169,12 @@ class AttentionLayers:
 
         Args:
             text: keys and values of each row's text, each [1, T, C] in every layer; if empty, each layer projects the
-                text that the UNet is given.
+                `encoder_hidden_states` of the call.
             vision: references for the text cross-attention layers.
             recordings: layer name -> its recording.
             stop_after_recording: raise `StopForward` after the transformer of the last recording layer.
+        Raises:
+            ValueError: see `check_installed`.
         """
         recordings = recordings or {}
         with self._lock:
@@ -214,7 +216,7 @@ class AttentionLayers:
     def _set_during_forward(
         self, transformer: str, text: Sequence[KeysValues], vision: VisualAttention | None
     ) -> list[RemovableHandle]:
-        """Set the layers of a transformer only while it runs.
+        """Set the layers of a transformer during its forward pass only.
 
         Several texts or references are concatenated into one tensor per layer. Doing so for all layers at once would
         double the memory of the keys and values.
@@ -247,7 +249,7 @@ def _forward_order(layer: str) -> int:
 
 
 def attention_level(layer: str, num_levels: int) -> int:
-    """Resolution level of an attention layer, from its name: how often the latent was halved before it."""
+    """Resolution level of an attention layer, from its name: the number of downsamplings before it."""
     block, index = layer.split(".")[:2]
     if block == "down_blocks":
         return int(index)

@@ -11,11 +11,15 @@ V = TypeVar("V")
 class Cache(Generic[V]):
     """Keeps the most recently used values within a budget of bytes; the newest value is always kept.
 
-    Thread-safe: a thread that asks for a value that is being computed waits for it.
+    Thread-safe. Values are computed under the lock, so concurrent threads compute each value once.
 
     Args:
         max_bytes: budget of all values together.
-        size_of: bytes of a value.
+        size_of: returns the bytes of a value.
+
+    Attributes:
+        num_bytes: bytes of all values in the cache.
+        hits, misses: number of `get` calls that found, or computed, their value.
     """
 
     def __init__(self, max_bytes: int, size_of: Callable[[V], int]) -> None:
@@ -26,7 +30,7 @@ class Cache(Generic[V]):
         self.hits = self.misses = 0
 
     def get(self, key: Hashable, make: Callable[[], V]) -> V:
-        """Return the value of `key`, computing it if it is not cached."""
+        """Return the value of `key`, computing it with `make` if it is not cached."""
         with self._lock:
             if key in self._values:
                 self.hits += 1

@@ -1,5 +1,6 @@
 """The components of a pipeline: loading, saving, adapters, caches, compilation."""
 
+import logging
 from collections.abc import Hashable
 from os import PathLike
 from typing import Any
@@ -11,7 +12,7 @@ from typing_extensions import Self
 from .adapter import RealCustomAdapter
 from .cache import Cache
 from .conditioning import Conditioner
-from .config import RealCustomConfig, SamplingDefaults
+from .config import MethodConfig, RealCustomConfig, SamplingDefaults
 from .decoder import LatentDecoder
 from .denoiser import Denoiser
 from .fingerprint import fingerprint
@@ -21,11 +22,13 @@ from .lora import LoraLoader
 from .text import TextCondition, TextEncoders
 from .vision import VisionEncoders
 from .visual_attention import KeysValues
-from .weights import load_adapter, save_adapter
+from .weights import is_official, load_adapter, save_adapter
+
+logger = logging.getLogger(__name__)
 
 
 class RealCustomComponents(DiffusionPipeline, LoraLoader):
-    """What a `RealCustomPipeline` consists of.
+    """Base class of `RealCustomPipeline` that holds its components.
 
     Args:
         vae: `AutoencoderKL` or `AutoencoderDC`.
@@ -91,11 +94,11 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         )
         self._fingerprints: tuple[Hashable, Hashable] = ((), ())  # of what the cached texts and references depend on
         self._compiled = False
-        self.offload_hooks: dict[str, Any] = {}  # of components that are on the device only while in use, see memory.py
+        self.offload_hooks: dict[str, Any] = {}  # of components that are on the device only during use, see memory.py
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **options) -> Self:
-        """As in diffusers, but the default type is fp32, whatever type the files have."""
+        """Load a pipeline as in diffusers, but in fp32 by default, regardless of the type of the files."""
         if "torch_dtype" not in options:
             options.setdefault("dtype", torch.float32)
         return super().from_pretrained(str(pretrained_model_name_or_path), **options)
@@ -125,13 +128,13 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         return pipeline
 
     def to(self, *args, **options) -> Self:
-        """As in diffusers. Clears the caches, which hold tensors on the previous device or of the previous type."""
+        """Move or cast the pipeline as in diffusers. Clears the caches, whose tensors have the old device and type."""
         self.clear_caches()
         return super().to(*args, **options)
 
     @property
     def execution_device(self) -> torch.device:
-        """The device that computes, also where weights are offloaded. Reading it walks all modules."""
+        """The device that runs the computation, even if weights are offloaded. Reading it walks all modules."""
         return self._execution_device
 
     @property
@@ -153,12 +156,12 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
     @property
     def latent_preview(self) -> LatentPreview:
         """The preview decoder of the current `vae`."""
-        assert self.decoder is self._decoder  # renews the preview if the VAE has been replaced
+        assert self.decoder is self._decoder  # also replaces the preview decoder if the VAE has been replaced
         return self._latent_preview
 
     @property
     def sampling(self) -> SamplingDefaults:
-        """The defaults of settings that a request leaves open."""
+        """The defaults of the settings that a request leaves unset."""
         return self.realcustom_config.sampling
 
     @property
@@ -199,8 +202,8 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
     def clear_caches(self) -> None:
         """Discard encoded texts and references.
 
-        Not needed after replacing a component, loading weights or changing a LoRA, which is detected; only after
-        changing weights through `tensor.data`.
+        Needed only after changing weights through `tensor.data`. Replacing a component, loading weights and changing a
+        LoRA are detected.
         """
         self.conditioner.clear()
 
@@ -219,13 +222,20 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         """Load an adapter from a safetensors file or from the authors' .pth (see `weights.load_adapter`).
 
         Args:
-            replace_unet: plain UNet weights in the same file replace those of the UNet instead of being refused.
+            replace_unet: plain UNet weights in the same file replace those of the UNet; otherwise such a file is
+                rejected.
         Raises:
-            ValueError: an unreadable file, or one for another model. Nothing has changed then.
+            ValueError: an unreadable file, or one for another model. The pipeline is not changed in this case.
         """
         if (encoders := self.vision_encoders) is None:
             raise ValueError("load both vision encoders first; the adapter must match the width of their features.")
         adapter, plain = load_adapter(path, self.unet, vision_dim=encoders.num_channels, replace_unet=replace_unet)
+        if is_official(path) and self.realcustom_config.method != MethodConfig.preset("release"):
+            logger.warning(
+                "%s has the authors' weight names, but this pipeline computes the method of preset 'paper', for which "
+                "these weights were not trained; use preset='release' (--preset release)",
+                path,
+            )
         self.unet.load_state_dict(plain, strict=False)
         to: Any = adapter.to  # its type is hidden by a decorator of diffusers
         adapter = to(self.execution_device, self.unet.dtype)
@@ -255,9 +265,9 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
                 modules, such as a hook or FreeU, compile again.
             options: of `torch.compile`, such as `mode="max-autotune-no-cudagraphs"`.
         Raises:
-            ValueError: memory tier "low" loads the UNet layer by layer, so it cannot be one program.
+            ValueError: `whole` with memory tier "low", which loads the UNet layer by layer.
         """
-        # Programs differ by one or several rows, with and without references, recording or not, and by level.
+        # Programs differ in one or several rows, with or without references, with or without recording, and in level.
         torch._dynamo.config.recompile_limit += 64
         if whole:
             self.denoiser.compile(**options)

@@ -19,7 +19,7 @@ from .text import TextCondition, TextEncoders
 from .vision import VisionEncoders, VisionFeatures
 from .visual_attention import KeysValues
 
-REFERENCE_CACHE_BYTES = 1 << 30  # about four references of SDXL in bf16
+REFERENCE_CACHE_BYTES = 1 << 30  # two references of SDXL in bf16, or four with the authors' adapter
 TEXT_CACHE_BYTES = 1 << 28  # about ten prompts of SDXL in bf16
 
 
@@ -43,7 +43,7 @@ class Conditioner:
         prepare_text: adds the UNet's keys and values to an encoded text (`Denoiser.prepare_text`).
 
     Attributes:
-        text_cache, reference_cache: what has been encoded. Clear both when weights change.
+        text_cache, reference_cache: encoded texts, and keys and values of references.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class Conditioner:
         """Encode a request. Vision encoders and adapter are only needed if it has subjects.
 
         Raises:
-            ValueError: a target phrase is beyond the text encoder's limit, or the request has subjects and no adapter
-                with its vision encoders is loaded.
+            ValueError: a target phrase is beyond the text encoder's limit, or the request has subjects but the adapter
+                or the vision encoders are not loaded.
         """
         if request.subjects and (adapter is None or vision_encoders is None):
             raise ValueError(

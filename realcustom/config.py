@@ -33,7 +33,8 @@ class MethodConfig:
         mask_binary: kept positions become 1 instead of keeping their relevance.
         mask_resize: how masks are resized to smaller attention resolutions, "per_axis" or by the "height_factor" on
             both axes, which differs where the width is not a multiple of 32 px.
-        disjoint_masks: the positions of several subjects do not overlap (Alg. 1); otherwise each selects on its own.
+        disjoint_masks: the positions of several subjects do not overlap (Alg. 1); otherwise each subject selects its
+            positions independently.
         local_views: the four local views of Eq. 7 are the "quadrants" of the enlarged image, or its "interleaved"
             subsamplings.
         reference_resize: "antialias" resizes references with antialiasing in floating point; "bilinear_uint8"
@@ -75,7 +76,11 @@ class MethodConfig:
 
     @classmethod
     def preset(cls, name: PresetName) -> "MethodConfig":
-        """The method as described in the paper, or as computed by the authors' released code."""
+        """The method as described in the paper, or as computed by the authors' released code.
+
+        Raises:
+            ValueError: an unknown preset.
+        """
         if name == "paper":
             return cls()
         if name == "release":
@@ -95,7 +100,7 @@ class MethodConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """Defaults for the settings that a request leaves open. The values are the paper's for SDXL (Sec. 4.1).
+    """Defaults of the settings that a request leaves unset. The values are the paper's for SDXL (Sec. 4.1).
 
     Attributes:
         height, width: pixels of the image.
@@ -174,7 +179,11 @@ class RealCustomConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RealCustomConfig":
-        """Inverse of `to_dict`. Unknown names raise ValueError, so that a typo is not ignored silently."""
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: an unknown field or an invalid value.
+        """
         parts = {"method": MethodConfig, "sampling": SamplingDefaults, "vision": VisionConfig}
         _check_names("realcustom_config", values, parts)
         for name, part in parts.items():

@@ -36,7 +36,7 @@ def convert_official(state: StateDict) -> tuple[StateDict, StateDict]:
         if name.startswith(OFFICIAL_PROJECTOR):
             module, _, rest = name.removeprefix(OFFICIAL_PROJECTOR).partition(".")
             if module not in _PROJECTOR_MODULES:
-                adapter[name] = tensor  # an unknown projector, which `weights.check_state` refuses
+                adapter[name] = tensor  # an unknown projector, which `weights.check_state` rejects
                 continue
             if shallow and module in ("min_attention", "projector"):
                 unused.append(name)
@@ -56,7 +56,11 @@ def convert_official(state: StateDict) -> tuple[StateDict, StateDict]:
 
 
 def convert_timm_vit(state: StateDict, family: str) -> StateDict:
-    """Convert timm's vision transformer names to transformers' `family`, "siglip" or "dinov2_with_registers"."""
+    """Convert timm's vision transformer names to transformers' `family`, "siglip" or "dinov2_with_registers".
+
+    Raises:
+        ValueError: a name that is not a weight of the family.
+    """
     out: StateDict = {}
     for name, tensor in state.items():
         if name.startswith("attn_pool."):

@@ -17,7 +17,7 @@ class LatentDecoder:
         vae: `AutoencoderKL` or `AutoencoderDC`.
 
     Attributes:
-        factor: f.
+        factor: f, pixels per latent position and axis.
     """
 
     def __init__(self, vae) -> None:

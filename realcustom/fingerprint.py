@@ -6,11 +6,11 @@ from torch import nn
 
 
 def fingerprint(component: object) -> Hashable:
-    """A value that differs if the result of a component may differ.
+    """Return a value that changes if the output of a component may have changed.
 
-    It covers the component itself, the identity, version and type of each parameter and buffer, and the state of each
-    LoRA layer (active adapters, scales, enabled or not). It does not change when offloading moves weights between
-    devices. Writes through `tensor.data` are invisible to it; call `clear_caches` after them.
+    It covers the identity of the component, the identity, version and type of each parameter and buffer, and the state
+    of each LoRA layer (active adapters, scales, enabled or not). It does not change when offloading moves weights
+    between devices. Writes through `tensor.data` are not detected; call `clear_caches` after them.
     """
     if not isinstance(component, nn.Module):
         return id(component)

@@ -21,7 +21,7 @@ def _clearing_caches(name: str):
 class LoraLoader(StableDiffusionXLLoraLoaderMixin):
     """`load_lora_weights` and all other methods that change weights, each followed by `clear_caches`.
 
-    SDXL's loader also reads SD1.5 files: it only looks for the weights of a second text encoder in addition.
+    SDXL's loader also reads SD1.5 files. The only difference is that it looks for weights of a second text encoder.
     """
 
     load_lora_weights = _clearing_caches("load_lora_weights")

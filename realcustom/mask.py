@@ -59,7 +59,8 @@ def aggregate_attention_maps(maps: Sequence[Tensor], size: tuple[int, int], norm
     by_size: dict[tuple[int, int], list[Tensor]] = {}
     for m in maps:
         by_size.setdefault((m.shape[-2], m.shape[-1]), []).append(m)
-    # Resizing is linear, so each resolution is summed before it is resized: SDXL's 60 layers need one resize.
+    # Resizing is linear, so the maps of each resolution are summed before they are resized: SDXL's 60 recorded layers
+    # need one resize.
     sums = [resize_map(torch.stack(group).sum(dim=0), size) for group in by_size.values()]
     return torch.stack(sums).sum(dim=0) / len(maps)
 
@@ -130,7 +131,7 @@ def guidance_masks(relevance: Tensor, scope_ratios: Sequence[float], method: Met
 
     Args:
         relevance: [S, h, w], M of Eq. 14 or the averaged cross-attention.
-        scope_ratios: γ_scope of each subject.
+        scope_ratios: γ_scope of each subject, in (0, 1].
         method: how to normalize and select.
     Returns:
         [S, h, w] in [0, 1], 0 outside each subject's scope.
@@ -145,6 +146,7 @@ def guidance_masks(relevance: Tensor, scope_ratios: Sequence[float], method: Met
         kept = torch.stack([top_k_mask(r, ratio) for r, ratio in zip(relevance, scope_ratios, strict=True)])
     masks = kept.to(relevance.dtype) if method.mask_binary else relevance * kept
     if method.disjoint_masks and len(relevance) > 1 and method.mask_normalization == "max":
-        # Another subject may hold the best position of this one, so Eq. 18 divides by the maximum of the kept values.
+        # Another subject may have taken the best position of this one, so Eq. 18 divides by the maximum of the kept
+        # values.
         masks = normalize(masks, "max")
     return masks

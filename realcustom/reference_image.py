@@ -1,6 +1,6 @@
 """ReferenceImage: an image of a subject, normalized once to upright 8-bit RGB.
 
-Its type says that it needs no further checks, so it passes through requests, processes and batches without a copy.
+It needs no further checks and passes through requests, processes and batches without a copy.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ReferenceImage:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as upright 8-bit RGB: EXIF rotation applied, transparency composited on white, 16 bits scaled to 8.
+    """Convert any PIL image to upright 8-bit RGB. Transparency is composited on white; 16 bits are scaled to 8.
 
     An upright RGB image is returned without a copy.
 
@@ -98,7 +98,7 @@ def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """An image with transparency composited on white, mode "RGB"."""
+    """Composite an image with transparency on white; the result has mode "RGB"."""
     result = Image.new("RGB", image.size)
     for box in _strips(image.size):
         layer = image.crop(box).convert("RGBA")
@@ -108,7 +108,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Gray values of 16 bits, integers or floats to 8 bits: scaled by the range of their kind, then clipped."""
+    """Convert 16-bit, integer or float gray values to 8 bits: scaled by the range of their type, then clipped."""
     values = np.asarray(image, dtype=np.float64)
     if image.mode == "F" and values.max(initial=0) <= 1:
         top = 1.0

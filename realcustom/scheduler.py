@@ -1,7 +1,7 @@
 """The sampler of the authors' release as a diffusers scheduler: single-step DPM-Solver++ of alternating order.
 
 diffusers' own single-step solver uses the orders 1, 2, 1, 2, ..., 1. The release uses 1, 1, 2, 1, 2, ... and ends at
-training step 0 instead of the clean image, so one cannot replace the other. Update rules: DPM-Solver++ (Lu et
+training step 0 instead of the clean image, so the two are not interchangeable. Update rules: DPM-Solver++ (Lu et
 al. 2022), algorithm 2S with the midpoint rule.
 """
 
@@ -55,7 +55,11 @@ class AlternatingDPMSolverScheduler(SchedulerMixin, ConfigMixin):
         self.set_timesteps(25)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Start a new run of this many steps, in [1, num_train_timesteps]."""
+        """Start a new run of this many steps.
+
+        Raises:
+            ValueError: the number is not in [1, num_train_timesteps].
+        """
         total = self.config["num_train_timesteps"]
         if not 1 <= num_inference_steps <= total:
             raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be in [1, {total}].")

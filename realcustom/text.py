@@ -60,7 +60,7 @@ class TextEncoders:
             out = encoder(ids, output_hidden_states=True)
             embeds.append(out.hidden_states[-2] if len(self.pairs) > 1 else out.last_hidden_state)
             if len(self.pairs) > 1:
-                pooled = self._pool(encoder, ids, out)  # the last encoder wins, as in SDXL
+                pooled = self._pool(encoder, ids, out)  # the pooled text of the last encoder is used, as in SDXL
         self._release()
         return TextCondition(embeds=torch.cat(embeds, dim=-1)[0], pooled=None if pooled is None else pooled[0])
 
@@ -72,7 +72,11 @@ class TextEncoders:
         return encoder.text_model(ids.to(out.last_hidden_state.device)).pooler_output
 
     def target_tokens(self, prompt: str, phrases: Sequence[str]) -> Tensor:
-        """Mark the tokens of each phrase, fp32 [S, T]. Raises ValueError like `target_token_positions`."""
+        """Mark the tokens of each phrase with 1, fp32 [S, T].
+
+        Raises:
+            ValueError: see `target_token_positions`.
+        """
         tokenizer = self.pairs[0][0]
         marks = torch.zeros(len(phrases), tokenizer.model_max_length)
         for mark, phrase in zip(marks, phrases, strict=True):

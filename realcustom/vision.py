@@ -116,7 +116,7 @@ class VisionEncoders:
         return self.siglip.config.hidden_size + self.dino.config.hidden_size
 
     def encode(self, images: Sequence[ArrayLike]) -> VisionFeatures:
-        """Encode RGB images of any size."""
+        """Encode RGB images of any size; see `to_pixels` for their types."""
         return self.encode_pixels(to_pixels(images, 2 * self.input_size, self.method))
 
     def encode_pixels(self, pixels: Tensor) -> VisionFeatures:

@@ -1,7 +1,7 @@
 """Visual attention inside the guidance masks: the second term of Eq. 16 and Eq. 19.
 
-Only positions inside a mask attend to a reference. They are gathered, attended and scattered back, so the cost follows
-the masks' area and equals the dense product with the mask exactly.
+Only positions inside a mask attend to a reference. They are gathered, attended and scattered back. The cost is
+proportional to the area of the masks, and the result equals dense attention multiplied by the masks.
 
 Legend: R rows of the UNet call, P (row, subject) pairs, S subjects, H heads, Q = h * w positions, K of them inside a
 mask, N vision tokens, C channels of a layer, d = C / H.
@@ -39,7 +39,7 @@ class SparseMask:
 
     @classmethod
     def stack(cls, parts: Sequence["SparseMask"], offsets: Sequence[int]) -> "SparseMask":
-        """Concatenate the masks of several rows; the positions of each part are shifted by its offset."""
+        """Concatenate masks along S; the positions of each part are shifted by its offset."""
         count = max(part.index.shape[1] for part in parts)
         index = [F.pad(p.index, (0, count - p.index.shape[1])) + start for p, start in zip(parts, offsets, strict=True)]
         weight = [F.pad(p.weight, (0, 0, 0, count - p.weight.shape[1])) for p in parts]
@@ -83,6 +83,7 @@ class VisualAttention:
     masks: Mapping[int, SparseMask] | None
 
     def at(self, layer: str, level: int) -> LayerVision:
+        """The visual attention of a layer at a resolution level."""
         key, value = stack_keys_values(self.keys_values, layer)
         return LayerVision(key, value, None if self.masks is None else self.masks[level])
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 EXACT, APPROXIMATE = get_args(MaskSource)
 # Groups of generations that step together, each generation given by its number of subjects and its mask source. They
-# cover every kind of UNet call. `torch.compile` sees each with two batch sizes, after which the batch size is dynamic.
+# cover every kind of UNet call. Each kind is compiled with two batch sizes; after that, the batch size is dynamic.
 GROUPS: tuple[tuple[tuple[int, MaskSource], ...], ...] = (
     *(
         tuple((number, EXACT) for number in numbers)
