@@ -3,7 +3,8 @@
     python benchmarks/autoscaling.py      # 4 minutes; writes benchmarks/results/autoscaling.{json,md,png}
 
 Open loop: requests arrive by a Poisson process at a low rate, then at a rate above the capacity of one replica, then at
-the low rate again. Every image is compared with the image of the same seed. Each node has resources for one replica.
+the low rate again. Every image is compared with the image generated from the same seed before the run. Each node has
+resources for one replica.
 """
 
 import argparse
@@ -84,7 +85,7 @@ async def record(client: Client, phases: list[tuple[float, float]]) -> dict:
 
 
 def moments(report: dict) -> dict[str, float]:
-    """Seconds from the rise of the load to the second and the last replica, and from its fall to one replica again."""
+    """Seconds from the load increase to the second and the last replica, and from the decrease to one replica."""
     rise = report["phases"][0]["seconds"]
     fall = rise + report["phases"][1]["seconds"]
     first = lambda condition: next((s["at_s"] for s in report["samples"] if condition(s)), float("nan"))
@@ -123,9 +124,9 @@ def table(report: dict) -> str:
         f"{report['model']}, capacity of one replica: {report['capacity_per_s']:.2f} images/s; arrivals: "
         f"{low['rate_per_s']:.2f}, then {high['rate_per_s']:.2f}, then {low['rate_per_s']:.2f} images/s. "
         f"{report['requests']} requests: {outcomes}.\n\n"
-        f"After the rise of the load, the second replica was ready after {times['second_replica_s']:.1f} s and all "
-        f"{NUM_NODES} after {times['all_replicas_s']:.1f} s, including start and loading. After its fall, one replica "
-        f"was left after {times['one_replica_again_s']:.1f} s "
+        f"After the load increased, the second replica was ready after {times['second_replica_s']:.1f} s and all "
+        f"{NUM_NODES} after {times['all_replicas_s']:.1f} s, including start and loading. After the load "
+        f"decreased, one replica was left after {times['one_replica_again_s']:.1f} s "
         f"(downscale_delay_s: {report['downscale_delay_s']:.0f}).\n\n"
         "![replicas over time](autoscaling.png)\n"
     )
@@ -150,7 +151,7 @@ def main() -> None:
     try:
         server = start(settings)
         full = asyncio.run(capacity(server))
-        while running() > 1:  # the measurement was a load as well
+        while running() > 1:  # the measurement itself may have added replicas
             time.sleep(1)
         rates = [full * flags.low, full * flags.high, full * flags.low]
         report = {"model": flags.model, "capacity_per_s": full, "downscale_delay_s": settings.downscale_delay_s}

@@ -4,8 +4,8 @@
     python benchmarks/chaos.py --kinds replica ingress proxy controller --every 10
 
 Open loop: requests arrive by a Poisson process over HTTP and a Ray handle, streamed or not, and some are cancelled.
-Meanwhile a process is killed (SIGKILL) every few seconds. Each request must give the image that it gave before any
-process was killed, or an error of the client; never a wrong image, and never no response.
+Meanwhile, a process is killed (SIGKILL) every few seconds. Each request must return the same image as before any
+process was killed, or raise a documented error of the client. A wrong image or a missing response is a failure.
 """
 
 import argparse
@@ -45,7 +45,7 @@ TITLES = {  # first words of the command lines of Ray Serve's processes
     "proxy": "ray::ProxyActor",
     "controller": "ray::ServeController",
 }
-MAX_DIFFERENCE = 1  # of 8-bit pixels: the batch changes the order of floating-point sums
+MAX_DIFFERENCE = 1  # of 8-bit pixel values: the batch changes the order of floating-point sums
 GRACE_S = 30  # a request without a response this long after its deadline counts as lost
 STYLES = ("whole", "stream", "cancel")
 
@@ -64,7 +64,7 @@ def processes(kind: str) -> list[psutil.Process]:
 
 @dataclass(frozen=True)
 class Response:
-    """Outcome of a request: "right", "wrong", "cancelled", "lost", or the name of an error, with its message."""
+    """Outcome of a request: "correct", "wrong", "cancelled", "lost", or the name of an error, with its message."""
 
     outcome: str
     seconds: float
@@ -89,7 +89,7 @@ def requests() -> list[Request]:
 
 
 async def run_request(client: Client, request: Request, style: str, deadline_s: float) -> Image.Image | None:
-    """The image; None if it was cancelled, which style "cancel" does at the second step."""
+    """Return the image; None if the request was cancelled, which style "cancel" does after the second step."""
     if style == "whole":
         return (await client.generate(request, timeout_s=deadline_s)).image
     async with aclosing(client.stream(request, timeout_s=deadline_s)) as events:
@@ -112,8 +112,8 @@ async def check_request(
             outcome = "cancelled"
         else:
             difference = np.abs(np.asarray(image).astype(int) - expected).max()
-            outcome = "right" if difference <= MAX_DIFFERENCE else "wrong"
-            message = "" if outcome == "right" else f"seed {request.seed}: pixels differ by up to {difference}"
+            outcome = "correct" if difference <= MAX_DIFFERENCE else "wrong"
+            message = "" if outcome == "correct" else f"seed {request.seed}: pixels differ by up to {difference}"
     except asyncio.TimeoutError:
         outcome = "lost"
     except (InvalidRequest, QueueFull, ServerError) as error:
@@ -162,13 +162,13 @@ async def chaos(
 
 
 def summary(responses: Sequence[Response], killed: Counter[str]) -> dict:
-    right = [response.seconds for response in responses if response.outcome == "right"]
+    correct = [response.seconds for response in responses if response.outcome == "correct"]
     return {
         "requests": len(responses),
         "outcomes": dict(Counter(response.outcome for response in responses)),
         "messages": dict(Counter(response.message for response in responses if response.message)),
         "killed": dict(killed),
-        "seconds": {f"p{q}": round(float(np.percentile(right, q)), 2) for q in (50, 95, 100)} if right else {},
+        "seconds": {f"p{q}": round(float(np.percentile(correct, q)), 2) for q in (50, 95, 100)} if correct else {},
     }
 
 
@@ -183,7 +183,7 @@ def table(report: dict) -> str:
         "|---|---|",
         *(f"| {outcome} | {number} |" for outcome, number in sorted(report["outcomes"].items())),
         "",
-        f"Latency of right images: {report['seconds']['p50']} s (p50), {report['seconds']['p95']} s (p95), "
+        f"Latency of correct images: {report['seconds']['p50']} s (p50), {report['seconds']['p95']} s (p95), "
         f"{report['seconds']['p100']} s (maximum).",
         *(f"\n{number} x: {message}" for message, number in report["messages"].items()),
     ]

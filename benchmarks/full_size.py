@@ -25,7 +25,7 @@ from realcustom import Generation, RealCustomAdapter, RealCustomConfig, RealCust
 from realcustom.assets import MINI_MODEL
 from realcustom.config import ModelFamily
 
-TOKENIZER = MINI_MODEL / "tokenizer"  # with random weights, any CLIP tokenizer works
+TOKENIZER = MINI_MODEL / "tokenizer"  # any CLIP tokenizer works, because the weights are random
 TEXT_LENGTH = 77
 FAMILIES = get_args(ModelFamily)
 

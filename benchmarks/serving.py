@@ -3,15 +3,15 @@
     python benchmarks/serving.py                         # minutes per load; writes benchmarks/results/serving.{json,md}
     python benchmarks/serving.py --seconds 5 --loads 0.8 # a short run
 
-Open loop: images arrive by a Poisson process, or in bursts, whether or not earlier ones are done, so that waiting is
-counted in full. The capacity of a mode is its throughput with full batches; loads are fractions of the capacity of
-`Engine`, with the same arrivals for all modes. Below capacity the throughput of every mode is the arrival rate, less
-the wait for the last image. The arrivals of a load are played to one mode after another, within one process.
+Open loop: images arrive by a Poisson process, or in bursts, whether or not earlier ones are done, so that latencies
+include all waiting. The capacity of a mode is its throughput with full batches; loads are fractions of the capacity of
+`continuous`, with the same arrivals for all modes. Below capacity, the throughput of every mode is close to the arrival
+rate. The modes are measured one after another, within one process.
 
-- continuous: `serving.engine.Engine`, images join and leave between steps.
-- serve_batch: Ray Serve's `@serve.batch` around whole generations: a batch is collected and runs to its end.
-- work_conserving: whole generations as well, but a batch closes only when the device is free: the best that batching of
-  whole generations can do. `@serve.batch` closes a batch after a fixed time even if the device is busy.
+- continuous: `serving.engine.engine.Engine`; images join and leave between steps.
+- serve_batch: Ray Serve's `@serve.batch` around whole generations; a batch is collected and runs to its end.
+- work_conserving: whole generations, but a batch closes only when the device is free, which is optimal for batches of
+  whole generations. `@serve.batch` closes a batch after a fixed time even if the device is busy.
 - sequential: one image after another.
 """
 
@@ -132,7 +132,7 @@ class ServeBatch(WholeGenerations):
 
 
 class WorkConserving(WholeGenerations):
-    """Whenever the device is free, all images that wait are the next batch, at most `max_batch_size`."""
+    """When the device becomes free, the waiting images form the next batch, at most `max_batch_size` of them."""
 
     def __init__(self, pipeline, max_batch_size: int) -> None:
         super().__init__(pipeline)
@@ -172,7 +172,7 @@ def build(mode: str, pipeline, max_batch_size: int):
 
 
 def requests(number: int, pipeline: RealCustomPipeline, seed: int) -> list[ResolvedRequest]:
-    """A typical mixture: one or two subjects from a few references, a third with half of the steps."""
+    """A typical mixture: one or two subjects from a few references; a third of the requests has half of the steps."""
     draw = np.random.default_rng(seed)
     colors = ("red", "green", "blue", "gold")
     steps = pipeline.sampling.num_inference_steps
@@ -255,8 +255,8 @@ def capacity(mode: str, pipeline: RealCustomPipeline, max_batch_size: int, secon
 
 
 def capacities(pipeline: RealCustomPipeline, flags: argparse.Namespace) -> dict[str, float]:
-    """Capacity of every mode, measured in turns, because the speed of a shared machine changes."""
-    for mode in MODES:  # not counted: libraries initialize themselves for every new batch shape
+    """Capacity of every mode, measured alternately, because the speed of a shared machine changes."""
+    for mode in MODES:  # warm-up: libraries initialize for every new batch shape
         capacity(mode, pipeline, flags.max_batch_size, min(20, flags.seconds))
     turns = [
         {mode: capacity(mode, pipeline, flags.max_batch_size, flags.seconds / 2) for mode in MODES[:: (-1) ** turn]}
@@ -268,7 +268,7 @@ def capacities(pipeline: RealCustomPipeline, flags: argparse.Namespace) -> dict[
 def summary(rounds: Sequence[Sequence[Timing]], sizes: Sequence[int]) -> dict[str, float]:
     timings = [timing for one in rounds for timing in one]
     latencies = np.array([t.finished - t.arrived for t in timings])
-    # Without previews, the first thing to see is the finished image.
+    # Without previews, the finished image counts as the first preview.
     previews = [(t.previewed or t.finished) - t.arrived for t in timings]
     span = sum(max(t.finished for t in one) - min(t.arrived for t in one) for one in rounds)
     return {

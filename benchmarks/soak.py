@@ -3,8 +3,8 @@
     python benchmarks/soak.py      # 3,000 requests; writes benchmarks/results/soak.{json,md}
 
 Requests for small images of different sizes, references and settings are sent over HTTP, several at a time. Most run to
-the end, some are cancelled and some are invalid. The resident memory of each kind of process is sampled. It grows while
-the caches fill; growth that continues after the first quarter indicates a leak.
+the end, some are cancelled and some are invalid. The resident memory of each kind of process is sampled. Memory grows
+while the caches fill; growth that continues after the first quarter indicates a leak.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from serving.settings import Settings
 
 KINDS = tuple(TITLES)
 SIZES = (64, 96, 128)  # px
-NUM_REFERENCES, NUM_PROMPTS = 24, 100  # fewer than the caches hold, so that full caches do not look like a leak
+NUM_REFERENCES, NUM_PROMPTS = 24, 100  # fit into the caches, so that growing caches do not look like a leak
 
 
 def request(draw: np.random.Generator) -> Request:
@@ -51,7 +51,7 @@ def request(draw: np.random.Generator) -> Request:
 
 
 async def run_request(client: HttpClient, draw: np.random.Generator) -> str:
-    """Run one request; returns its outcome."""
+    """Run one request and return its outcome."""
     valid, style = request(draw), draw.choice(["whole", "stream", "cancel", "invalid"], p=[0.5, 0.3, 0.1, 0.1])
     if style == "invalid":
         try:

@@ -104,7 +104,7 @@ def test_images_survive_killed_processes(server, clients, kinds):
 
 
 def test_chaos(server, clients):
-    """Under open-loop load with a replica killed every few seconds, requests give the right image or QueueFull."""
+    """Under open-loop load with a replica killed every few seconds, requests give the correct image or QueueFull."""
     wanted = [
         Request(**SHORT, seed=1, num_inference_steps=20),
         Request(prompt=PROMPT, seed=2, num_inference_steps=40),
@@ -115,8 +115,8 @@ def test_chaos(server, clients):
     )
     outcomes = Counter(response.outcome for response in responses)
     assert killed["replica"] >= 2
-    assert set(outcomes) <= {"right", "cancelled", "QueueFull"}, [r for r in responses if r.outcome != "right"]
-    assert outcomes["right"] >= 0.5 * len(responses)
+    assert set(outcomes) <= {"correct", "cancelled", "QueueFull"}, [r for r in responses if r.outcome != "correct"]
+    assert outcomes["correct"] >= 0.5 * len(responses)
 
 
 def deploy(settings: Settings, **user_config) -> None:
