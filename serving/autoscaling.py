@@ -1,5 +1,4 @@
-"""BacklogPolicy: how many replicas the queued work requires. Ray Serve's controller calls it and applies bounds and
-delays."""
+"""BacklogPolicy: number of replicas for the queued work. Ray Serve's controller calls it and applies bounds and delays."""
 
 import math
 from typing import Any
@@ -9,7 +8,7 @@ class BacklogPolicy:
     """A Ray Serve autoscaling policy that follows seconds of queued work instead of the number of requests.
 
     Replicas report `backlog_s`, the predicted seconds until all their images are done, and `images` (see
-    `Replica.record_autoscaling_stats`). A request that no replica has accepted yet counts as an average image.
+    `Replica.record_autoscaling_stats`). A request that no replica has accepted yet is counted as an average image.
 
     Args:
         target_backlog_s: seconds of work per replica.

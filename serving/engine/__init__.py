@@ -1,1 +1,1 @@
-"""Step-level continuous batching on one pipeline: `scheduler.py` and `plan.py` decide, `engine.py` runs."""
+"""Step-level continuous batching on one pipeline: `scheduler.py` and `plan.py` hold the policy, `engine.py` the threads."""

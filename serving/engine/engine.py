@@ -1,8 +1,8 @@
 """Engine: step-level continuous batching on one pipeline. Owns threads, locks and the delivery of events.
 
-Three threads run beside the event loop: one prepares images (text, references, noise), one steps them, one decodes.
-`scheduler.py` decides which image comes next. `_condition` guards the scheduler and the jobs; no torch work and nothing
-of the size of an image runs while it is held, or on the event loop.
+Besides the event loop, three threads run: one prepares images (text, references, noise), one steps them, one decodes.
+`scheduler.py` decides which image comes next. `_condition` guards the scheduler and the jobs. No torch operation and no
+work proportional to the size of an image runs while it is held, or on the event loop.
 """
 
 import asyncio
@@ -34,16 +34,15 @@ class Engine:
     Args:
         pipeline: a `RealCustomPipeline`, or an object with its `prepare`, `step`, `decode`, `preview` and
             `reference_cache`.
-        max_batch_size: images that may be prepared or active together.
-        max_queued: images that may wait beyond these; further ones raise `QueueFull`.
+        max_batch_size: maximum number of images that are being prepared or active.
+        max_queued: maximum number of images that wait beyond these; further ones raise `QueueFull`.
         preview_every: steps between previews.
         stall_timeout_s: see `check_health`.
         batch_sizes: numbers of images that may step together, so that programs compiled for a batch size are reused.
             Empty allows any number.
         budget: memory for all images in the engine; None does not limit it.
-        step_time: predicts the seconds of a step and learns from each one.
-        synchronize: waits for the device after a step; without it, the steps queued on a GPU would delay every
-            cancellation.
+        step_time: predicts the seconds of a step; updated with each measured step.
+        synchronize: waits for the device after a step. Without it, steps queued on a GPU would delay cancellation.
         observer: receives the engine's numbers, for metrics.
     """
 
@@ -83,7 +82,7 @@ class Engine:
         )
         self._health = Health()
         self._num_steps = 0
-        self._closed: str | None = None  # the reason why no requests are accepted any more
+        self._closed: str | None = None  # the reason why requests are no longer accepted
         self._threads = [
             threading.Thread(target=self._repeat, args=(function,), name=f"engine-{name}", daemon=True)
             for name, function in (
@@ -103,7 +102,7 @@ class Engine:
         preview_every: int,
         stall_timeout_s: float,
     ) -> None:
-        """Change these while images are active; accepted images stay."""
+        """Change these settings while images are active. Accepted images are not affected."""
         with self._condition:
             self._scheduler.max_batch_size, self._scheduler.max_queued = max_batch_size, max_queued
             self._preview_every, self._stall_timeout_s = preview_every, stall_timeout_s
@@ -119,14 +118,14 @@ class Engine:
         """Yield the events of one image, `Result` last. Closing the generator removes the image before the next step.
 
         Args:
-            previews: True sends one every `preview_every` steps, False none, a number this many in all.
+            previews: True sends one every `preview_every` steps, False sends none, an int sends this many in total.
             timeout_s: deadline in seconds from now.
             request_id: for the log.
         Raises:
             QueueFull: the queue is full.
             InvalidRequest: the pipeline rejected the request.
             DeadlineExceeded: the deadline has passed.
-            Unavailable: a fault that another replica may not have.
+            Unavailable: a fault that may not occur on another replica.
             ServerError: another fault of the server.
         """
         loop = asyncio.get_running_loop()
@@ -228,7 +227,7 @@ class Engine:
     # ---- threads ---------------------------------------------------------------------------------------------------
 
     def _repeat(self, function: Callable[[], None]) -> None:
-        """Call `function` until the engine closes. If it raises, the engine stops and every caller gets an error."""
+        """Call `function` until the engine closes. If it raises, the engine stops and every caller receives an error."""
         try:
             while not self._closed:
                 function()
@@ -245,7 +244,7 @@ class Engine:
             self._condition.notify_all()
 
     def _wait(self, ready: Callable[[], Any]) -> bool:
-        """Sleep until there is work; False if the engine closed instead. The lock must be held."""
+        """Wait until there is work; return False if the engine has closed. The lock must be held."""
         self._health.idle()
         self._condition.wait_for(lambda: self._closed or ready())
         self._health.busy()
@@ -310,7 +309,7 @@ class Engine:
         assert job.generation is not None
         job.steps_done = job.generation.step_index
         job.send(Progress(job.steps_done, job.num_steps))
-        # On a slow device an image gets fewer previews, and they do not pile up.
+        # One pending preview per image: on a slow device, previews are skipped instead of queued.
         if not job.done and job.preview_due(self._preview_every) and not job.preview_pending:
             job.preview_pending = True
             self._previews.append(job)
@@ -367,7 +366,7 @@ class Engine:
         with self._condition:
             self._previewing = None
             job.preview_pending = False
-            if preview is not None and not job.closed and not job.done:  # after the last step it would be out of date
+            if preview is not None and not job.closed and not job.done:  # after the last step it would be outdated
                 if not job.preview_sent:
                     job.preview_sent = True
                     self._observer.first_preview(time.monotonic() - job.arrived)

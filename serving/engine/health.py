@@ -1,18 +1,18 @@
-"""Health: an engine is healthy while its work advances, not only while its process lives."""
+"""Health: an engine is healthy if its work makes progress; a running process alone is not sufficient."""
 
 import threading
 import time
 from collections.abc import Sequence
 
-MAX_FAILED_STEPS = 5  # in a row; more likely a broken device than broken requests
+MAX_FAILED_STEPS = 5  # consecutive; indicates a faulty device rather than faulty requests
 
 
 class Health:
-    """Watches the engine's threads. Each thread reports when it starts a piece of work and when it has none."""
+    """Monitors the engine's threads. Each thread reports when it starts a piece of work and when it has none."""
 
     def __init__(self) -> None:
         self._busy_since: dict[str, float] = {}
-        self._num_failed_steps = 0  # in a row
+        self._num_failed_steps = 0  # consecutive
 
     def idle(self) -> None:
         """The calling thread waits for work."""

@@ -19,15 +19,15 @@ class Job:
 
     Attributes:
         request: what to generate.
-        previews: True sends a preview every few steps, False none, a number this many in all.
-        deliver: hands an event to the caller; called under the engine's lock from any thread, must return at once and
-            raise `RuntimeError` if the caller no longer exists.
+        previews: True sends a preview every few steps, False sends none, an int sends this many in total.
+        deliver: sends an event to the caller. It is called under the engine's lock from any thread, must not block, and
+            raises `RuntimeError` if the caller no longer exists.
         request_id: for the log.
         arrived: time of arrival, `time.monotonic()`.
         generation: the state of the image once it is prepared.
-        num_steps: UNet steps of the image; known exactly once it is prepared, as some schedulers add steps.
+        num_steps: UNet steps of the image; exact only after `prepare`, because some schedulers add steps.
         steps_done: UNet steps done.
-        closed: the result or an error has been sent, or the caller has closed the stream; nothing is sent any more.
+        closed: the result or an error has been sent, or the caller has closed the stream; nothing more is sent.
         position: position in the queue that was last sent.
         preview_pending: a preview is queued or being decoded.
         preview_sent: at least one preview was sent.
@@ -59,7 +59,7 @@ class Job:
             return
         if isinstance(event, Result | Exception):
             self.closed, self.outcome = True, _outcome(event)
-        if isinstance(event, Progress):  # a preview is decoded beside the steps and may be behind: never count back
+        if isinstance(event, Progress):  # previews may lag behind the steps; the step number never decreases
             self.step_sent = max(self.step_sent, event.step)
             event = replace(event, step=self.step_sent)
         try:

@@ -1,7 +1,7 @@
 """MemoryModel and MemoryBudget: how many bytes images take, measured on the loaded model, and whether one more fits.
 
-Between steps an image keeps its text, noise, masks and its share of the references (*resident*). While its group steps,
-or while it is decoded, activations are added for that time.
+Between steps, an image keeps its text, latents, masks and references (*resident*). Activations are added while its
+group steps and while it is decoded.
 
 The private APIs of torch that count bytes in main memory are used in this file only.
 """
@@ -24,7 +24,7 @@ from realcustom import RealCustomPipeline, Request, Subject
 logger = logging.getLogger("ray.serve.realcustom")
 
 USABLE_GPU = 0.9  # share of a GPU's free memory for images; the rest is lost to fragmentation
-USABLE_MAIN = 0.5  # share of free main memory for images; other replicas and programs need some as well
+USABLE_MAIN = 0.5  # share of free main memory for images; the rest is for other replicas and programs
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release() -> None:
-    """Return the blocks that torch caches to the GPU."""
+    """Release the GPU memory that torch caches."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -121,8 +121,8 @@ def available(device: str) -> float:
 
 
 class TensorAccount(TorchDispatchMode):
-    """Counts the bytes of storages that torch operations allocate inside the block, and their peak. For devices
-    without allocator statistics."""
+    """Counts the bytes that torch operations allocate inside a `with` block, and their peak, for devices without
+    allocator statistics."""
 
     def __init__(self) -> None:
         super().__init__()

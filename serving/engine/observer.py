@@ -6,16 +6,16 @@ Outcome = Literal["finished", "cancelled", "timed_out", "invalid", "failed"]
 
 
 class Observer:
-    """Methods are called from the engine's threads and under its lock: they must return at once."""
+    """Receives the engine's numbers. Methods are called from its threads and under its lock, so they must not block."""
 
     def queue(self, *, waiting: int, active: int, backlog_s: float) -> None:
-        """Images that wait, images that are prepared or active, and predicted seconds until all are done."""
+        """Images that wait, images that are being prepared or active, and predicted seconds until all are done."""
 
     def rejected(self) -> None:
         """A request was rejected because the queue is full."""
 
     def step(self, *, images: int, rows: int, mask_rows: int, seconds: float) -> None:
-        """A step of `images` images with `rows` UNet rows in all, of which `mask_rows` computed guidance masks."""
+        """A step of `images` images with `rows` UNet rows in total, of which `mask_rows` computed guidance masks."""
 
     def first_preview(self, seconds: float) -> None:
         """The first preview of an image was sent `seconds` after its arrival."""

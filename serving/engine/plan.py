@@ -1,26 +1,26 @@
-"""Which images of one size should step together now: a pure function of their remaining work and the cost of a step.
+"""Selects the images of one size that step together now: a pure function of their remaining work and the step cost.
 
-The reference is the best that batching of whole generations can do, the work-conserving batcher: the images that have
-started finish together, then everything that waits (at most `max_batch_size`) runs together, and so on. The plans that
-compete with it differ in the number of images, in order of arrival, that step together first:
+The reference is the optimum for batches of whole generations, a work-conserving batcher: the images that have started
+finish together, then all waiting images (at most `max_batch_size`) run together, and so on. The alternative plans
+differ in the number of images, in order of arrival, that step together first:
 
-- More than have started: newcomers join. This saves whole calls, but as long as newcomers compute masks (up to T_stop)
-  every step has a second call, which delays the images that are past T_stop.
-- As many as have started: newcomers are held. Then they compute their masks in the same steps. If calls dominate the
-  cost and all places are taken, this matters: 25 steps with T_stop 12 are 37 calls for images in lockstep, but 50 for
+- More than have started: new images join the batch. This saves whole calls, but as long as they compute masks (up to
+  T_stop), every step has a second call, which delays the images that are past T_stop.
+- As many as have started: new images wait and later compute their masks in the same steps. This matters if calls
+  dominate the cost and the batch is full: 25 steps with T_stop 12 are 37 calls for images in lockstep, but 50 for
   images that start one by one.
-- Fewer: images are finished one after the other. If rows dominate the cost, two images one after the other are
-  finished at 1 and 2, and side by side both at 2.
+- Fewer: images finish one after another. If rows dominate the cost, two images finish at times 1 and 2 when they run
+  one after another, and both at time 2 when they run together.
 
 A plan replaces the reference only if, by prediction,
 1. the prepared images take no more device time than with the reference,
 2. the prepared and the waiting images together take no more device time either, and
-3. their mean completion time is lower: by at least `BUSY_GAIN` if more than half of `max_batch_size` images are known,
-   else it may be equal (within `TIE`), and the image joins at once.
+3. their mean completion time is lower by at least `BUSY_GAIN` if they are more than half of `max_batch_size`. With fewer
+   images, an equal mean (within `TIE`) is sufficient, so a new image joins immediately.
 
-1 and 2 keep the throughput: a better mean that costs device time delays everybody who comes later. 3 pays for what the
-prediction does not know, the requests still to come: each of them takes less device time in the larger batch that
-holding collects. In the simulation of `tests/test_serving_scheduler.py`, choosing plans for any gain made p50 10% worse
+Conditions 1 and 2 preserve the throughput: a lower mean that costs device time delays all later requests. Condition 3
+accounts for requests that have not arrived yet, which the prediction does not include: holding images back collects a
+larger batch, in which each image takes less device time. In the simulation of `tests/test_serving_scheduler.py`, choosing plans for any gain made p50 10% worse
 than the work-conserving batcher's at 95% load on a device where calls and rows cost about the same. With 10%,
 p50, p95 and throughput are not worse than the batcher's at loads of 50 to 95%, within the noise of the simulation.
 """
@@ -43,11 +43,11 @@ def best_batch_size(
     cost: StepCost,
     rounded: Callable[[int], int] = lambda number: number,
 ) -> int:
-    """How many of the `prepared` images, the first ones, should step together now.
+    """Number of `prepared` images, counted from the first, that should step together now.
 
     Args:
         prepared: images of one size in order of arrival, at least one; those that have started come first.
-        waiting: images of this size that wait for a place; only the first `max_batch_size` are considered.
+        waiting: images of this size in the queue; only the first `max_batch_size` are considered.
         num_started: prepared images that have already been stepped.
         max_batch_size: images that may step together.
         cost: of a step.

@@ -1,4 +1,4 @@
-"""Scheduler: who waits, who is prepared next, and which images step now. Pure: no threads, no clock, no tensors.
+"""Scheduler: which images wait, which is prepared next, and which step now. Pure: no threads, clock or tensors.
 
     add -> waiting -> admit -> preparing -> prepared -> active -> next_batch / end_step -> finished -> next_finished
                                   |                                                                        |
@@ -9,7 +9,7 @@
 - The queue is bounded and strictly first in, first out: no image overtakes one that waits for memory.
 - Images of one size step together; `plan.py` decides how many. They are always the first ones in order of arrival, so
   the oldest image of a size advances in every step of its size: no image waits for more than the work before it.
-- Sizes share the device time equally: the size that has used the least steps next.
+- Device time is shared equally among sizes: the size that has used the least time steps next.
 """
 
 from collections import deque
@@ -30,8 +30,8 @@ class Scheduler:
     """The waiting and running images of one engine.
 
     Args:
-        max_batch_size: images that may be prepared or active together.
-        max_queued: images that may wait beyond these.
+        max_batch_size: maximum number of images that are being prepared or active.
+        max_queued: maximum number of images that wait beyond these.
         batch_sizes: numbers of images that may step together; empty allows any number.
         budget: memory for the images that are prepared, active or being decoded; None does not limit it.
         step_time: predicts the seconds of a step. Before its first measurement all images of a size step together.
@@ -56,7 +56,7 @@ class Scheduler:
         self.stepping: tuple[Job, ...] = ()  # the part of `active` in the current step
         self.finished: deque[Job] = deque()  # all steps done, to be decoded
         self.decoding: Job | None = None
-        self._device_seconds: dict[Size, float] = {}  # used by each size that is active
+        self._device_seconds: dict[Size, float] = {}  # device time used by each active size
 
     # ---- queue -----------------------------------------------------------------------------------------------------
 
@@ -99,14 +99,14 @@ class Scheduler:
         return self.preparing
 
     def prepared(self) -> None:
-        """The preparing image is ready to step; it is dropped if it was removed in the meantime."""
+        """Make the preparing image active, or drop it if it was removed in the meantime."""
         job, self.preparing = self.preparing, None
         assert job is not None, "no image is being prepared"
         if not job.closed:
             self.active.append(job)
 
     def requeue(self) -> None:
-        """Put the preparing image back to the head of the queue, because its memory was not free after all."""
+        """Return the preparing image to the head of the queue, because it did not fit into memory."""
         job, self.preparing = self.preparing, None
         assert job is not None, "no image is being prepared"
         if not job.closed:
@@ -139,7 +139,7 @@ class Scheduler:
         return self.stepping
 
     def end_step(self, seconds: float) -> None:
-        """The current step took `seconds`. Done images move to `finished`, removed ones are dropped."""
+        """End the current step, which took `seconds`. Done images move to `finished`; removed ones are dropped."""
         if self.stepping:
             self._device_seconds[self.stepping[0].size] += seconds
         for job in self.stepping:
@@ -160,16 +160,16 @@ class Scheduler:
         self.decoding = None
 
     def shrink_budget(self) -> bool:
-        """Admit fewer images from now on, because the active ones did not fit into memory. False if that is impossible:
-        no image is active, or memory is not limited."""
+        """Reduce the memory budget, because the active images did not fit into memory. Returns False if no image is
+        active or memory is not limited."""
         if not self._budget or not self.active:
             return False
         self._budget.shrink([job.memory for job in self.active])
         return True
 
     def _next_size(self) -> Size:
-        """The size that has used the least device time. One that becomes active starts at the least of the others, so
-        it neither waits for their past nor is owed time for its own."""
+        """The size that has used the least device time. A size that becomes active starts with the minimum of the
+        others, so that time used before it became active does not count."""
         sizes = dict.fromkeys(job.size for job in self.active)
         known = {size: seconds for size, seconds in self._device_seconds.items() if size in sizes}
         start = min(known.values(), default=0.0)
@@ -204,7 +204,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Images that are prepared or active."""
+        """Images that are being prepared or active."""
         return len(self.active) + int(self.preparing is not None)
 
     @property
@@ -226,7 +226,7 @@ class Scheduler:
         )
 
     def retry_after_s(self) -> float:
-        """Predicted seconds until an image is done and makes room, between `MIN_RETRY_AFTER_S` and `MAX_RETRY_AFTER_S`;
+        """Predicted seconds until an image is done, which frees capacity, between `MIN_RETRY_AFTER_S` and `MAX_RETRY_AFTER_S`;
         the former before the first measured step."""
         cost = self.step_time.cost
         if cost is None:

@@ -3,7 +3,7 @@
     seconds = calls * per_call + row_pixels * per_row_pixel
 
 A step has one UNet call, or two while an image of the group still computes masks (the guidance branch). `row_pixels` is
-the sum over the rows of both calls of the image's pixels. `per_call` dominates where the host launches kernels more
+the number of pixels per image times the number of rows of both calls. `per_call` dominates where the host launches kernels more
 slowly than the device runs them (small images, large GPUs); `per_row_pixel` dominates where one image keeps the device
 busy (large images, CPUs). Batch size (`plan.py`), backlog, autoscaling and Retry-After follow from these two numbers.
 """
@@ -18,9 +18,9 @@ import numpy as np
 
 from realcustom.request import ResolvedRequest
 
-NUM_REMEMBERED = 256  # steps; older ones are forgotten, so that the model follows a device that changes
+NUM_REMEMBERED = 256  # steps; older ones are discarded, so that the model adapts when the speed of the device changes
 REFIT_EVERY = 8  # steps; the first steps are all fitted
-SMALLEST_SINGULAR_VALUE = 0.01  # relative to the largest; below it the two parts cannot be told apart
+SMALLEST_SINGULAR_VALUE = 0.01  # relative to the largest; below it, the two parts cannot be distinguished
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RemainingWork:
         pixels: height * width.
         rows: rows of the generation branch per step: 2 with classifier-free guidance, else 1.
         num_steps: denoising steps left.
-        num_guided_steps: the first of these, up to the last one that runs the guidance branch.
+        num_guided_steps: how many of these, up to and including the last step that runs the guidance branch.
         guided_share: fraction of the guided steps that run the guidance branch; below 1 with a mask interval.
     """
 
@@ -70,8 +70,8 @@ class StepTimeModel:
     """Learns `StepCost` from measured steps.
 
     The fit is robust: it takes the median of equal steps and minimizes relative errors, so a step that took 100 times
-    as long counts as one wrong step. Both parts are at least 0. While the measured steps do not tell the two parts
-    apart (only one kind of step so far), each part is given half of the time.
+    as long counts as one wrong step. Both parts are at least 0. While the measured steps cannot distinguish
+    the two parts (only one kind of step so far), half of the time is assigned to each part.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Stepper: one step of several images. A step that fails is undone and tried again in halves.
+"""Stepper: one step of several images. A failed step is undone and retried with each half of the images.
 
-Halves may succeed where the group fails: memory may suffice for half of the images, and a fault of one image must not
-affect the others. Only an image whose step fails alone ends with an error.
+Memory may suffice for half of the images, and a fault in one image must not affect the others. Only an image whose step
+fails alone ends with an error.
 """
 
 import logging
@@ -20,8 +20,8 @@ logger = logging.getLogger("ray.serve.realcustom")
 
 
 class Checkpoint:
-    """The state of a generation before a step. References suffice: a step replaces tensors and never writes to them.
-    Only a scheduler's lists of earlier outputs are shifted in place; they are copied."""
+    """The state of a generation before a step. Tensors are not copied, because a step replaces them and never modifies
+    them in place. A scheduler's lists of earlier outputs are modified in place, so they are copied."""
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
@@ -56,7 +56,7 @@ class Stepper:
         pipeline: a `RealCustomPipeline`, or an object with its `step`.
         synchronize: waits for the device after a step.
         observer: receives the numbers of every successful step.
-        on_out_of_memory: called when a group did not fit into memory, before its halves are tried.
+        on_out_of_memory: called when a group did not fit into memory, before its halves are retried.
         on_step: called after every successful step with UNet calls, rows times pixels, and seconds.
     """
 
