@@ -68,6 +68,14 @@ class Denoiser:
         return [kept or ".processor." in guard.name for kept, guard in zip(of_calls, guards, strict=True)]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type that the UNet computes in."""
+        stored = self.unet.conv_in.weight.dtype
+        if stored.itemsize == 1:  # fp8 storage, see `enable_layerwise_casting`
+            return self.unet.dtype  # knows the type of computation, but walks all modules
+        return stored
+
+    @property
     def _has_lora(self) -> bool:
         return hasattr(self.unet, "peft_config")
 
@@ -76,7 +84,7 @@ class Denoiser:
         """Add the keys and values of every layer to `text`. They do not depend on the timestep."""
         if not self.allow_early_exit:
             return text
-        embeds = text.embeds.to(self.unet.conv_in.weight.dtype)  # `unet.dtype` walks all modules
+        embeds = text.embeds.to(self.dtype)
         return replace(text, keys_values=self.attention.text_keys_values(embeds[None]))
 
     @torch.no_grad()
@@ -178,7 +186,7 @@ class Denoiser:
             The output, fp32 [R, channels, height, width], or None; and the relevance of every position to every
             subject, fp32 [B, S, h, w], or None without a recorder.
         """
-        dtype = self.unet.conv_in.weight.dtype
+        dtype = self.dtype
         added = None
         pooled = [t.pooled for t in texts if t.pooled is not None]
         if pooled:

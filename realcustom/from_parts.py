@@ -1,6 +1,6 @@
-"""Loads the parts of a pipeline from wherever they are published: base model, vision encoders, scheduler.
+"""Loads the parts of a pipeline from hub ids or local files: base model, vision encoders, scheduler.
 
-Only safetensors are read.
+Weights are read from safetensors files only.
 """
 
 from os import PathLike
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from safetensors import SafetensorError, safe_open
 from transformers import Dinov2WithRegistersModel, SiglipVisionConfig, SiglipVisionModel
 
@@ -37,7 +38,7 @@ def load_parts(
     """Load a base model and both vision encoders.
 
     Args:
-        base: SDXL or SD1.5, or a fine-tune of them: hub id, folder in the diffusers layout, or one .safetensors file.
+        base: SDXL or SD1.5, or a fine-tune of either: hub id, folder in the diffusers layout, or one .safetensors file.
         siglip, dinov2: hub id or folder of each vision encoder; None omits it.
         preset: "paper", or "release" for the authors' checkpoint (SDXL only).
         base_config: for a single file, hub id or folder with the configurations and tokenizers of its family; None
@@ -53,16 +54,15 @@ def load_parts(
     if parts.unet.config.in_channels != parts.vae.config.latent_channels:
         raise ValueError(
             f"the UNet of {base} has {parts.unet.config.in_channels} input channels and its VAE "
-            f"{parts.vae.config.latent_channels} latent channels; it is made for inpainting or editing. Use a "
+            f"{parts.vae.config.latent_channels} latent channels, as models for inpainting or editing do. Use a "
             "text-to-image model."
         )
-    scheduler = AlternatingDPMSolverScheduler if preset == "release" else DDIMScheduler
     names = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "unet")
     return {
         **{name: parts.components.get(name) for name in names},
         "image_encoder": None if siglip is None else _load_siglip(siglip, dtype),
         "image_encoder_2": None if dinov2 is None else _load_dinov2(dinov2, dtype),
-        "scheduler": scheduler.from_config(_shared_settings(scheduler, parts.scheduler.config)),
+        "scheduler": _convert_scheduler(parts.scheduler, preset),
         "realcustom_config": RealCustomConfig.preset(preset, family),
         "force_zeros_for_empty_prompt": preset == "paper" and parts.config.get("force_zeros_for_empty_prompt", False),
     }
@@ -84,7 +84,23 @@ def _load_base(base, base_config, variant: str | None, dtype: torch.dtype) -> tu
         load = _CLASSES[family].from_pretrained
     if family == "sd15":
         options |= {"safety_checker": None, "requires_safety_checker": False}
-    return load(str(base), dtype=dtype, **options), family
+    parts: Any = load(str(base), dtype=dtype, **options)
+    if Path(base).is_file():
+        _apply_markers(parts, base)
+    return parts, family
+
+
+def _apply_markers(parts, path: str | PathLike) -> None:
+    """Apply the markers by which single files of v-prediction models describe themselves: tensors `v_pred`, `ztsnr`."""
+    with safe_open(path, "pt") as file:
+        names = set(file.keys())
+    changes = {}
+    if "v_pred" in names:
+        changes["prediction_type"] = "v_prediction"
+    if "ztsnr" in names:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if changes:
+        parts.scheduler.register_to_config(**changes)
 
 
 def single_file_family(path: str | PathLike) -> ModelFamily:
@@ -116,10 +132,39 @@ def _load_dinov2(name, dtype: torch.dtype) -> Dinov2WithRegistersModel:
     return Dinov2WithRegistersModel.from_pretrained(str(name), dtype=dtype, use_safetensors=True).eval()
 
 
-def _shared_settings(scheduler, config: dict) -> dict:
-    """The settings of another scheduler that this one has too: the noise schedule and the prediction type.
+def _convert_scheduler(scheduler, preset: PresetName):
+    """The preset's scheduler with the noise schedule and prediction type of the base's, or the base's own.
 
-    Latents have no fixed range, so they are never clipped, whatever the other scheduler's configuration omits.
+    Raises:
+        ValueError: the base needs a scheduler that the preset or the method does not support.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    if name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction":
+        raise ValueError(
+            f"the base's scheduler is {name}: it is a flow-matching model. RealCustom++ supports models that predict "
+            "epsilon or v; use such a base."
+        )
+    uses_latent_betas = name in {member.name for member in KarrasDiffusionSchedulers} and "beta_schedule" in config
+    if preset == "paper":
+        # Schedulers of another parameterization, such as EDM's, cannot be converted to DDIM and are kept.
+        return _from_config(DDIMScheduler, config) if uses_latent_betas else scheduler
+    if not uses_latent_betas or config.get("rescale_betas_zero_snr"):
+        what = "zero terminal SNR" if uses_latent_betas else name
+        raise ValueError(
+            f"the base's scheduler uses {what}, which the sampler of preset 'release' does not support; use preset "
+            "'paper' or another base."
+        )
+    return _from_config(AlternatingDPMSolverScheduler, config)
+
+
+def _from_config(scheduler, config):
+    return scheduler.from_config(_shared_settings(scheduler, config))
+
+
+def _shared_settings(scheduler, config: dict) -> dict:
+    """The settings in another scheduler's `config` that this one also has: the noise schedule and the prediction type.
+
+    Latents have no fixed range, so they are never clipped.
     """
     known = scheduler._get_init_keys(scheduler)
     return {name: value for name, value in {**config, "clip_sample": False}.items() if name in known}

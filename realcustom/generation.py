@@ -76,11 +76,16 @@ class Generation:
     def timestep(self) -> Tensor:
         return self.scheduler.timesteps[self.step_index]
 
-    def mask_due(self, step: int) -> bool:
-        """Whether `step` starts with a new mask: steps before T_stop do, later steps reuse the last (Sec. 3.3.1)."""
-        if not self.references or self.masks_fixed or step >= min(self.request.early_stop_step, self.num_steps):
+    def mask_due(self, call: int) -> bool:
+        """Whether UNet call `call` starts with a new mask: steps before T_stop do, later ones reuse it (Sec. 3.3.1).
+
+        Samplers that call the UNet twice per step (Heun, KDPM2) have more calls than requested steps, so T_stop and
+        the mask interval apply to the corresponding fraction of the calls.
+        """
+        if not self.references or self.masks_fixed or call >= self.num_steps:
             return False
-        return step % self.request.mask_interval == 0
+        step = call * self.request.num_inference_steps // self.num_steps
+        return step < self.request.early_stop_step and step % self.request.mask_interval == 0
 
     @property
     def needs_guidance_branch(self) -> bool:

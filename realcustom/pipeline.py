@@ -78,6 +78,8 @@ class RealCustomPipeline(RealCustomComponents):
         scheduler = copy.deepcopy(scheduler if scheduler is not None else self.scheduler)
         scheduler.set_timesteps(request.num_inference_steps, device=device)
         generator = generator or torch.Generator("cpu").manual_seed(request.seed)
+        if hasattr(scheduler, "noise_sampler_seed"):  # DPM++ SDE draws noise from its own seed, not from a generator
+            scheduler.noise_sampler_seed = generator.initial_seed()
         if latents is None:
             shape = (self.unet.config.in_channels, request.height // factor, request.width // factor)
             latents = torch.randn(shape, generator=generator, device=generator.device)
@@ -97,6 +99,7 @@ class RealCustomPipeline(RealCustomComponents):
             time_ids=self._time_ids(request).to(device),
         )
         if masks is not None:
+            _check_masks(masks, len(request.subjects))
             generation.set_masks(masks.to(device, torch.float32))
             generation.masks_fixed = True
         return generation
@@ -246,6 +249,16 @@ class RealCustomPipeline(RealCustomComponents):
             return torch.stack([self.final_latents(g) for g in generations])
         images = [self.decoder.decode(self.final_latents(g), output_type) for g in generations]
         return torch.stack(images) if output_type == "pt" else np.stack(images)
+
+
+def _check_masks(masks: Tensor, num_subjects: int) -> None:
+    """Raise ValueError unless masks are finite floats [num_subjects, h, w] in [0, 1]."""
+    if masks.ndim != 3 or len(masks) != num_subjects:
+        raise ValueError(f"masks has shape {list(masks.shape)}; it must be [{num_subjects}, h, w], one per subject.")
+    if not masks.is_floating_point() and masks.dtype != torch.bool:
+        raise ValueError(f"masks has type {masks.dtype}; convert it to floats in [0, 1], for example masks / 255.")
+    if not bool(((masks >= 0) & (masks <= 1)).all()):  # false for NaN
+        raise ValueError("masks must be finite values in [0, 1]; 0 excludes a position, 1 includes it fully.")
 
 
 def _per_image(generator, number: int) -> list:

@@ -18,6 +18,7 @@ from .reference_image import ReferenceImage
 from .words import find_phrase, shorten
 
 MAX_SEED = 2**63 - 1
+MAX_INTEGER = 2**31 - 1  # of sizes and numbers of steps
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
@@ -100,7 +101,8 @@ class Request:
         num_inference_steps: denoising steps, at least 1.
         early_stop_step: T_stop (Sec. 3.3.1): a number of steps (int, at least 1) or a fraction of them (float in
             (0, 1]).
-        guidance_scale: ω of Eq. 17, at least 1; 1 runs no unconditional row.
+        guidance_scale: ω of Eq. 17, at least 1; 1 runs no unconditional row. 0 means the same as 1, because the model
+            cards of distilled checkpoints use it to disable guidance.
         mask_source: "guidance_branch" is the paper's method: up to T_stop every step has a text-only row whose
             attention becomes the mask. "generation_branch" approximates it without that row: the mask comes from the
             text attention of the image's own row in the previous step; only the first step runs the guidance branch.
@@ -132,14 +134,17 @@ class Request:
         for name in ("height", "width", "num_inference_steps", "mask_interval"):
             _check_integer(name, getattr(self, name), minimum=1)
         if self.mask_source not in (None, *get_args(MaskSource)):
-            raise ValueError(
-                f"mask_source is {self.mask_source!r}; it must be one of {', '.join(map(repr, get_args(MaskSource)))}."
-            )
+            choices = ", ".join(map(repr, get_args(MaskSource)))
+            raise ValueError(f"mask_source is {_show(self.mask_source)}; it must be one of {choices}.")
         _check_integer("seed", self.seed, minimum=0, maximum=MAX_SEED)
         if self.guidance_scale is not None:
             _check_number("guidance_scale", self.guidance_scale)
-            if self.guidance_scale < 1:
-                raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be at least 1 (1: no guidance).")
+            if self.guidance_scale == 0:
+                object.__setattr__(self, "guidance_scale", 1.0)
+            elif self.guidance_scale < 1:
+                raise ValueError(
+                    f"guidance_scale is {self.guidance_scale}; it must be at least 1, or 0 or 1 for no guidance."
+                )
         self._check_early_stop()
         self._check_subjects()
 
@@ -222,16 +227,28 @@ def seed_variations(request: R, number: int) -> list[R]:
     return [replace(request, seed=(request.seed + i) % (MAX_SEED + 1)) for i in range(number)]
 
 
-def _check_integer(name: str, value: object, *, minimum: int, maximum: int | None = None) -> None:
+def _check_integer(name: str, value: object, *, minimum: int, maximum: int = MAX_INTEGER) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is {value!r}; it must be a whole number.")
-    if value < minimum or (maximum is not None and value > maximum):
-        limit = f"at least {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
-        raise ValueError(f"{name} is {value}; it must be {limit}.")
+        raise ValueError(f"{name} is {_show(value)}; it must be a whole number.")
+    if not minimum <= value <= maximum:
+        raise ValueError(f"{name} is {_show(value)}; it must be in [{minimum}, {maximum}].")
 
 
 def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; it must be a finite number.")
+    try:
+        valid = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an int beyond the range of float
+        valid = False
+    if not valid:
+        raise ValueError(f"{name} is {_show(value)}; it must be a finite number.")
+
+
+def _show(value: object) -> str:
+    """The repr of a value for an error message, cut after 100 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print an int of more than 4300 digits
+        return "too large"
+    return text if len(text) <= 100 else f"{text[:100]}…"

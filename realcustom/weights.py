@@ -63,6 +63,17 @@ def load_adapter(
     return adapter.requires_grad_(False).eval(), plain
 
 
+def is_official(path: str | PathLike) -> bool:
+    """Whether a weight file uses the authors' names. Only the header of a safetensors file is read."""
+    if Path(path).suffix == ".safetensors" and Path(path).is_file():
+        try:
+            with safe_open(path, "pt") as file:
+                return any(name.startswith(OFFICIAL_PROJECTOR) for name in file.keys())
+        except SafetensorError:
+            return False  # `load_adapter` reports the file
+    return Path(path).suffix != ".safetensors"  # the authors publish .pth
+
+
 def _head_dim(config: dict | None, path: str | PathLike, **widths: int) -> int:
     """Head width of the projector. Raises ValueError if the file is for a model of other widths."""
     if config is None:
@@ -83,7 +94,13 @@ def _head_dim(config: dict | None, path: str | PathLike, **widths: int) -> int:
 
 
 def read_state(path: str | PathLike) -> tuple[StateDict, dict | None]:
-    """Read the tensors and adapter configuration (if any) of a weight file. Pickled code is never executed."""
+    """Read the tensors and the adapter configuration (None if there is none) of a weight file.
+
+    Pickled code is never executed.
+
+    Raises:
+        ValueError: no such file, or an unreadable one.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give the path of an adapter (.safetensors, or the authors' .pth).")

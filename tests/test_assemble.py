@@ -11,13 +11,15 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from single_file import write_single_file
 from tiny import (
     PROMPT,
@@ -316,3 +318,57 @@ finally:
     assert result.returncode == 0, result.stderr
     assert "usage: python -m realcustom.assemble" in result.stdout
     assert result.stdout.endswith("imported: []\n")
+
+
+def _with_scheduler(parts, tmp_path, scheduler):
+    """A copy of the base folder with another scheduler."""
+    _, folder = parts
+    shutil.copytree(folder / "base", tmp_path / "base")
+    shutil.rmtree(tmp_path / "base/scheduler")
+    scheduler.save_pretrained(tmp_path / "base/scheduler")
+    index = json.loads((tmp_path / "base/model_index.json").read_text())
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (tmp_path / "base/model_index.json").write_text(json.dumps(index))
+    return tmp_path / "base"
+
+
+def test_scheduler_of_another_parameterization_is_kept(parts, tmp_path):
+    """A base with an EDM sampler keeps it; DDIM cannot express its noise schedule."""
+    base = _with_scheduler(parts, tmp_path, EDMEulerScheduler(sigma_data=0.5))
+    pipeline = RealCustomPipeline.from_parts(base, siglip=None, dinov2=None)
+    assert isinstance(pipeline.scheduler, EDMEulerScheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = pipeline(PROMPT, height=64, width=64, num_inference_steps=4, seed=0, output_type="latent").images
+    assert latents.abs().max() < 20
+
+
+def test_flow_matching_models_are_refused(parts, tmp_path):
+    base = _with_scheduler(parts, tmp_path, FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler.*flow-matching"):
+        RealCustomPipeline.from_parts(base, siglip=None, dinov2=None)
+
+
+def test_v_prediction_settings_of_the_base_are_kept_or_refused(parts, tmp_path):
+    """Preset `paper` keeps v-prediction and zero terminal SNR; the sampler of `release` cannot, so it is refused."""
+    family, _ = parts
+    settings = dict(beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    base = _with_scheduler(parts, tmp_path, EulerDiscreteScheduler(**settings))
+    config = RealCustomPipeline.from_parts(base, siglip=None, dinov2=None).scheduler.config
+    assert config.prediction_type == "v_prediction" and config.rescale_betas_zero_snr
+    if family == "sdxl":
+        with pytest.raises(ValueError, match=r"zero terminal SNR.*'paper'"):
+            RealCustomPipeline.from_parts(base, siglip=None, dinov2=None, preset="release")
+
+
+def test_markers_of_single_files_are_applied(parts, tmp_path):
+    """A single file with the tensors `v_pred` and `ztsnr` is sampled with v-prediction and zero terminal SNR."""
+    family, folder = parts
+    if family != "sdxl":
+        pytest.skip("the markers are used by fine-tunes of SDXL")
+    write_single_file(base_model(family), tmp_path / "model.safetensors")
+    markers = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file({**load_file(tmp_path / "model.safetensors"), **markers}, tmp_path / "v.safetensors")
+    config = RealCustomPipeline.from_parts(
+        tmp_path / "v.safetensors", siglip=None, dinov2=None, base_config=folder / "base"
+    ).scheduler.config
+    assert config.prediction_type == "v_prediction" and config.rescale_betas_zero_snr

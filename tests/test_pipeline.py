@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+)
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny import PROMPT, cat, dog, latents_of, run, tiny_pipeline, tiny_unet
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -428,3 +435,61 @@ def test_keys_and_values_are_stacked_for_one_transformer_at_a_time(pipeline):
     for name in transformers:
         assert set_layers[name] == {n for n in processors if n.startswith(name + ".") and n.endswith("attn2")} != set()
     assert set_layers["conv_out"] == set()
+
+
+@pytest.mark.parametrize("sampler", [DDIMScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler])
+def test_early_stop_counts_steps_and_not_unet_calls(pipeline, sampler):
+    """With T_stop at half of the steps, the last mask is computed near the middle of the schedule for any sampler."""
+    scheduler = sampler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    request = Request(prompt=PROMPT, subjects=(dog(),), num_inference_steps=10, early_stop_step=0.5, seed=1)
+    generation = pipeline.prepare(request, scheduler=scheduler)
+    last = max(call for call in range(generation.num_steps) if generation.mask_due(call))
+    assert 440 <= float(generation.scheduler.timesteps[last]) <= 650
+
+
+@pytest.mark.parametrize(
+    "masks,message",
+    [
+        (torch.ones(8, 8), r"shape \[8, 8\].*\[1, h, w\]"),
+        (torch.ones(2, 8, 8), r"shape \[2, 8, 8\]"),
+        (torch.full((1, 8, 8), 255, dtype=torch.uint8), r"torch\.uint8.*/ 255"),
+        (torch.full((1, 8, 8), float("nan")), "finite"),
+        (torch.full((1, 8, 8), 1.5), r"\[0, 1\]"),
+    ],
+)
+def test_invalid_masks_raise(pipeline, masks, message):
+    """Masks of a wrong shape, type or range raise an error instead of giving an image without its subject."""
+    with pytest.raises(ValueError, match=message):
+        pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), seed=0), masks=masks)
+
+
+class SeededScheduler(DDIMScheduler):
+    """A scheduler that draws its noise from a seed of its own, as DPM++ SDE does."""
+
+    noise_sampler_seed = None
+
+
+def test_scheduler_with_its_own_noise_seed_gets_the_seed_of_the_request(pipeline):
+    scheduler = SeededScheduler.from_config(pipeline.scheduler.config)
+    generation = pipeline.prepare(Request(prompt=PROMPT, seed=7), scheduler=scheduler)
+    assert generation.scheduler.noise_sampler_seed == 7
+
+
+def test_fp8_storage_equals_rounded_weights():
+    """`enable_layerwise_casting` stores weights in fp8 and computes in bf16, as if the weights had been rounded."""
+    pipeline, rounded = (tiny_pipeline().to(torch.bfloat16) for _ in range(2))
+    pipeline.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    stored = dict(pipeline.unet.named_parameters())
+    assert sum(weight.dtype == torch.float8_e4m3fn for weight in stored.values()) > 50
+    with torch.no_grad():
+        for name, weight in rounded.unet.named_parameters():
+            weight.copy_(weight.to(stored[name].dtype))
+    request = Request(prompt=PROMPT, subjects=(dog(),), seed=0, num_inference_steps=2)
+    assert torch.allclose(latents_of(pipeline, request), latents_of(rounded, request), atol=1e-2)
+
+
+@pytest.mark.parametrize("guidance_scale", [0, 0.0, 1])
+def test_guidance_scale_zero_disables_guidance(pipeline, guidance_scale):
+    """0 means no guidance, as the model cards of distilled checkpoints assume."""
+    generation = pipeline.prepare(Request(prompt=PROMPT, guidance_scale=guidance_scale, seed=0))
+    assert generation.negative_text is None
