@@ -1,4 +1,4 @@
-"""BacklogPolicy: number of replicas for the queued work. Ray Serve's controller calls it and applies bounds and delays."""
+"""BacklogPolicy: number of replicas for the queued work. Ray Serve calls it and applies bounds and delays."""
 
 import math
 from typing import Any

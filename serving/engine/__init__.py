@@ -1,1 +1,1 @@
-"""Step-level continuous batching on one pipeline: `scheduler.py` and `plan.py` hold the policy, `engine.py` the threads."""
+"""Step-level continuous batching on one pipeline. Policy: `scheduler.py` and `plan.py`; threads: `engine.py`."""

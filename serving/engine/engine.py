@@ -227,7 +227,7 @@ class Engine:
     # ---- threads ---------------------------------------------------------------------------------------------------
 
     def _repeat(self, function: Callable[[], None]) -> None:
-        """Call `function` until the engine closes. If it raises, the engine stops and every caller receives an error."""
+        """Call `function` until the engine closes. If it raises, the engine stops and all callers receive an error."""
         try:
             while not self._closed:
                 function()

@@ -15,14 +15,15 @@ differ in the number of images, in order of arrival, that step together first:
 A plan replaces the reference only if, by prediction,
 1. the prepared images take no more device time than with the reference,
 2. the prepared and the waiting images together take no more device time either, and
-3. their mean completion time is lower by at least `BUSY_GAIN` if they are more than half of `max_batch_size`. With fewer
-   images, an equal mean (within `TIE`) is sufficient, so a new image joins immediately.
+3. their mean completion time is lower by at least `BUSY_GAIN` if they are more than half of `max_batch_size`. With
+   fewer images, an equal mean (within `TIE`) is sufficient, so a new image joins immediately.
 
 Conditions 1 and 2 preserve the throughput: a lower mean that costs device time delays all later requests. Condition 3
 accounts for requests that have not arrived yet, which the prediction does not include: holding images back collects a
-larger batch, in which each image takes less device time. In the simulation of `tests/test_serving_scheduler.py`, choosing plans for any gain made p50 10% worse
-than the work-conserving batcher's at 95% load on a device where calls and rows cost about the same. With 10%,
-p50, p95 and throughput are not worse than the batcher's at loads of 50 to 95%, within the noise of the simulation.
+larger batch, in which each image takes less device time. In the simulation of `tests/test_serving_scheduler.py`,
+choosing plans for any gain made p50 10% worse than the work-conserving batcher's at 95% load on a device where calls
+and rows cost about the same. With a required gain of 10%, p50, p95 and throughput are not worse than the batcher's at
+loads of 50 to 95%, within the noise of the simulation.
 """
 
 from collections.abc import Callable, Iterator, Sequence

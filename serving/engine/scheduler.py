@@ -226,8 +226,8 @@ class Scheduler:
         )
 
     def retry_after_s(self) -> float:
-        """Predicted seconds until an image is done, which frees capacity, between `MIN_RETRY_AFTER_S` and `MAX_RETRY_AFTER_S`;
-        the former before the first measured step."""
+        """Predicted seconds until an image is done, limited to [`MIN_RETRY_AFTER_S`, `MAX_RETRY_AFTER_S`]; the minimum
+        before the first measured step."""
         cost = self.step_time.cost
         if cost is None:
             return MIN_RETRY_AFTER_S

@@ -3,9 +3,10 @@
     seconds = calls * per_call + row_pixels * per_row_pixel
 
 A step has one UNet call, or two while an image of the group still computes masks (the guidance branch). `row_pixels` is
-the number of pixels per image times the number of rows of both calls. `per_call` dominates where the host launches kernels more
-slowly than the device runs them (small images, large GPUs); `per_row_pixel` dominates where one image keeps the device
-busy (large images, CPUs). Batch size (`plan.py`), backlog, autoscaling and Retry-After follow from these two numbers.
+the number of pixels per image times the number of rows of both calls. `per_call` dominates where the host launches
+kernels more slowly than the device runs them (small images, large GPUs); `per_row_pixel` dominates where one image
+keeps the device busy (large images, CPUs). Batch size (`plan.py`), backlog, autoscaling and Retry-After follow from
+these two numbers.
 """
 
 import statistics
