@@ -2,7 +2,7 @@
 
 
 def __getattr__(name: str):
-    # Lazily, so that `serving.clients` stays light for web pages and scripts that only talk to a server.
+    # Imported on first use, so that web pages and scripts that only use `serving.clients` do not import ray and torch.
     if name == "app":
         from .build import app
 

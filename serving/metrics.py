@@ -1,6 +1,6 @@
-"""RayMetrics: exports the engine's numbers as Ray Serve metrics, in Prometheus `ray_realcustom_...`.
+"""RayMetrics: exports the engine's numbers as Ray Serve metrics, named `ray_realcustom_...` in Prometheus.
 
-`configs/grafana.json` is a dashboard of them.
+`configs/grafana.json` is a Grafana dashboard of these metrics.
 """
 
 from .engine.observer import Observer, Outcome
@@ -15,13 +15,13 @@ class RayMetrics(Observer):
     def __init__(self) -> None:
         from ray.serve.metrics import Counter, Gauge, Histogram
 
-        self._queue = Gauge("realcustom_queue_length", description="Images that wait in the replica.")
+        self._queue = Gauge("realcustom_queue_length", description="Images that wait in the queue of the replica.")
         self._active = Gauge(
-            "realcustom_active_images", description="Images that are prepared or active in the replica."
+            "realcustom_active_images", description="Images that are being prepared or active in the replica."
         )
         self._backlog = Gauge("realcustom_backlog_seconds", description="Predicted seconds until all images are done.")
         self._rejected = Counter("realcustom_rejected", description="Requests rejected because the queue was full.")
-        self._steps = Counter("realcustom_steps", description="Steps of the engine; a step advances several images.")
+        self._steps = Counter("realcustom_steps", description="Steps of the engine; each advances one or more images.")
         self._rows = Counter("realcustom_rows", description="Rows of UNet calls; their rate is the throughput.")
         self._mask_rows = Counter(
             "realcustom_mask_rows", description="Rows of the guidance branch (steps before T_stop)."

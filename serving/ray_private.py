@@ -1,11 +1,11 @@
-"""The private APIs of Ray that this project uses. tests/test_ray_private.py fails when Ray changes one of them."""
+"""The private APIs of Ray that this project uses. `tests/test_ray_private.py` fails if Ray changes one of them."""
 
 from pathlib import Path
 from typing import Any
 
 
 def current_request_id() -> str:
-    """Id of the Ray Serve request that this task handles, equal to the header X-Request-ID; "" outside a request."""
+    """Id of the Ray Serve request that this task handles, as in the header X-Request-ID; "" outside a request."""
     from ray.serve.context import _get_serve_request_context
 
     return _get_serve_request_context().request_id
@@ -22,7 +22,7 @@ def local_clusters() -> list[str]:
 def enable_token_auth() -> None:
     """Authenticate with the token of this machine, if it has one and RAY_AUTH_MODE is not set.
 
-    `ray.init` does this for local clusters only, so that a cluster given by its address refuses the connection.
+    `ray.init` does this only for local clusters; without it, a cluster given by its address rejects the connection.
     """
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
@@ -30,7 +30,7 @@ def enable_token_auth() -> None:
 
 
 def deploy(config: dict[str, Any]) -> None:
-    """Deploy a Ray Serve configuration to the connected cluster, as `serve deploy FILE` does through the dashboard."""
+    """Deploy a Ray Serve configuration to the connected cluster, as `serve deploy FILE` does with the dashboard."""
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
@@ -40,7 +40,7 @@ def deploy(config: dict[str, Any]) -> None:
 
 
 def logs_folder() -> Path:
-    """Folder of the log files of the connected local Ray."""
+    """Folder of the log files of the local Ray instance that this process is connected to."""
     from ray._private.worker import global_worker
 
     assert global_worker.node is not None, "Ray is not running"

@@ -38,10 +38,11 @@ def model_path(settings: Settings) -> str:
 
 
 def load_pipeline(settings: Settings) -> RealCustomPipeline:
-    """The pipeline of `settings.model` on its device.
+    """Load the pipeline of `settings.model` onto its device.
 
     Raises:
         FileNotFoundError: see `model_path`.
+        ValueError: the adapter does not fit the model.
     """
     path = model_path(settings)
     dtype = settings.dtype
@@ -72,8 +73,8 @@ class Replica:
     """One pipeline and its engine. `serving.build` sets how many replicas there are, and their resources.
 
     Args:
-        settings: with the device chosen, see `Settings.resolved`.
-        metrics: export the metrics of the engine; needs Ray Serve.
+        settings: resolved, see `Settings.resolved`.
+        metrics: export the metrics of the engine; requires Ray Serve.
     """
 
     def __init__(self, settings: Settings, metrics: bool = False) -> None:
@@ -103,7 +104,7 @@ class Replica:
         """Apply the deployment's `user_config`. Ray Serve calls this at the start and after every change.
 
         Args:
-            user_config: fields of `LiveSettings`; the others have the values that the replica was started with.
+            user_config: fields of `LiveSettings`; unset fields keep the values that the replica was started with.
         Raises:
             ValidationError: an unknown field or an invalid value; the deployment keeps its configuration.
         """
@@ -117,6 +118,7 @@ class Replica:
         )
 
     async def model(self) -> ModelInfo:
+        """The loaded model."""
         return self._info
 
     async def stats(self) -> dict[str, float]:
@@ -126,11 +128,11 @@ class Replica:
     async def stream(
         self, request: Request | ResolvedRequest, *, previews: bool | int = True, timeout_s: float | None = None
     ) -> AsyncGenerator[Event, None]:
-        """Events of one image. Closing the iterator cancels the image within one step.
+        """Yield the events of one image. Closing the iterator cancels the image within one step.
 
         Args:
-            request: the HTTP interface sends a resolved request, which is not checked again.
-            previews: every few steps, never, or this many in total.
+            request: a `Request` is resolved and checked against the limits; a `ResolvedRequest` is not checked again.
+            previews: True sends one every few steps, False sends none, an int sends this many in total.
             timeout_s: deadline in seconds from now; at most, and by default, the limit `max_timeout_s`.
         Raises:
             InvalidRequest, QueueFull, ServerError: see `serving.protocol.errors`.
@@ -147,9 +149,9 @@ class Replica:
     async def events(
         self, request: Request | ResolvedRequest, previews: bool | int = True, timeout_s: float | None = None
     ) -> AsyncGenerator[Event | Exception, None]:
-        """`stream` for Ray Serve handles: an expected error is the last item instead of raised.
+        """`stream` for Ray Serve handles: an expected error is yielded as the last item instead of raised.
 
-        Ray Serve logs a traceback for each error that a replica raises, even if the caller made a mistake.
+        Ray Serve logs a traceback for each error that a replica raises, including errors of the caller.
         """
         try:
             async with aclosing(self.stream(request, previews=previews, timeout_s=timeout_s)) as events:
@@ -159,7 +161,7 @@ class Replica:
             yield error
 
     async def generate(self, request: Request | ResolvedRequest, *, timeout_s: float | None = None) -> Result:
-        """The finished image of one request."""
+        """Return the finished image of one request. Raises as `stream` does."""
         return await result_of(self.stream(request, previews=False, timeout_s=timeout_s))
 
     def record_autoscaling_stats(self) -> dict[str, float]:

@@ -99,7 +99,7 @@ def test_image_restarts_on_another_replica_without_repeating_steps(waits):
 def test_attempts_are_bounded(waits):
     """If every replica dies, the error of the last attempt is raised."""
     handle = FakeHandle(*[[ActorDiedError()]] * 5)
-    with pytest.raises(Unavailable, match="is gone"):
+    with pytest.raises(Unavailable, match="died or cannot be reached"):
         asyncio.run(events_of(HandleClient(handle, max_retries=2)))
     assert len(handle.responses) == 3
 

@@ -1,4 +1,4 @@
-"""Client of a Ray Serve handle: queue position, deadline, and another replica when one fails."""
+"""Client of a Ray Serve handle, with queue positions, deadlines and retries on another replica."""
 
 import asyncio
 import time
@@ -14,8 +14,8 @@ from ..protocol.model_info import ModelInfo
 from .ray_errors import translate_ray_errors
 from .retry import RetryPolicy, resume, short_backoff
 
-TIMEOUT_S = 600.0  # default deadline of a request, so that none waits indefinitely for a replica
-QUEUE_POLL_S = 0.5  # silence after which a request counts as waiting for a replica; then its position is updated
+TIMEOUT_S = 600.0  # default deadline of a request, so that no request waits indefinitely for a replica
+QUEUE_POLL_S = 0.5  # seconds without an event after which the position of a waiting request is updated
 
 
 class HandleClient:
@@ -44,7 +44,10 @@ class HandleClient:
             raise Unavailable(f"no replica answered within {self._timeout_s:.3g} s.", 30.0) from None
 
     def close(self) -> None:
-        """Stop the background threads of the handle. Call this before `ray.shutdown`: they would start another Ray."""
+        """Stop the background threads of the handle.
+
+        Call this before `ray.shutdown`; otherwise the threads would start a new Ray instance.
+        """
         self._handle.shutdown()
 
     async def generate(self, request: Request | ResolvedRequest, *, timeout_s: float | None = None) -> Result:

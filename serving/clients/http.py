@@ -29,10 +29,10 @@ class HttpClient:
         api_key: sent as a bearer token.
         timeout_s: seconds without any data from the server after which a request fails.
         max_retries: how often a request is repeated after 429 (queue full), 503 (no replica) or a lost connection. The
-            delay is what the server asks for, and grows with each attempt; five retries take about 30 s, in which Ray
-            Serve replaces a proxy that died. The seed is drawn before the first attempt, so that each attempt computes
-            the same image.
-        transport: replaces the network, for tests.
+            delay is at least the Retry-After of the server and grows with each attempt. Five retries take about 30 s,
+            enough for Ray Serve to replace a proxy that died. The seed is drawn before the first attempt, so that each
+            attempt computes the same image.
+        transport: used in place of the network, for tests.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class HttpClient:
 
 
 def _encode_references(request: Request) -> tuple[Files, list[int]]:
-    """The different reference images as PNG files, and for each subject the index of its file."""
+    """The distinct reference images as PNG files, and for each subject the index of its file."""
     indices: dict[bytes, int] = {}
     files: Files = []
     for subject in request.subjects:
@@ -187,7 +187,7 @@ def _result(item: dict[str, Any]) -> Result:
 
 
 def _parse_event(line: str) -> Event:
-    """A `data:` line of the event stream; raises the error if the line holds one."""
+    """Parse a `data:` line of the event stream. Raises the error if the line contains one."""
     data = json.loads(line.removeprefix("data:"))
     kinds: dict[str, Callable[[], Event]] = {
         "image_edit.queued": lambda: Queued(data["position"]),

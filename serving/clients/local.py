@@ -16,7 +16,7 @@ NAME = "realcustom"  # of the Ray Serve application
 
 
 class LocalServer(HandleClient):
-    """A client of the server that `start` started. `url` is its HTTP address."""
+    """Client of the server that `start` started. `url` is its HTTP address."""
 
     def __init__(self, handle, url: str, *, owns_ray: bool, settings: Settings) -> None:
         super().__init__(handle, max_retries=settings.max_retries, timeout_s=settings.max_timeout_s)
@@ -36,7 +36,7 @@ class LocalServer(HandleClient):
 def start(
     settings: Settings | None = None, *, host: str = "127.0.0.1", port: int | None = None, route_prefix: str = "/"
 ) -> LocalServer:
-    """Start Ray Serve and wait until the model is loaded. Uses the Ray that this process is connected to, if any.
+    """Start Ray Serve and wait until the model is loaded. If this process is connected to a Ray cluster, it is used.
 
     Args:
         settings: None serves the embedded model.
@@ -44,7 +44,8 @@ def start(
         route_prefix: path of the HTTP interface.
     Raises:
         FileNotFoundError: the model does not exist.
-        ServerError: the model cannot be loaded. What was started is stopped, as after any other error or Ctrl-C.
+        ServerError: Ray or the server does not start, for example because the model cannot be loaded. All processes
+            that were started are stopped, as after any other error or Ctrl-C.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "2")  # a proxy that died is replaced
@@ -57,7 +58,7 @@ def start(
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     settings = settings or Settings()
-    model_path(settings)  # raises now and not in each of the replica's attempts to start
+    model_path(settings)  # raises here instead of in each attempt of the replica to start
     port = port or free_port(host)
     owns_ray = not ray.is_initialized()
     try:
@@ -83,7 +84,7 @@ def start(
 
 
 def _failure() -> str | None:
-    """The error that kept a deployment from starting: the last line of the traceback in its status."""
+    """The error that prevented a deployment from starting: the last line of the traceback in its status."""
     from ray import serve
 
     application = serve.status().applications.get(NAME)
@@ -104,10 +105,10 @@ def _stop(*, owns_ray: bool) -> None:
 
 
 def start_ray(num_attempts: int = 2) -> None:
-    """Start a Ray on this machine that belongs to this process.
+    """Start a local Ray instance that this process owns.
 
-    Its node occasionally dies before it writes a log, and `ray.init` times out after 30 s. Another attempt works,
-    because the processes of the first one end with this process and do not interfere.
+    Occasionally, its node dies before it writes a log, and `ray.init` times out after 30 s. A second attempt works. The
+    processes of the first attempt do not interfere and end with this process.
     """
     import ray
 
@@ -129,13 +130,13 @@ def start_ray(num_attempts: int = 2) -> None:
 
 
 def join(address: str = "auto") -> HandleClient:
-    """A client of a server that runs on a Ray cluster.
+    """Connect to a server that runs on a Ray cluster and return a client of it.
 
     Args:
         address: host:port of the cluster, ray://host:port, or "auto": the one of the environment variable RAY_ADDRESS,
             or else the only cluster of this machine. Has no effect if this process is connected to a cluster already.
     Raises:
-        ServerError: the cluster does not exist, is ambiguous or refuses the connection, or has no RealCustom++ server.
+        ServerError: the cluster does not exist, is ambiguous or rejects the connection, or has no RealCustom++ server.
     """
     import ray
     from ray import serve
@@ -151,7 +152,7 @@ def join(address: str = "auto") -> HandleClient:
 
 
 def _only_cluster() -> str:
-    """Address of RAY_ADDRESS, or of the only Ray cluster of this machine. Ray itself would use any of several."""
+    """RAY_ADDRESS, or the address of the only Ray cluster on this machine. Ray itself would accept several clusters."""
     if address := os.environ.get("RAY_ADDRESS"):
         return address
     clusters = local_clusters()

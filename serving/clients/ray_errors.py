@@ -1,4 +1,4 @@
-"""Translates the exceptions of Ray and Ray Serve to the errors of `serving.protocol.errors`."""
+"""Translates exceptions of Ray and Ray Serve into the errors of `serving.protocol.errors`."""
 
 import logging
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ logger = logging.getLogger("ray.serve.realcustom")
 
 @contextmanager
 def translate_ray_errors() -> Iterator[None]:
-    """Raise every error of a call to a replica as an error of the protocol; an unknown error passes unchanged."""
+    """Raise every error of a call to a replica as an error of the protocol; unknown errors are not changed."""
     try:
         yield
     except Exception as error:
@@ -22,7 +22,7 @@ def translate_ray_errors() -> Iterator[None]:
 
 
 def _translate(error: Exception) -> tuple[Exception, bool]:
-    """The error of the protocol, and whether it is a fault of the server whose origin should stay visible."""
+    """The error of the protocol, and whether it is a fault of the server whose cause should be kept."""
     from ray.exceptions import RayError, RayTaskError, TaskCancelledError
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
@@ -39,8 +39,8 @@ def _translate(error: Exception) -> tuple[Exception, bool]:
     if isinstance(cause, TaskCancelledError):
         return ServerError("the request was cancelled."), False
     if isinstance(cause, RayError | RayServeException):  # the replica died or cannot be reached
-        logger.warning("a replica is gone: %s", type(cause).__name__)
-        return Unavailable(f"the replica is gone ({type(cause).__name__}); try again.", 1.0), True
+        logger.warning("a replica died or cannot be reached: %s", type(cause).__name__)
+        return Unavailable(f"the replica died or cannot be reached ({type(cause).__name__}); try again.", 1.0), True
     if isinstance(error, RayError):  # a bug: another replica would fail in the same way
         logger.error("the replica failed", exc_info=error)
         return ServerError(f"the replica failed ({type(cause).__name__})."), True

@@ -1,4 +1,4 @@
-"""Repeats an attempt that failed, and resumes its event stream where the failed attempt stopped."""
+"""Repeats a failed attempt and resumes its event stream where the failed attempt stopped."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ class RetryPolicy:
 
     Attributes:
         max_retries: attempts after the first one.
-        retry_on: error types that another attempt may not meet.
+        retry_on: error types that may not occur in another attempt.
         delay_s: seconds to wait, given the index of the failed attempt (from 0) and its error.
     """
 
@@ -37,7 +37,7 @@ def short_backoff(attempt: int, error: RetryableError) -> float:
 
 
 def server_backoff(attempt: int, error: RetryableError) -> float:
-    """The delay that the server asks for, at least 1, 2, 4, ... seconds, with up to 20% of jitter."""
+    """The delay that the server requests, at least 1, 2, 4, ... seconds, plus up to 20% of jitter."""
     return max(error.retry_after_s, 2.0**attempt) * random.uniform(1, 1.2)
 
 
@@ -52,7 +52,7 @@ async def resume(
         attempt: starts an attempt.
         deadline: `time.monotonic()` after which no attempt is started; None sets no limit.
     Raises:
-        RetryableError: the error of the last attempt, when attempts or time are used up. Other errors at once.
+        RetryableError: the error of the last attempt, if no attempts or no time are left. Other errors are not retried.
     """
     step = 0
     for index in range(policy.max_retries + 1):
