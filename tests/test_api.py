@@ -2,17 +2,22 @@
 
 import asyncio
 import base64
+import errno
 import io
 import json
 import struct
+import subprocess
 import zlib
 
 import httpx
 import numpy as np
 import pytest
+import starlette.datastructures
 from PIL import Image
 from tiny import subject_image, tiny_pipeline
 
+import serving.protocol.decode_process
+import serving.protocol.image_codec
 from serving.clients import HttpClient, QueueFull, Request, Subject
 from serving.http.app import create_api
 from serving.protocol.image_codec import from_base64
@@ -139,8 +144,17 @@ BAD = {
     "stop 0": (dict(early_stop_step="0"), "early_stop_step"),
     "stop fraction": (dict(early_stop_step="1.5"), "early_stop_step"),
     "stop nan": (dict(early_stop_step="nan"), "early_stop_step"),
+    "stop huge": (dict(early_stop_step="1" + "0" * 400), "early_stop_step"),
+    "stop of 5000 digits": (dict(early_stop_step="1" + "0" * 5000), "early_stop_step"),
+    "steps huge": (dict(num_inference_steps="1" + "0" * 400), "num_inference_steps"),
+    "n huge": (dict(n="1" + "0" * 400), "n is"),
+    "interval huge": (dict(mask_interval="1" + "0" * 400), "mask_interval"),
+    "guidance huge": (dict(guidance_scale="1" + "0" * 400), "guidance_scale"),
+    "timeout huge": (dict(timeout_s="1" + "0" * 400), "timeout_s"),
+    "image index huge": (dict(images=[DOG], subjects=f'[{{"target_phrase": "dog", "image": 1{"0" * 400}}}]'), "image"),
+    "scope huge": (dict(images=[DOG], subjects=f'[{{"target_phrase": "dog", "scope_ratio": 1{"0" * 400}}}]'), "scope"),
     "stop text": (dict(early_stop_step="soon"), "early_stop_step"),
-    "guidance 0": (dict(guidance_scale="0"), "guidance_scale"),
+    "guidance half": (dict(guidance_scale="0.5"), "guidance_scale"),
     "guidance inf": (dict(guidance_scale="inf"), "guidance_scale"),
     "seed negative": (dict(seed="-1"), "seed"),
     "seed huge": (dict(seed=str(2**63)), "seed"),
@@ -150,7 +164,18 @@ BAD = {
     "output format": (dict(output_format="bmp"), "output_format"),
     "stream maybe": (dict(stream="maybe"), "stream"),
     "unknown field": (dict(promt="a dog"), "promt"),
-    "text as image": (dict(image="hello"), "image"),
+    "text as image": (dict(image="hello"), "image.0 is not a file"),
+    "long text as image": (dict(image="x" * 10_000), "image.0 is not a file"),
+    "long field name": (dict(**{"x" * 1000: "a dog"}), "not a known field"),
+    "long model": (dict(model="x" * 10_000), "not loaded"),
+    "long size": (dict(size="x" * 10_000), "size"),
+    "long choice": (dict(mask_source="x" * 10_000), "mask_source"),
+    "long phrase": (dict(images=[DOG], target_phrase="x" * 10_000), "target_phrase"),
+    "long phrase, no image": (
+        dict(images=[DOG], subjects=f'[{{"target_phrase": "{"x" * 999}", "image": 9}}]'),
+        "image 9",
+    ),
+    "long key": (dict(images=[DOG], subjects=f'[{{"{"x" * 1000}": 1}}]'), "subjects"),
     "empty file": (dict(images=[b""], target_phrase="dog"), "empty"),
     "not an image": (dict(images=[b"hello" * 100], target_phrase="dog"), "not an image"),
     "svg": (dict(images=[b"<svg xmlns='http://www.w3.org/2000/svg'/>"], target_phrase="dog"), "not an image"),
@@ -170,6 +195,7 @@ def test_bad_input_is_422_with_a_sentence(api, name, stream):
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert words in error["message"] and "\n" not in error["message"] and "Traceback" not in error["message"]
+    assert len(json.dumps(error)) < 500 and "UploadFile" not in error["message"]
 
 
 TOO_LARGE = {
@@ -184,6 +210,54 @@ def test_too_large_is_413(api, name):
     """Files with too many bytes or pixels are rejected without being decoded."""
     response = edit(api, [TOO_LARGE[name]], target_phrase="dog")
     assert response.status_code == 413 and "image 0" in response.json()["error"]["message"]
+
+
+def test_long_file_names_are_not_repeated(api):
+    response = call(
+        api,
+        "POST",
+        "/v1/images/edits",
+        data={"prompt": PROMPT, "target_phrase": "dog"},
+        files=[("image", ("x" * 10_000, b"?", "image/png"))],
+    )
+    assert response.status_code == 422 and len(response.json()["error"]["message"]) < 400
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def out_of_memory(*_, **__):
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    "owner,name,error",
+    [
+        (starlette.datastructures.UploadFile, "write", full_disk),
+        (Image.Image, "load", full_disk),
+        (Image, "open", out_of_memory),
+        (subprocess, "Popen", full_disk),
+    ],
+    ids=["storing", "decoding", "opening", "starting a process"],
+)
+def test_missing_resources_are_503_and_logged_once(api, monkeypatch, caplog, owner, name, error):
+    """A full disk or exhausted memory is the server's fault: 503 with Retry-After, and one entry in the log."""
+    data = file_of(Image.new("L", (1000, 999)))
+    monkeypatch.setattr(serving.protocol.image_codec, "LARGE_PIXELS", 10_000 if owner is subprocess else 2**21)
+    monkeypatch.setattr(owner, name, error)
+    with caplog.at_level("ERROR"):
+        response = edit(api, [data], target_phrase="dog")
+    assert response.status_code == 503 and response.headers["retry-after"], response.text
+    assert response.json()["error"]["type"] == "server_error" and "device" not in response.text
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+
+
+def test_a_decoder_that_is_killed_is_503(api, monkeypatch):
+    """The end of the decoding process for another reason than a damaged file is the server's fault."""
+    monkeypatch.setattr(serving.protocol.image_codec, "LARGE_PIXELS", 10)
+    monkeypatch.setattr(serving.protocol.decode_process.sys, "executable", "/bin/false")
+    assert edit(api, [DOG], target_phrase="dog").status_code == 503
 
 
 def test_too_long_body_is_413(api, settings):

@@ -13,10 +13,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from realcustom.config import MaskSource
 from realcustom.reference_image import ReferenceImage
 from realcustom.request import MAX_SEED, Request, Subject
+from realcustom.words import shorten
 
 from ..protocol.errors import InvalidRequest
 from ..protocol.image_codec import decode_image
 from ..protocol.limits import Limits
+
+FILE_FIELDS = ("image", "image[]")
 
 
 def _number(value: Any) -> Any:
@@ -119,10 +122,12 @@ class EditForm(BaseModel):
         Raises:
             InvalidRequest: names the first thing that is wrong.
         """
-        if self.model not in (None, model_id):
-            raise InvalidRequest(f"model {self.model!r} is not loaded; omit it or use {model_id!r}.")
+        if self.model is not None and self.model != model_id:
+            raise InvalidRequest(f"model {shorten(self.model)} is not loaded; omit it or use {model_id!r}.")
         if self.n > limits.max_images:
-            raise InvalidRequest(f"n is {self.n}; this server accepts at most {limits.max_images} images per request.")
+            raise InvalidRequest(
+                f"n is {cut(self.n)}; this server accepts at most {limits.max_images} images per request."
+            )
         files = [*self.image, *self.image_list]
         entries = self._entries(len(files))
         if len(entries) > limits.max_subjects:
@@ -130,7 +135,9 @@ class EditForm(BaseModel):
                 f"the request has {len(entries)} subjects; this server accepts at most {limits.max_subjects}."
             )
         width, height = self._size()
-        images = [await _read(file, limits, f"image {i} ({file.filename!r})") for i, file in enumerate(files)]
+        images = [
+            await _read(file, limits, f"image {i} ({shorten(file.filename or '')})") for i, file in enumerate(files)
+        ]
         try:
             return Request(
                 prompt=self.prompt,
@@ -157,7 +164,9 @@ class EditForm(BaseModel):
             return None, None
         match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", self.size)
         if not match:
-            raise InvalidRequest(f"size is {self.size!r}; give <width>x<height>, for example '1024x1024', or 'auto'.")
+            raise InvalidRequest(
+                f"size is {shorten(self.size)}; give <width>x<height>, for example '1024x1024', or 'auto'."
+            )
         return int(match[1]), int(match[2])
 
     def _entries(self, num_files: int) -> list[SubjectEntry]:
@@ -173,8 +182,8 @@ class EditForm(BaseModel):
         for position, entry in enumerate(entries):
             if not 0 <= entry.image < num_files:
                 raise InvalidRequest(
-                    f"subject {position} ({entry.target_phrase!r}) refers to image {entry.image}, but the request has "
-                    f"{num_files} images, counted from 0."
+                    f"subject {position} ({shorten(entry.target_phrase)}) refers to image {cut(entry.image)}, but the "
+                    f"request has {num_files} images, counted from 0."
                 )
         if unused := sorted(set(range(num_files)) - {entry.image for entry in entries}):
             raise InvalidRequest(
@@ -226,12 +235,20 @@ async def _read(file: UploadFile, limits: Limits, name: str) -> ReferenceImage:
 def sentence(errors: Sequence[Any]) -> str:
     """The first error of pydantic's list as a sentence."""
     error = errors[0]
-    where = [str(part) for part in error["loc"] if part != "body"]
-    name = ".".join(where) or "the request"
+    where = [cut(part) for part in error["loc"] if part != "body"]
+    name = cut(".".join(where)) or "the request"
     if error["type"] == "missing":
         return f"{name} is missing."
     if error["type"] == "extra_forbidden":
         return f"{name} is not a known field; /docs lists the fields."
+    if where and where[0] in FILE_FIELDS:
+        return f"{name} is not a file; upload an image as a file with a name."
     value = error.get("input")
-    shown = f" is {value!r:.80}" if isinstance(value, str | int | float) else ""
+    shown = f" is {cut(repr(value))}" if isinstance(value, str | int | float) else ""
     return f"{name}{shown}: {error['msg'][0].lower()}{error['msg'][1:]}."
+
+
+def cut(value: object) -> str:
+    """The text of a value, cut after 80 characters."""
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

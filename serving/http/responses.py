@@ -13,13 +13,21 @@ from starlette.exceptions import HTTPException
 
 from realcustom.config import SamplingDefaults
 
-from ..protocol.errors import DeadlineExceeded, InvalidRequest, QueueFull, ServerError, TooLarge, Unavailable
+from ..protocol.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    QueueFull,
+    ServerError,
+    TooLarge,
+    Unavailable,
+    is_system_error,
+)
 from ..protocol.events import Result
 from ..protocol.image_codec import to_base64
 from ..protocol.limits import Limits
-from .edit_form import sentence
+from .edit_form import cut, sentence
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve.realcustom")  # below Ray Serve's logger, so that its handlers and format apply
 
 
 class ImageState(BaseModel):
@@ -115,9 +123,13 @@ def images_json(results: Sequence[Result], output_format: str) -> bytes:
 
 def error_response(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status code, body and headers for any exception. Only an unexpected one is logged."""
+    if is_system_error(error.__cause__) and isinstance(error, HTTPException):
+        # FastAPI raises 400 for every error while it parses a form, even if the disk is full
+        logger.error("a form could not be read", exc_info=error.__cause__)
+        error = Unavailable("the server lacks resources to read the form at the moment; try again later.")
     if isinstance(error, RequestValidationError):
         reasons = error.errors()
-        where = [str(part) for part in reasons[0]["loc"] if part != "body"]
+        where = [cut(part) for part in reasons[0]["loc"] if part != "body"]
         return _response(422, sentence(reasons), "invalid_request", param=where[0] if where else None)
     if isinstance(error, TooLarge):
         return _response(413, str(error), "too_large")

@@ -4,6 +4,7 @@ PIL holds the interpreter lock while it allocates and frees memory and while it 
 100 ms at a time. No other thread of the process runs then, and so no event loop.
 """
 
+import errno
 import os
 import shutil
 import struct
@@ -19,9 +20,12 @@ from PIL import Image
 
 from realcustom.reference_image import ReferenceImage
 
+from .errors import is_system_error
+
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 HEADER = struct.Struct("<II")  # height, width; then the RGB pixels
 CHUNK_BYTES = 2**18
+DAMAGED = 65  # exit code for a file that is damaged (EX_DATAERR)
 
 
 def decode_in_process(file: BinaryIO, image_format: str) -> ReferenceImage:
@@ -31,7 +35,9 @@ def decode_in_process(file: BinaryIO, image_format: str) -> ReferenceImage:
         file: read from its current position to its end.
         image_format: of PIL, for example "PNG".
     Raises:
-        ValueError: the message of the error in the other process.
+        ValueError: the file is damaged; the message is that of PIL.
+        ChildProcessError: the process ended for another reason, for example because memory was exhausted.
+        OSError: the process could not be started.
     """
     with subprocess.Popen(
         [sys.executable, "-m", __name__, image_format],
@@ -47,7 +53,10 @@ def decode_in_process(file: BinaryIO, image_format: str) -> ReferenceImage:
         pixels = _read_pixels(process.stdout)
         error = process.stderr.read().decode(errors="replace").strip()
     if pixels is None:
-        raise ValueError(error.splitlines()[-1] if error else f"the decoder ended with code {process.returncode}")
+        reason = error.splitlines()[-1] if error else "no message"
+        if process.returncode == DAMAGED:
+            raise ValueError(reason)
+        raise ChildProcessError(errno.ECHILD, f"the decoder ended with code {process.returncode}: {reason}")
     return ReferenceImage(pixels)
 
 
@@ -74,7 +83,10 @@ def main() -> None:
         image.load()
         reference = ReferenceImage.from_pil(image)
     except Exception as error:  # PIL's decoders raise many types on damaged files
-        sys.exit(str(error))
+        if is_system_error(error):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(DAMAGED)
     height, width, _ = reference.pixels.shape
     sys.stdout.buffer.write(HEADER.pack(height, width))
     sys.stdout.buffer.write(reference.pixels.data)

@@ -1,5 +1,7 @@
 """Errors of a request, the same for Python, HTTP and Ray. They are pickled between processes: `args` rebuild them."""
 
+import errno
+
 
 class InvalidRequest(ValueError):
     """The request cannot be fulfilled as given; the message names the value, the limit and the remedy (HTTP 422)."""
@@ -34,6 +36,17 @@ class QueueFull(_TryAgain, RuntimeError):
 
 class Unavailable(_TryAgain, ServerError):
     """No replica is available, or the replica failed; the same request may succeed elsewhere or later (HTTP 503)."""
+
+
+def is_system_error(error: BaseException | None) -> bool:
+    """Whether the operating system refused something, such as memory, disk space or another process.
+
+    Errors about damaged files are not: PIL raises `OSError` for them as well, but without an error number, and a seek
+    to a position that a damaged file names is EINVAL.
+    """
+    if isinstance(error, OSError):
+        return error.errno not in (None, errno.EINVAL, errno.EOVERFLOW)
+    return isinstance(error, MemoryError)
 
 
 EXPECTED_ERRORS = (InvalidRequest, QueueFull, ServerError)  # what an interface may raise; anything else is a bug

@@ -1,17 +1,23 @@
 """Images as file bytes and base64. Size limits are checked before an image is decoded."""
 
 import base64
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
 from realcustom.reference_image import ReferenceImage
+from realcustom.words import shorten
 
 from .decode_process import decode_in_process
-from .errors import InvalidRequest, TooLarge
+from .errors import InvalidRequest, TooLarge, Unavailable, is_system_error
 from .limits import Limits
+
+logger = logging.getLogger("ray.serve.realcustom")
 
 INPUT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 LARGE_PIXELS = 2**21  # images with more pixels are decoded in another process
@@ -25,7 +31,13 @@ def decode_image(file: BinaryIO, limits: Limits, name: str = "image") -> Referen
     Raises:
         TooLarge: more bytes or pixels than `limits` allow; the number of pixels is read from the header.
         InvalidRequest: empty, truncated, damaged, or not one of `INPUT_FORMATS`.
+        Unavailable: this machine lacks memory, disk space or processes. The cause is logged.
     """
+    with _system_errors():
+        return _decode(file, limits, name)
+
+
+def _decode(file: BinaryIO, limits: Limits, name: str) -> ReferenceImage:
     num_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
     if num_bytes == 0:
@@ -43,7 +55,9 @@ def decode_image(file: BinaryIO, limits: Limits, name: str = "image") -> Referen
     except UnidentifiedImageError:
         raise InvalidRequest(f"{name} is not an image; send {', '.join(INPUT_FORMATS)}.") from None
     except Exception as error:  # PIL's parsers raise many types on damaged files
-        raise InvalidRequest(f"{name} cannot be read: {error}.") from None
+        if is_system_error(error):
+            raise
+        raise InvalidRequest(f"{name} cannot be read: {shorten(str(error))}.") from None
     width, height = image.size
     if width * height > limits.max_reference_pixels:
         raise TooLarge(
@@ -58,7 +72,21 @@ def decode_image(file: BinaryIO, limits: Limits, name: str = "image") -> Referen
         image.load()
         return ReferenceImage.from_pil(image)
     except Exception as error:
-        raise InvalidRequest(f"{name} is truncated or damaged: {error}.") from None
+        if is_system_error(error):
+            raise
+        raise InvalidRequest(f"{name} is truncated or damaged: {shorten(str(error))}.") from None
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """Log an error of the operating system and raise `Unavailable` instead: the request is not at fault."""
+    try:
+        yield
+    except Exception as error:
+        if not is_system_error(error):
+            raise
+        logger.exception("an image could not be decoded")
+        raise Unavailable("the server lacks resources to read images at the moment; try again later.") from error
 
 
 def encode_image(image: Image.Image, output_format: str = "png") -> bytes:
