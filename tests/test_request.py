@@ -37,13 +37,19 @@ def subject(**changes) -> Subject:
         ({"early_stop_step": float("nan")}, "early_stop_step is nan"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**63}, "seed is"),
+        ({"early_stop_step": 10**400}, "early_stop_step is 1000"),
+        ({"num_inference_steps": 10**400}, "num_inference_steps is 1000"),
+        ({"height": 10**5000}, "height is too large"),
+        ({"guidance_scale": 10**400}, "guidance_scale is 1000"),
+        ({"mask_source": "x" * 10_000}, "mask_source is 'xxx"),
         ({"subjects": ("dog",)}, "Subject objects"),
     ],
 )
 def test_invalid_settings_raise_with_their_value(changes, message):
     """A setting out of range raises a ValueError that names the setting and its value."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         Request(**{"prompt": "a dog", "subjects": (subject(),), **changes})
+    assert len(str(error.value)) < 250
 
 
 @pytest.mark.parametrize(
