@@ -17,7 +17,7 @@ MAX_CONNECTIONS = 1000  # concurrent requests of an ingress; the queues of the r
 def app(settings: Settings) -> Application:
     """The application builder of `serve run serving:app key=value ...` and of configuration files (`args`)."""
     settings = settings.resolved()
-    # So that workers find the project if the server was started in another folder
+    # Workers must find the project even if the server was started in another folder
     runtime_env = {"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}}
     queue_full = {"status_code": 429, "retry_after_s": 5}
     logs = {"encoding": settings.log_format}

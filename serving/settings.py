@@ -1,4 +1,4 @@
-"""Settings: the arguments of `serve run serving:app key=value` and of the YAML files, with their defaults."""
+"""Settings: the arguments of `serve run serving:app key=value` and of configuration files, with their defaults."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ class LiveSettings(Limits):
 
     Attributes:
         max_batch_size: images that are active at the same time in a replica, if its memory allows.
-        max_queued: images that wait in a replica, and also in front of the replicas; further requests are rejected.
+        max_queued: images that may wait in a replica, and as many in Ray Serve's router; further requests are rejected.
         preview_every: steps between previews.
         stall_timeout_s: seconds without progress after which a replica is unhealthy.
     """
@@ -40,7 +40,7 @@ class LiveSettings(Limits):
 
 
 def _numbers(value: object) -> object:
-    """ "1,2,4" of the command line as the list that a configuration file has."""
+    """Split text from the command line, such as "1,2,4"; lists from a configuration file are returned unchanged."""
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
@@ -53,16 +53,17 @@ class Settings(LiveSettings):
     """All settings of a server.
 
     Attributes:
-        model: folder in diffusers layout, relative to the project or to the current folder, or a name on the hub.
-        adapter: file of a RealCustom++ adapter to load over the model; None uses the adapter of the model.
+        model: folder in the diffusers layout, relative to the project or to the current folder, or a hub id.
+        adapter: file of a RealCustom++ adapter that replaces the model's; None uses the model's.
         device: "auto" selects the GPU if the machine that starts the server has one.
         dtype: "auto" selects bfloat16 on a GPU and float32 on a CPU.
         memory: which weights stay on the device, see `realcustom.memory.apply_memory_tier`.
         num_replicas: fixed number of replicas; sets min_replicas and max_replicas.
         min_replicas, max_replicas: bounds of autoscaling; with 0, an idle server stops its last replica.
         num_ingresses: processes of the HTTP interface; with 2, the server stays reachable while one restarts.
-        target_backlog_s: seconds of queued work per replica at which autoscaling aims.
-        upscale_delay_s, downscale_delay_s: seconds for which a change must be wanted before it is made.
+        target_backlog_s: seconds of queued work per replica; the target of autoscaling.
+        upscale_delay_s, downscale_delay_s: seconds for which more (fewer) replicas must be required before replicas are
+            added (removed).
         drain_timeout_s: seconds that a stopping replica has to finish its images.
         num_cpus, num_gpus: resources that Ray reserves per replica; num_gpus None is 1 on a GPU and 0 on a CPU.
         cpu_threads: torch threads of a replica; None uses torch's default.
@@ -137,7 +138,7 @@ class Settings(LiveSettings):
         return self
 
     def resolved(self) -> "Settings":
-        """The settings for replicas on any machine: device chosen, paths relative to the current folder absolute."""
+        """Settings that are valid on every machine: with the device selected, and with absolute paths."""
         device = self.device
         if device == "auto":
             import torch
@@ -149,13 +150,13 @@ class Settings(LiveSettings):
 
 
 def _absolute(path: str) -> str:
-    """A path relative to the current folder as an absolute one. Paths of the project stay relative to it, since each
-    machine has its own copy."""
+    """Make a path relative to the current folder absolute. Paths inside the project stay relative, because each machine
+    has its own copy of the project."""
     if not (PROJECT_ROOT / path).exists() and Path(path).exists():
         return str(Path(path).resolve())
     return path
 
 
 def resolve_path(path: str) -> str:
-    """The absolute path of a path of the project; other paths and hub names are returned unchanged."""
+    """Make a path inside the project absolute; other paths and hub ids are returned unchanged."""
     return str(PROJECT_ROOT / path) if (PROJECT_ROOT / path).exists() else path

@@ -1,4 +1,4 @@
-"""The HTTP interface: endpoints, authentication and error handling. It holds no model, only a backend."""
+"""The HTTP interface: endpoints and error handling. It has no model, only a backend."""
 
 import asyncio
 import time
@@ -26,7 +26,7 @@ from .edit_form import EditForm
 from .responses import Health, ImagesState, Model, Models, error_response, errors, images_json
 from .streaming import HEARTBEAT_S, start_stream
 
-MODEL_INFO_AGE_S = 5.0  # age at which the model information is requested again
+MODEL_INFO_AGE_S = 5.0  # age after which the model information is requested again
 MODEL_INFO_WAIT_S = 1.0  # time to wait for newer model information before the old one is used
 EVENT_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}  # content of a response with `stream`
 
@@ -42,7 +42,7 @@ class Backend(Protocol):
 
 
 def create_api(backend: Backend, settings: Settings) -> FastAPI:
-    """The HTTP interface to `backend`."""
+    """Create the HTTP interface to `backend`."""
     api = FastAPI(title="RealCustom++", version="0.1", docs_url="/docs", redoc_url=None)
     # Only describes the key in the OpenAPI schema; `Authentication` checks it
     described_key = [Depends(HTTPBearer(auto_error=False, description="the server's API key"))]
@@ -50,7 +50,7 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
     cached: list[tuple[float, ModelInfo]] = []  # at most one: time of the request, and its response
 
     async def model_info() -> ModelInfo:
-        """Limits can change while the server runs (`user_config`); busy replicas are asked every few seconds."""
+        """Cached model information, updated every few seconds because limits can change (`user_config`)."""
         if cached and time.monotonic() - cached[0][0] < MODEL_INFO_AGE_S:
             return cached[0][1]
         try:
@@ -75,8 +75,7 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
         and with `progress` also image_edit.queued and image_edit.progress.
         """
         info = await model_info()
-        request = (await form.to_request(info.limits, info.id)).resolve(info.sampling)
-        info.limits.check(request, num_images=form.n)
+        request = await form.resolve(info)
         timeout_s = info.limits.timeout_s(form.timeout_s)
         previews = (form.previews or form.partial_images) if form.stream else False
         streams = [
@@ -99,7 +98,7 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
 
     @api.get("/healthz", responses=errors(503))
     async def health() -> Health:
-        """200 if a replica responds. With `min_replicas=0` always 200, since the check would start a replica."""
+        """200 if a replica responds. With `min_replicas=0`, always 200, because the check would start a replica."""
         if settings.min_replicas == 0:
             return Health()
         try:

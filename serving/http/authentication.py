@@ -1,11 +1,11 @@
-"""Checks the API key of a request before anything of its body is read."""
+"""Checks the API key of a request before its body is read."""
 
 import hmac
 
 from pydantic import SecretStr
 from starlette.responses import JSONResponse
 
-PUBLIC_PATHS = ("/healthz", "/docs", "/docs/oauth2-redirect", "/openapi.json")  # need no key
+PUBLIC_PATHS = ("/healthz", "/docs", "/docs/oauth2-redirect", "/openapi.json")  # accessible without a key
 
 
 class Authentication:
@@ -20,7 +20,7 @@ class Authentication:
             return
         message = "the API key is missing or wrong; send 'Authorization: Bearer <key>'."
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_api_key"}
-        # Closing the connection saves the server from receiving the rest of the body
+        # The connection is closed so that the server does not receive the rest of the body
         headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
         await JSONResponse({"error": error}, 401, headers)(scope, receive, send)
 

@@ -1,4 +1,4 @@
-"""Limits the bytes of a request body while they arrive."""
+"""Limits the number of bytes of a request body as they arrive."""
 
 from contextlib import suppress
 

@@ -1,4 +1,4 @@
-"""Server-sent events: the images of one request as a stream, in the names and shapes of OpenAI's API."""
+"""Server-sent events: the images of one request as a stream, with the event names and fields of OpenAI's API."""
 
 import asyncio
 import json
@@ -15,19 +15,19 @@ from ..protocol.image_codec import to_base64
 from .edit_form import EditForm
 from .responses import error_response, image_data
 
-PEEK_S = 2.0  # seconds to wait for the first step: until then, an error becomes a status instead of an event
+PEEK_S = 2.0  # seconds to wait for the first step; an error until then is sent as a status instead of an event
 HEARTBEAT_S = 0.25
 
 Batches = AsyncGenerator[list[tuple[int, Event]], None]
 
 
 async def start_stream(batches: Batches, form: EditForm) -> StreamingResponse:
-    """A streaming response, once a step has finished or `PEEK_S` seconds have passed.
+    """Return a streaming response when a step has finished or `PEEK_S` seconds have passed.
 
     Args:
-        batches: of `merge_streams` with a heartbeat.
+        batches: events from `merge_streams` with a heartbeat.
     Raises:
-        Exception: an error that occurred before, which gets the status code of `error_response`.
+        Exception: an error that occurred before that; `error_response` gives its status code.
     """
     early: list[tuple[int, Event]] = []
     deadline = time.monotonic() + PEEK_S

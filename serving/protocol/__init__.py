@@ -1,1 +1,1 @@
-"""What clients and server share: errors, events, limits, model information, image codec. Imports no torch, no ray."""
+"""Shared by clients and server: errors, events, limits, model information, image codec. No torch, no ray."""

@@ -18,12 +18,12 @@ class Queued:
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` of `num_steps` steps are done.
+    """`step` of `num_steps` denoising steps are done.
 
     Attributes:
         step, num_steps: the number of finished steps, and of all steps.
         preview: the current estimate of the image, if one was rendered at this step.
-        masks: with a preview, the current guidance masks: mode "L", one per subject, as large as the image.
+        masks: the current guidance masks if there is a preview: mode "L", one per subject, in the size of the image.
     """
 
     step: int

@@ -19,9 +19,10 @@ class Limits(BaseModel):
         max_steps: denoising steps.
         max_cost: megapixels x steps x (1 + subjects), summed over the images of a request (see `cost.image_cost`).
         max_timeout_s: default and longest deadline of a request, in seconds.
-        max_prompt_chars: characters of the prompt, and of the negative prompt.
+        max_prompt_chars: characters of the prompt, of the negative prompt, and of each target phrase.
         max_image_bytes: bytes of an uploaded file.
         max_reference_pixels: width x height of an uploaded image, checked before it is decoded.
+        max_reference_pixels_total: the same, summed over the uploaded images of a request.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,14 +37,12 @@ class Limits(BaseModel):
     max_prompt_chars: int = Field(default=2000, ge=1)
     max_image_bytes: int = Field(default=20 * 2**20, ge=1024)
     max_reference_pixels: int = Field(default=24_000_000, ge=1024)
+    max_reference_pixels_total: int = Field(default=48_000_000, ge=1024)
 
     def check(self, request: ResolvedRequest, num_images: int = 1) -> None:
-        """Raises `InvalidRequest` if `num_images` images of this request exceed a limit."""
+        """Raise `InvalidRequest` if `num_images` images of this request exceed a limit."""
         height, width = request.height, request.width
-        if len(request.subjects) > self.max_subjects:
-            raise InvalidRequest(
-                f"the request has {len(request.subjects)} subjects; this server accepts at most {self.max_subjects}."
-            )
+        self.check_num_subjects(len(request.subjects))
         if height * width > self.max_pixels:
             raise InvalidRequest(
                 f"the size {width}x{height} has {height * width} pixels; this server accepts at most {self.max_pixels}."
@@ -59,12 +58,21 @@ class Limits(BaseModel):
                 f"the request costs {cost:.4g} (megapixels x steps x (1 + subjects) x images); this server accepts at "
                 f"most {self.max_cost:.4g}. Request fewer images or steps, or a smaller size."
             )
-        for name in ("prompt", "negative_prompt"):
-            if len(getattr(request, name)) > self.max_prompt_chars:
-                raise InvalidRequest(
-                    f"{name} has {len(getattr(request, name))} characters; "
-                    f"this server accepts at most {self.max_prompt_chars}."
-                )
+        self.check_text("prompt", request.prompt)
+        self.check_text("negative_prompt", request.negative_prompt)
+
+    def check_text(self, name: str, text: str, max_chars: int | None = None) -> None:
+        """Raises `InvalidRequest` if the text of a field has more than `max_chars` (`max_prompt_chars`) characters."""
+        max_chars = max_chars or self.max_prompt_chars
+        if len(text) > max_chars:
+            raise InvalidRequest(f"{name} has {len(text)} characters; this server accepts at most {max_chars}.")
+
+    def check_num_subjects(self, num_subjects: int) -> None:
+        """Raises `InvalidRequest` if a request has too many subjects."""
+        if num_subjects > self.max_subjects:
+            raise InvalidRequest(
+                f"the request has {num_subjects} subjects; this server accepts at most {self.max_subjects}."
+            )
 
     def timeout_s(self, requested_s: float | None) -> float:
         """Deadline in seconds of a request with the timeout `requested_s`."""

@@ -15,9 +15,9 @@ class ModelInfo:
     Attributes:
         id: name of the model.
         preset: variant of the method: "paper", "release" or "custom".
-        sampling: defaults of the settings that a request leaves open.
+        sampling: defaults of the settings that a request leaves unset.
         limits: upper bounds on one request.
-        vocabulary: words that the model knows, by category; empty if it is not restricted.
+        vocabulary: words that the model was trained on, by category; empty if it is not restricted to them.
     """
 
     id: str
