@@ -56,7 +56,7 @@ def test_views_show_one_subject_each():
     assert Case(5).views(case.truth) == [case.truth]
 
 
-def test_score_counts_right_predictions():
+def test_score_counts_correct_predictions():
     """An image that equals the first candidate is matched to it. Scene and category count if predicted correctly."""
     cases = [Case(i) for i in range(4)]
     result = score(_BrightnessClassifiers(), cases, [case.references[0][0] for case in cases])
@@ -87,5 +87,5 @@ def test_evaluate_reports_all_tasks_and_conditions(tmp_path):
     assert list(results["Many2Many"]) == [UPPER_BOUND, *TWO_SUBJECT_CONDITIONS]
     assert json.loads((tmp_path / "report.json").read_text()) == {"instances": 2, **results}
     table = (tmp_path / "report.md").read_text()
-    assert all(condition in table for condition in (*CONDITIONS, UPPER_BOUND, "right instance of 10"))
+    assert all(condition in table for condition in (*CONDITIONS, UPPER_BOUND, "correct instance of 10"))
     assert all((tmp_path / f"{task}.png").exists() for task in TASKS)

@@ -1,1 +1,1 @@
-"""Training of the embedded model: data, training stages and evaluation. Imports `realcustom`, never the reverse."""
+"""Training of the embedded model: data, training stages and evaluation."""

@@ -1,4 +1,4 @@
-"""Text conditions from frozen text encoders. Each caption is encoded once: the sprite world has about 9,000."""
+"""Text conditions from frozen text encoders. Each of the sprite world's 9,000 captions is encoded once."""
 
 from collections.abc import Callable, Sequence
 

@@ -46,7 +46,7 @@ class EMA:
 def save_checkpoint(
     folder: Path, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, state: dict[str, int]
 ) -> None:
-    """Write a checkpoint next to the previous one, then swap them: one of the two is complete at any time."""
+    """Write a checkpoint next to the previous one, then replace it, so that one of the two is complete at any time."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)

@@ -21,7 +21,7 @@ def sample_timesteps(batch_size: int, generator: torch.Generator, exponent: floa
     The batch is stratified (one draw from each of B equal intervals), which lowers the variance of the loss.
 
     Args:
-        exponent: below 1, noisy timesteps are more frequent.
+        exponent: applied to the uniform draws; below 1, noisy timesteps are more frequent.
     """
     uniform = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
     return (uniform.pow(exponent) * 1000).long().clamp_max(999)
@@ -55,7 +55,7 @@ def size_condition(batch_size: int, latents: Tensor) -> Tensor:
 def subject_weight(inside: Tensor) -> Tensor:
     """Weight of each position in the loss, [B, 1, h, w], from a map of subjects (1) and background (0), [B, h, w].
 
-    Scenes cover most of an image, but subjects take longer to learn. The weights do not change the optimum.
+    Scenes cover most of an image, but subjects need more training. The weights do not change the optimum.
     """
     return (OUTSIDE_WEIGHT + (1 - OUTSIDE_WEIGHT) * inside.float())[:, None]
 
@@ -101,8 +101,10 @@ def sample_latents(
     num_steps: int = 20,
     guidance_scale: float = 4.0,
 ) -> Tensor:
-    """DDIM with classifier-free guidance, [B, C, h, w]. The first B rows of a UNet call have the text condition, the
-    other B rows are unconditional."""
+    """Sample latents [B, C, h, w] with DDIM and classifier-free guidance.
+
+    The first B rows of each UNet call have the text condition; the other B rows are unconditional.
+    """
     scheduler.set_timesteps(num_steps)
     latents, count = noise, len(noise)
     text = torch.cat([embeds, negative_embeds.expand(count, -1, -1)])

@@ -1,4 +1,4 @@
-"""Stage `export`: writes the EMA weights of all stages as one model folder in the layout of diffusers, in float16."""
+"""Stage `export`: writes the EMA weights of all stages as one model folder in the diffusers layout, in float16."""
 
 import json
 import logging
@@ -63,7 +63,7 @@ def build_pipeline(out: Path) -> RealCustomPipeline:
 
 
 def export(out: Path, target: Path) -> None:
-    """Write the model to `target`. It is written next to an existing one and then swapped, so it is always complete."""
+    """Write the model to `target`. A new model is written next to the old one and then replaces it."""
     pipeline = build_pipeline(out).to(torch.float16)
     new = target.with_name(target.name + ".new")
     shutil.rmtree(new, ignore_errors=True)

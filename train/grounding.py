@@ -1,7 +1,6 @@
 """Grounding loss on the cross-attention of subject words, after TokenCompose (CVPR 2024).
 
-Guidance masks need the word "dog" to be attended to by the positions of the dog. In SDXL this emerges from large-scale
-training. The embedded model sees about a thousandth of the images, so a small loss trains it explicitly.
+docs/training.md explains why the embedded model needs it.
 
 Legend: B images, S subjects, T text tokens, h x w latent size, Q positions of a layer.
 """
@@ -24,7 +23,7 @@ EPSILON = 1e-6  # lower bound of attention and of areas
 
 
 def subject_token_masks(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> Tensor:
-    """Marks the tokens of each subject's word, in the order of the caption; float32 [B, S, T]."""
+    """Mark the tokens of each subject's word with 1, in the order of the caption; float32 [B, S, T]."""
     masks = torch.zeros(len(captions), NUM_SUBJECTS, tokenizer.model_max_length)
     for mask, caption in zip(masks, captions, strict=True):
         for subject, positions in enumerate(_subject_positions(tokenizer, caption)):
@@ -47,8 +46,8 @@ def grounding_loss(attention_maps: Iterable[tuple[int, Tensor]], subjects: Tenso
     """KL divergence between the area of a subject and the attention to its word, in nats; mean over words and layers.
 
     Both are distributions over positions. The loss is zero if attention is uniform inside the area and zero outside.
-    Attention that is merely inside the area is not enough: if it concentrates on a few positions, only these pass the
-    guidance mask, which is divided by its maximum (Eq. 15).
+    Attention must also cover the area: if it concentrates on a few positions, the guidance mask, which is divided by
+    its maximum (Eq. 15), suppresses all others.
 
     Args:
         attention_maps: per layer, its level and the attention to each subject's word, [B, S, Q]; see

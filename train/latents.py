@@ -17,7 +17,7 @@ from .precision import autocast
 class LatentCodec:
     """The frozen VAE of `out/vae` with its scaling factor.
 
-    `scaling_factor` is 1 / (root mean square of the latents). It is measured once and stored beside the checkpoint.
+    `scaling_factor` is 1 / (root mean square of the latents). It is measured once and stored next to the checkpoint.
     """
 
     def __init__(self, out: Path, device: str = "cpu") -> None:

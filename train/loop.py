@@ -70,7 +70,7 @@ class LoopConfig:
 def learning_rate(config: LoopConfig, step: int, warmup_start_step: int = 0) -> float:
     """Linear warmup, a constant rate, then a linear decay if the run has an end.
 
-    The rate depends on `config.max_samples` only, so a resumed run may set or move its end.
+    The schedule depends only on the step and `config.max_samples`, so a resumed run may set or move its end.
 
     Args:
         warmup_start_step: step at which the optimizer was created.
@@ -92,8 +92,8 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 class MetricWindow:
     """Means of the metrics of one logging window.
 
-    A value that is not finite does not enter the mean: one step without a finite loss must not hide the others. A step
-    whose gradient is not finite counts in `skipped_steps`.
+    Values that are not finite are excluded from the mean, so that one such step does not hide the others. A step whose
+    gradient is not finite is counted in `skipped_steps`.
     """
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class MetricWindow:
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """Event that SIGTERM or SIGINT sets; the previous handlers are restored on exit.
+    """Yield an event that SIGTERM or SIGINT sets; the previous handlers are restored on exit.
 
     Only the main thread may install signal handlers. In other threads nothing is installed, and the event is never set.
     """

@@ -3,7 +3,8 @@
 Stages in order: sprites (or start, to continue from an exported model), tokenizer, vae, base, vision, adapter,
 classifiers, evaluate, export. Each stage keeps its checkpoints in `FOLDER/STAGE` and resumes from them.
 
-Imports are inside the functions that need them: `--help` is then fast, and worker processes import this file again.
+Imports are inside the functions that need them, so that `--help` is fast and worker processes, which import this file
+again, stay light.
 """
 
 import argparse

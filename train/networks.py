@@ -1,6 +1,6 @@
 """Networks of the embedded model: the architecture of SDXL at a small size.
 
-All of them are classes of diffusers and transformers.
+All networks are classes of diffusers and transformers.
 """
 
 from typing import Any, TypeVar, cast
@@ -31,16 +31,16 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def module_to(module: ModuleT, device: str) -> ModuleT:
-    """`module.to(device)` with the module's own type, which the `to` of diffusers does not declare."""
+    """Move a module to a device, in place; unlike diffusers' `to`, it declares the type of the module."""
     nn.Module.to(module, device)  # in place
     return module
 
 
 def build_vae() -> AutoencoderDC:
-    """128 px -> latents [4, 32, 32].
+    """The autoencoder: images [3, 128, 128] -> latents [4, 32, 32].
 
-    On a CPU its cost is memory traffic. The full-resolution level therefore has no layers, and the half-resolution
-    level has 24 channels.
+    On a CPU, its cost is dominated by memory traffic. Therefore, the full-resolution level has no layers, and the
+    half-resolution level has 24 channels.
     """
     vae = AutoencoderDC(
         in_channels=3,
@@ -58,7 +58,7 @@ def build_vae() -> AutoencoderDC:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Cross-attention at the second and third level, as in SDXL."""
+    """The UNet, with cross-attention at the second and third level as in SDXL."""
     unet = UNet2DConditionModel(
         sample_size=IMAGE_SIZE // LATENT_FACTOR,
         in_channels=4,
@@ -102,7 +102,7 @@ def build_text_encoders(
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Velocity prediction with zero terminal SNR: the last timestep is pure noise, as at the start of sampling."""
+    """DDIM, velocity prediction, zero terminal SNR: the last timestep is pure noise, as at the start of sampling."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="scaled_linear",
@@ -117,7 +117,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_vision_encoders() -> tuple[SiglipVisionModel, Dinov2WithRegistersModel]:
-    """64 px -> 8 x 8 tokens of 96 channels per encoder."""
+    """Both vision encoders: images of 64 x 64 px -> 8 x 8 tokens of 96 channels each."""
     siglip = SiglipVisionConfig(
         image_size=VISION_SIZE,
         patch_size=8,

@@ -14,8 +14,8 @@ from .data.sprite_world import SpriteWorld
 from .data.sprites import CATEGORIES
 from .networks import TEXT_LENGTH
 
-# Training text of the tokenizer, so that words outside the sprite world are not split into single bytes. Do not correct
-# its spelling: it determines the vocabulary.
+# Training text of the tokenizer, so that words outside the sprite world are not split into single bytes. Do not change
+# it, not even its spelling: it determines the vocabulary.
 COMMON_WORDS = """
 the of and to a in is it you that he was for on are with as his they be at one have this from or had by but what some we
 can out other were all there when up use your how said an each she which do their time if will way about many then them
@@ -77,7 +77,7 @@ def _vocabulary(merges: list[tuple[str, ...]]) -> dict[str, int]:
 
 
 def load_tokenizer(out: Path) -> CLIPTokenizer:
-    """The tokenizer in `out/tokenizer`; trained first if it does not exist (a few seconds)."""
+    """Load the tokenizer from `out/tokenizer`. If it does not exist, train it first, which takes a few seconds."""
     folder = out / "tokenizer"
     if not folder.exists():
         train_tokenizer(folder)

@@ -1,7 +1,7 @@
 """Stage `start`: writes checkpoints from an exported model, to continue its training.
 
-Weights and sample counts are those of the model. An exported model contains no optimizer state, so the optimizers start
-anew with a warmup, and no training heads of the vision encoders, so stage `vision` starts with new heads.
+Weights and sample counts are those of the model. An exported model contains no optimizer state, so new optimizers start
+with a warmup. It contains no training heads of the vision encoders either, so stage `vision` starts with new heads.
 """
 
 import json

@@ -1,8 +1,8 @@
 """A pool of precomputed samples that is refreshed during training, so that a small set is not memorized.
 
 The pool is a ring buffer: slot i holds the newest sample index j with j mod capacity = i. Its contents at a step depend
-on the step alone, so a resumed run sees the same samples. Entries are stored in memory-mapped files; only missing ones
-are rendered again.
+only on the step, so a resumed run uses the same samples. Entries are stored in memory-mapped files; only missing ones
+are rendered.
 """
 
 import logging
@@ -26,7 +26,7 @@ class SamplePool:
         folder: folder of the memory-mapped files.
         fields: name -> (shape, dtype) of one sample.
         render: sample indices -> raw fields of these samples. Must be picklable: it may run in worker processes.
-        encode: raw fields -> stored fields, in this process. None stores the raw fields.
+        encode: raw fields -> stored fields; runs in this process. None stores the raw fields.
         start: number of samples before step 0.
         capacity: maximum number of samples.
         per_step: new samples per step.
@@ -74,7 +74,7 @@ class SamplePool:
                     self._store(indices, entry)
 
     def batch(self, step: int, draws: np.ndarray) -> Entry:
-        """Entries of the pool at `step`, selected by `draws`, numbers in [0, 1)."""
+        """Entries of the pool at `step`, selected by `draws`: one number in [0, 1) per entry."""
         end = self._end(step)
         available = min(end, self.capacity)
         slots = (end - 1 - (draws * available).astype(np.int64)) % self.capacity

@@ -17,7 +17,7 @@ from .scenes import SCENE_SIZE
 from .sprite_world import Box, Split, SpriteWorld, make_reference, random_instance
 
 CAPTION_BYTES = 96
-WORLD_R_MAX = 1.6  # a sprite fills its reference; with the paper's sqrt(10) a crop would often be of a single color
+WORLD_R_MAX = 1.6  # sprites fill the reference; with the paper's sqrt(10), many crops would have a single color
 
 
 def pixels_of(image: Image.Image, size: int = 128) -> np.ndarray:
@@ -28,7 +28,7 @@ def pixels_of(image: Image.Image, size: int = 128) -> np.ndarray:
 
 
 def pack_caption(caption: str) -> np.ndarray:
-    """UTF-8 bytes of a caption, padded or cut to uint8 [CAPTION_BYTES]."""
+    """UTF-8 bytes of a caption, padded or truncated to uint8 [CAPTION_BYTES]."""
     values = np.zeros(CAPTION_BYTES, np.uint8)
     encoded = caption.encode()[:CAPTION_BYTES]
     values[: len(encoded)] = np.frombuffer(encoded, np.uint8)
@@ -63,7 +63,7 @@ class RenderSamples:
 
 @dataclass(frozen=True)
 class RenderImages:
-    """Images alone, four samples to one reference: `pixels` uint8 [n, 3, 128, 128]."""
+    """Images without captions, one reference per four samples: `pixels` uint8 [n, 3, 128, 128]."""
 
     seed: int = 1
 
@@ -111,7 +111,7 @@ class RenderPairs:
 
 
 def _subject_bits(boxes: Sequence[Box], size: int) -> np.ndarray:
-    """Sets bit i at the latent positions that box i covers, uint8 [size / 4, size / 4]; boxes in px of the scene."""
+    """Map with bit i set at the latent positions of box i, uint8 [size / 4, size / 4]; boxes in px of the scene."""
     bits = np.zeros((SCENE_SIZE // 4, SCENE_SIZE // 4), np.uint8)
     for subject, (left, top, right, bottom) in enumerate(boxes):
         bits[top // 4 : -(-bottom // 4), left // 4 : -(-right // 4)] |= 1 << subject

@@ -1,6 +1,6 @@
 """Scenes of the sprite world, drawn procedurally from a seed.
 
-Each scene has `NUM_VARIANTS` variants. They are cached, so that a training sample renders quickly.
+Each scene has `NUM_VARIANTS` variants. They are cached to speed up rendering of training samples.
 """
 
 from collections.abc import Callable

@@ -116,7 +116,7 @@ def _perspective(corners: np.ndarray, size: tuple[int, int]) -> list[float]:
 
 
 def _paste(image: Image.Image, sprite: Image.Image, corners: np.ndarray) -> Box:
-    """Draw the sprite into the image; returns its bounding box, clipped to the image."""
+    """Draw the sprite into the image and return its bounding box, clipped to the image."""
     left, top = (max(0, int(side)) for side in np.floor(corners.min(0)))
     right, bottom = (min(limit, int(side)) for limit, side in zip(image.size, np.ceil(corners.max(0))))
     coefficients = _perspective(corners - (left, top), sprite.size)
@@ -144,7 +144,7 @@ def reference_background(rng: np.random.Generator, on_scene: float = 0.2) -> Ima
 def compose(
     rng: np.random.Generator, subjects: tuple[Instance, ...], background: Image.Image, large: bool = False
 ) -> tuple[Box, ...]:
-    """Draw one or two subjects side by side on `background`, in place; returns their bounding boxes.
+    """Draw one or two subjects side by side on `background`, in place, and return their bounding boxes.
 
     Args:
         large: a single subject fills most of the image, as in references.
@@ -217,14 +217,14 @@ class SpriteWorld:
         return np.random.default_rng((self.seed, self.split == "held_out", stream, index))
 
     def sample(self, index: int, **options) -> Sample:
-        """Sample of an index; `options` are those of `make_sample`."""
+        """The sample of an index; `options` are those of `make_sample`."""
         return make_sample(self.generator(index, 0), self.split, **options)
 
     def pair(self, index: int, *, two_subjects: float = 0.5, **options) -> ReferencePair:
         """A sample with a reference of its first subject, its second subject, or both in one image (One2Many).
 
-        By default a quarter of the references show both subjects: assigning positions to the right one of two subjects
-        is the hardest part of the task.
+        By default, a quarter of the references show both subjects, because assigning positions to the correct one of
+        two subjects is the hardest part of the task.
         """
         rng = self.generator(index, 1)
         sample = make_sample(rng, self.split, two_subjects=two_subjects, without_scene=0.0, **options)

@@ -1,7 +1,7 @@
 """Sprites and instances: one drawing per category, recolored into many different instances.
 
-An instance is a category and a number. The number seeds everything that distinguishes the instance: the colors of its
-regions, their strength and a pattern. Numbers from `HELD_OUT` on are never used in training.
+An instance is a category and a number. The number is the seed of everything that distinguishes the instance: the colors
+of its regions, their strength and a pattern. Numbers from `HELD_OUT` on are never used in training.
 
 Legend: H, W size of a sprite; R regions of a sprite; colors are float32 RGB in [0, 1].
 """
@@ -75,7 +75,7 @@ class Sprite:
 
 
 def prepare_sprites(package_assets: Path, target: Path = SPRITES, size: int = 128) -> list[Path]:
-    """Copy the drawings of all categories from the unpacked npm package, scaled to `size` px; returns their paths."""
+    """Copy the drawings of all categories from the unpacked npm package at `size` px, and return their paths."""
     written = []
     for category, code in CATEGORIES.items():
         drawing = Image.open(package_assets / f"{code}.webp").convert("RGBA")
@@ -88,7 +88,11 @@ def prepare_sprites(package_assets: Path, target: Path = SPRITES, size: int = 12
 
 @cache
 def load_sprite(category: str) -> Sprite:
-    """The drawing of a category, cropped to its outline. Raises KeyError if the category is unknown."""
+    """The drawing of a category, cropped to its outline.
+
+    Raises:
+        KeyError: an unknown category.
+    """
     drawing = Image.open(SPRITES / category / f"{CATEGORIES[category]}.webp").convert("RGBA")
     drawing = drawing.crop(drawing.getbbox())
     scale = SPRITE_SIZE / max(drawing.size)

@@ -1,1 +1,1 @@
-"""Evaluation of the embedded model by classifiers that are trained independently of it."""
+"""Evaluation of the embedded model with classifiers that are trained independently of it."""

@@ -20,7 +20,7 @@ from ..data.sprite_world import (
 
 Task = Literal["One2One", "One2Many", "Many2Many"]
 TASKS: tuple[Task, ...] = get_args(Task)
-NUM_CANDIDATES = 10  # the right instance and nine same-category distractors
+NUM_CANDIDATES = 10  # the correct instance and nine same-category distractors
 # The square that shows one of two subjects, as fractions of the image side. Two subjects are in the lower half.
 CROP_SIDE = 0.56
 CROP_TOP = 0.31
@@ -34,9 +34,9 @@ class Case:
 
     Attributes:
         categories: target words, from left to right, in the order of training captions.
-        references: per subject, one image of each candidate; the right instance comes first.
+        references: per subject, one image of each candidate; the correct instance comes first.
         given: per subject, the reference image for the model. It differs from the images in `references`.
-        truth: a real image of the instances in the scene.
+        truth: a rendered image of the instances in the scene.
     """
 
     def __init__(self, index: int, task: Task = "One2One") -> None:

@@ -1,7 +1,7 @@
 """Stage `classifiers`: three small convolutional networks that only the evaluation uses.
 
-One embeds images so that views of the same instance are close, whatever its pose and background. The other two classify
-the scene and the category of the subject. They share no weights with the model they evaluate.
+One embeds images so that views of the same instance are close, regardless of pose and background. The other two
+classify the scene and the category of the subject. They share no weights with the model they evaluate.
 """
 
 from collections.abc import Sequence
@@ -103,7 +103,7 @@ class Classifiers(nn.Module):
 
 
 def _degrade(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur half of the batches and add noise, because images of a small model are soft and noisy."""
+    """Blur half of the batches and add noise, because the images of a small model are blurry and noisy."""
     if torch.rand((), generator=generator) < 0.5:
         pixels = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear")
     return pixels + 0.04 * torch.randn(pixels.shape, generator=generator).to(pixels.device)

@@ -1,9 +1,9 @@
-"""Evaluation report: do the images show the right instances, the right categories and the right scene?
+"""Evaluation report: fractions of images with the correct instances, categories and scene.
 
 Each case requests held-out instances in a scene. It is generated from the same seed under several conditions: with
 guidance masks, with masks of ones (every reference at all positions), and with text only; for one subject also with
-guidance masks from both approximations. The classifiers choose among ten references of the same category, and predict
-the category and the scene. Chance level is 10%, 6.25% and 12.5%.
+guidance masks from both approximations. The classifiers select the instance among ten references of the same
+category, and predict the category and the scene. The chance levels are 10%, 6.25% and 12.5%.
 """
 
 import json
@@ -37,7 +37,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {  # condition -> settings of its reques
 TWO_SUBJECT_CONDITIONS = ("masked", MASK_OF_ONES, "text only")
 UPPER_BOUND = "real images (upper bound)"
 
-Scores = dict[str, float]  # "instance", "category", "scene" -> fraction that is right
+Scores = dict[str, float]  # "instance", "category", "scene" -> fraction that is correct
 Results = dict[str, dict[str, Scores]]  # task -> condition -> scores
 
 
@@ -76,7 +76,7 @@ def _pixels(images: Sequence[Image.Image]) -> Tensor:
 
 @torch.no_grad()
 def score(classifiers: ImageClassifiers, cases: Sequence[Case], images: Sequence[Image.Image]) -> Scores:
-    """Fraction of subjects with the right instance and category, and fraction of images with the right scene."""
+    """Fraction of subjects with the correct instance and category, and fraction of images with the correct scene."""
     views = _pixels([view for case, image in zip(cases, images, strict=True) for view in case.views(image)])
     candidates = torch.stack([classifiers.embed(_pixels(refs)) for case in cases for refs in case.references])
     similarity = (classifiers.embed(views)[:, None] @ candidates.transpose(1, 2))[:, 0]  # [views, candidates]
@@ -123,7 +123,7 @@ def evaluate(
 
 def markdown(results: Results) -> str:
     """The results as a Markdown table."""
-    lines = ["| task | condition | right instance of 10 | right category of 16 | right scene of 8 |"]
+    lines = ["| task | condition | correct instance of 10 | correct category of 16 | correct scene of 8 |"]
     lines.append("|---|---|---|---|---|")
     for task, conditions in results.items():
         for condition, scores in conditions.items():

@@ -1,9 +1,10 @@
 """Stage `adapter`: trains the adapter of RealCustom++ (projector, W_Ki, W_Vi). The text-to-image model and the vision
 encoders are frozen.
 
-Visual attention is unmasked in training (Sec. 3.2): the adapter must learn which words a reference belongs to. Because
-the training is short, it departs from the paper in two ways: noisy timesteps, which determine the appearance, are more
-frequent, and the loss has a higher weight inside the reference's subjects. Image sizes alternate as in stage `base`.
+Visual attention is unmasked in training (Sec. 3.2), so that the adapter learns which words a reference belongs to.
+Because the training is short, it differs from the paper in two ways: noisy timesteps, which determine the appearance,
+are more frequent, and the loss has a higher weight inside the reference's subjects. Image sizes alternate as in stage
+`base`.
 
 Legend: B batch, N vision tokens, C vision channels, h, w latent size.
 """
@@ -99,7 +100,7 @@ class AdapterTask:
         return load("latents"), features, subject_weight(load("inside"))
 
     def noise_and_timesteps(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Noise shaped as `clean` [B, 4, h, w], and timesteps [B]."""
+        """Noise in the shape of `clean` [B, 4, h, w], and timesteps [B]."""
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = sample_timesteps(len(clean), generator, TIMESTEP_EXPONENT)
         return noise.to(self.device), timesteps.to(self.device)
@@ -147,7 +148,7 @@ def train_adapter(out: Path, device: str = "cpu", compiled: bool = False, **opti
                 "caption": ((CAPTION_BYTES,), "uint8"),
                 "inside": ((side, side), "uint8"),
             }
-            # The curriculum runs over the half-size pairs. Full-size pairs are fewer and have its final difficulty.
+            # The curriculum runs over the half-size pairs. Full-size pairs are fewer and have the final difficulty.
             half = size < IMAGE_SIZE
             render = RenderPairs(size=size, seed=2 if half else 7, curriculum=CURRICULUM_SAMPLES if half else 1)
             # The vision step in the name prevents the use of features from earlier encoders.
@@ -215,7 +216,7 @@ def _preview_grid(
 
 
 def load_adapter(out: Path, model: TextToImage) -> RealCustomAdapter:
-    """The EMA weights of `out/adapter`. Before that stage has run: an adapter whose output is zero."""
+    """The EMA weights of `out/adapter`; an adapter whose output is zero if that stage has not run."""
     adapter = build_adapter(model)
     folder = out / "adapter" / "checkpoint"
     if find_checkpoint(folder) is not None:

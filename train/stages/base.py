@@ -1,9 +1,9 @@
 """Stage `base`: the text-to-image model. UNet and both text encoders are trained from scratch on latents of the sprite
 world.
 
-Most steps use half-size images, at three times as many samples per second. They teach words, shapes and layout, as in
-the first phase of SDXL's own training. While the learning rate falls, all steps use full-size images, which teach
-details.
+Most steps use half-size images, of which three times as many can be processed per second. They train words, shapes and
+layout, as in the first phase of SDXL's own training. While the learning rate decays, all steps use full-size images,
+which train details.
 """
 
 import math
@@ -35,7 +35,8 @@ BATCH_SIZE = 64
 FULL_SIZE_EVERY = 20
 # The text encoders are trained for this many steps. Afterwards they are frozen, and each caption is encoded only once.
 TEXT_STEPS = 200_000 // BATCH_SIZE
-# A step that records attention takes a third longer. Divides FULL_SIZE_EVERY, so that both sizes are grounded.
+# A step that records attention takes a third longer. The number divides FULL_SIZE_EVERY, so that steps of both sizes
+# have the grounding loss.
 GROUNDED_EVERY = 5
 PREVIEW_PROMPTS = (
     "a dog on the beach",
@@ -65,7 +66,7 @@ def resolution_of_step(step: int, full_size_from: int | None = None) -> tuple[in
     """Image size of a step in px, and the number of earlier steps of that size.
 
     Args:
-        full_size_from: first step from which on all steps use full-size images.
+        full_size_from: from this step on, all steps use full-size images; None never.
     """
     mixed = step if full_size_from is None else min(step, full_size_from)
     full = mixed // FULL_SIZE_EVERY
@@ -77,7 +78,7 @@ def resolution_of_step(step: int, full_size_from: int | None = None) -> tuple[in
 
 
 def first_decay_step(config: LoopConfig) -> int | None:
-    """The step at which the learning rate starts to fall; None if the run has no end."""
+    """The step at which the learning rate starts to decay; None if the run has no end."""
     if config.max_samples is None:
         return None
     return math.ceil((1 - config.decay) * config.max_samples / config.batch_size)

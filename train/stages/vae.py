@@ -65,9 +65,9 @@ def train_vae(out: Path, device: str = "cpu", **options) -> None:
         pool.refresh(step)
         draws = torch.rand(config.batch_size, generator=generator).numpy()
         pixels = pool.batch(step, draws)["pixels"]
-        if step % 4 == 3:  # half-size images: stage `base` starts with them
+        if step % 4 == 3:  # half-size images, as in stage `base`
             pixels = F.avg_pool2d(to_signed(pixels), 2)
-        else:  # crops: a convolutional network learns from more, smaller steps
+        else:  # crops, which allow more and cheaper steps
             top, left = torch.randint(0, 17, (2,), generator=generator).tolist()
             pixels = to_signed(pixels[..., 4 * top : 4 * top + CROP, 4 * left : 4 * left + CROP])
         return pixels.to(device).to(memory_format=torch.channels_last)

@@ -8,7 +8,7 @@ Three losses train them:
 
 The first two use only the tokens that lie on the instance, and half of the views contain a second subject. Each token
 therefore describes only the subject it lies on. Otherwise, the features of a reference with two subjects (One2Many)
-would mix them. Global views and local crops are trained alike, because the projector reads both.
+would mix them. Training uses global views and local crops, because the projector reads both.
 
 Legend: B images, N = 64 tokens (8 x 8), C channels of both encoders together.
 """
@@ -95,7 +95,7 @@ class RenderViews:
 
 
 def _tokens_in(box: Box) -> np.ndarray:
-    """Marks the tokens whose patch is at least half inside the box (px of the image), uint8 [8, 8]."""
+    """Mark the tokens whose patch is at least half inside the box (px of the image) with 1, uint8 [8, 8]."""
     left, top, right, bottom = (int(side * GRID / SCENE_SIZE + 0.5) for side in box)
     inside = np.zeros((GRID, GRID), np.uint8)
     inside[top:bottom, left:right] = 1
