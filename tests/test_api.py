@@ -16,6 +16,7 @@ import starlette.datastructures
 from PIL import Image
 from tiny import subject_image, tiny_pipeline
 
+import serving.http.edit_form
 import serving.protocol.decode_process
 import serving.protocol.image_codec
 from serving.clients import HttpClient, QueueFull, Request, Subject
@@ -205,11 +206,81 @@ TOO_LARGE = {
 }
 
 
+@pytest.fixture
+def decoded(monkeypatch) -> list[str]:
+    """Names of the files that have been decoded."""
+    names = []
+    decode = serving.http.edit_form.decode_image
+
+    def record(file, limits, name):
+        names.append(name)
+        return decode(file, limits, name)
+
+    monkeypatch.setattr(serving.http.edit_form, "decode_image", record)
+    return names
+
+
+def test_the_pixels_of_all_references_are_limited(replica, settings, decoded):
+    """Files with too many pixels together are rejected by their headers, before any of them is decoded."""
+
+    class Limited:
+        stream = replica.stream
+
+        async def model(self):
+            return (await replica.model()).with_limits(
+                settings.limits.model_copy(update={"max_reference_pixels_total": 1_500_000})
+            )
+
+    api = create_api(Limited(), settings)
+    files = [file_of(Image.new("L", size)) for size in ((900, 900), (800, 900))]
+    response = edit(api, files, target_phrase=["dog", "cat"])
+    assert response.status_code == 413 and "1530000 pixels together" in response.text and not decoded
+    response = edit(api, [files[0], DOG], target_phrase=["dog", "cat"], num_inference_steps="1")
+    assert response.status_code == 200 and decoded == ["image 0 ('0.png')", "image 1 ('1.png')"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(target_phrase="horse"),
+        dict(target_phrase="dog", num_inference_steps="1000"),
+        dict(target_phrase="dog", size="8x8"),
+        dict(target_phrase="dog", scope_ratio="2"),
+        dict(target_phrase="dog", model="another"),
+    ],
+    ids=lambda fields: next(reversed(fields)),
+)
+def test_images_of_an_invalid_request_are_not_decoded(api, decoded, fields):
+    assert edit(api, [DOG], **fields).status_code == 422 and not decoded
+
+
 @pytest.mark.parametrize("name", TOO_LARGE)
 def test_too_large_is_413(api, name):
     """Files with too many bytes or pixels are rejected without being decoded."""
     response = edit(api, [TOO_LARGE[name]], target_phrase="dog")
     assert response.status_code == 413 and "image 0" in response.json()["error"]["message"]
+
+
+LONG = {
+    "prompt": dict(prompt="a " * 100_000, target_phrase="a"),
+    "negative prompt": dict(negative_prompt="a " * 100_000, target_phrase="dog"),
+    "phrase": dict(target_phrase="a " * 100_000),
+    "subjects": dict(subjects=json.dumps([{"target_phrase": "a " * 100_000}])),
+    "phrase in subjects": dict(subjects=json.dumps([{"target_phrase": "a" * 2001}])),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_texts_are_refused_unread(api, monkeypatch, name):
+    """A text beyond `max_prompt_chars` is refused before a request is constructed from it or an image is decoded."""
+
+    def unexpected(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(serving.http.edit_form, "Request", unexpected)
+    monkeypatch.setattr(serving.http.edit_form, "decode_image", unexpected)
+    response = edit(api, [DOG], **LONG[name])
+    assert response.status_code == 422 and "characters; this server accepts at most" in response.text, response.text
 
 
 def test_long_file_names_are_not_repeated(api):

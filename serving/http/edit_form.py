@@ -4,22 +4,26 @@ import asyncio
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from realcustom.config import MaskSource
 from realcustom.reference_image import ReferenceImage
-from realcustom.request import MAX_SEED, Request, Subject
+from realcustom.request import MAX_SEED, Request, ResolvedRequest, Subject
 from realcustom.words import shorten
 
-from ..protocol.errors import InvalidRequest
-from ..protocol.image_codec import decode_image
+from ..protocol.errors import InvalidRequest, TooLarge
+from ..protocol.image_codec import decode_image, read_header
 from ..protocol.limits import Limits
+from ..protocol.model_info import ModelInfo
 
 FILE_FIELDS = ("image", "image[]")
+SUBJECT_CHARS = 200  # of the JSON of a subject, without its phrase
+PLACEHOLDER = ReferenceImage(np.zeros((1, 1, 3), dtype=np.uint8))
 
 
 def _number(value: Any) -> Any:
@@ -116,34 +120,57 @@ class EditForm(BaseModel):
         default=None, description="accepted for OpenAI's clients, not used"
     )
 
-    async def to_request(self, limits: Limits, model_id: str) -> Request:
-        """The request of all `n` images, which differ only in the seed. Images are decoded in threads.
+    async def resolve(self, info: ModelInfo) -> ResolvedRequest:
+        """The request of all `n` images, which differ only in the seed.
+
+        Images are decoded in threads, after everything else has been checked.
 
         Raises:
             InvalidRequest: names the first thing that is wrong.
         """
-        if self.model is not None and self.model != model_id:
-            raise InvalidRequest(f"model {shorten(self.model)} is not loaded; omit it or use {model_id!r}.")
-        if self.n > limits.max_images:
+        self._check_lengths(info.limits)
+        if self.model is not None and self.model != info.id:
+            raise InvalidRequest(f"model {shorten(self.model)} is not loaded; omit it or use {info.id!r}.")
+        if self.n > info.limits.max_images:
             raise InvalidRequest(
-                f"n is {cut(self.n)}; this server accepts at most {limits.max_images} images per request."
+                f"n is {cut(self.n)}; this server accepts at most {info.limits.max_images} images per request."
             )
-        files = [*self.image, *self.image_list]
+        files = self._files
         entries = self._entries(len(files))
-        if len(entries) > limits.max_subjects:
-            raise InvalidRequest(
-                f"the request has {len(entries)} subjects; this server accepts at most {limits.max_subjects}."
-            )
-        width, height = self._size()
-        images = [
-            await _read(file, limits, f"image {i} ({shorten(file.filename or '')})") for i, file in enumerate(files)
+        info.limits.check_num_subjects(len(entries))
+        for entry in entries:
+            info.limits.check_text("target_phrase", entry.target_phrase)
+        request = self._request(entries).resolve(info.sampling)
+        info.limits.check(request, num_images=self.n)
+        images = await asyncio.to_thread(_decode, files, info.limits)
+        subjects = [
+            replace(subject, image=images[entry.image])
+            for subject, entry in zip(request.subjects, entries, strict=True)
         ]
+        return replace(request, subjects=tuple(subjects))
+
+    @property
+    def _files(self) -> list[UploadFile]:
+        return [*self.image, *self.image_list]
+
+    def _check_lengths(self, limits: Limits) -> None:
+        """Raises before the event loop reads a text whose length is unbounded."""
+        limits.check_text("prompt", self.prompt)
+        limits.check_text("negative_prompt", self.negative_prompt)
+        if self.subjects is not None:
+            # All phrases occur in the prompt and do not overlap there; JSON needs at most 12 bytes per character.
+            max_chars = 12 * limits.max_prompt_chars + SUBJECT_CHARS * limits.max_subjects
+            limits.check_text("the JSON of subjects", self.subjects, max_chars)
+
+    def _request(self, entries: list[SubjectEntry]) -> Request:
+        """The request with a placeholder in place of each image."""
+        width, height = self._size()
         try:
             return Request(
                 prompt=self.prompt,
                 subjects=tuple(
-                    Subject(image=images[e.image], target_phrase=e.target_phrase, scope_ratio=e.scope_ratio)
-                    for e in entries
+                    Subject(image=PLACEHOLDER, target_phrase=entry.target_phrase, scope_ratio=entry.scope_ratio)
+                    for entry in entries
                 ),
                 negative_prompt=self.negative_prompt,
                 height=height,
@@ -228,8 +255,16 @@ def _short_form(phrases: list[str], scopes: list[float], num_files: int) -> list
     ]
 
 
-async def _read(file: UploadFile, limits: Limits, name: str) -> ReferenceImage:
-    return await asyncio.to_thread(decode_image, file.file, limits, name)
+def _decode(files: Sequence[UploadFile], limits: Limits) -> list[ReferenceImage]:
+    """The images of uploaded files. None is decoded unless the headers of all of them are within the limits."""
+    names = [f"image {i} ({shorten(file.filename or '')})" for i, file in enumerate(files)]
+    headers = [read_header(file.file, limits, name) for file, name in zip(files, names, strict=True)]
+    if (total := sum(header.width * header.height for header in headers)) > limits.max_reference_pixels_total:
+        raise TooLarge(
+            f"the images have {total} pixels together; this server accepts at most "
+            f"{limits.max_reference_pixels_total}. Send smaller ones."
+        )
+    return [decode_image(file.file, limits, name) for file, name in zip(files, names, strict=True)]
 
 
 def sentence(errors: Sequence[Any]) -> str:

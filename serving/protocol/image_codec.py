@@ -33,11 +33,28 @@ def decode_image(file: BinaryIO, limits: Limits, name: str = "image") -> Referen
         InvalidRequest: empty, truncated, damaged, or not one of `INPUT_FORMATS`.
         Unavailable: this machine lacks memory, disk space or processes. The cause is logged.
     """
+    image = read_header(file, limits, name)
     with _system_errors():
-        return _decode(file, limits, name)
+        try:
+            if image.width * image.height > LARGE_PIXELS:
+                assert image.format is not None
+                file.seek(0)
+                return decode_in_process(file, image.format)
+            image.load()
+            return ReferenceImage.from_pil(image)
+        except Exception as error:
+            if is_system_error(error):
+                raise
+            raise InvalidRequest(f"{name} is truncated or damaged: {shorten(str(error))}.") from None
 
 
-def _decode(file: BinaryIO, limits: Limits, name: str) -> ReferenceImage:
+def read_header(file: BinaryIO, limits: Limits, name: str = "image") -> Image.Image:
+    """The image of an uploaded file with its size, not decoded. Raises the errors of `decode_image`."""
+    with _system_errors():
+        return _read_header(file, limits, name)
+
+
+def _read_header(file: BinaryIO, limits: Limits, name: str) -> Image.Image:
     num_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
     if num_bytes == 0:
@@ -64,17 +81,7 @@ def _decode(file: BinaryIO, limits: Limits, name: str) -> ReferenceImage:
             f"{name} is {width}x{height}; this server accepts at most {limits.max_reference_pixels} pixels. "
             "Send a smaller one."
         )
-    try:
-        if width * height > LARGE_PIXELS:
-            assert image.format is not None
-            file.seek(0)
-            return decode_in_process(file, image.format)
-        image.load()
-        return ReferenceImage.from_pil(image)
-    except Exception as error:
-        if is_system_error(error):
-            raise
-        raise InvalidRequest(f"{name} is truncated or damaged: {shorten(str(error))}.") from None
+    return image
 
 
 @contextmanager
