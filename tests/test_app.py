@@ -21,7 +21,7 @@ START_TIMEOUT_S, STOP_TIMEOUT_S = 240, 60
 
 @pytest.fixture
 def start_app(tmp_path):
-    """Starts app.py with arguments in an empty folder; kills what a failed test has left."""
+    """Starts app.py with arguments in an empty folder; kills processes that a failed test leaves behind."""
     started: list[subprocess.Popen] = []
 
     def start(*arguments: str) -> subprocess.Popen:

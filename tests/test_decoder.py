@@ -40,7 +40,7 @@ def test_preview_approximates_the_decoded_image(mini_decoder, name, size):
 
 
 def test_preview_fit_is_deterministic(mini_decoder):
-    """Two fits yield the same preview, whatever the global random state."""
+    """Two fits yield the same preview, regardless of the global random state."""
     latents = encode_example(mini_decoder, "dog", (128, 128))
     torch.manual_seed(5)
     refitted = LatentPreview(LatentDecoder(mini_decoder.vae))

@@ -48,7 +48,7 @@ def test_ties_are_resolved_by_position():
     assert selected.sum() == 400 and selected[:399].all() and selected[3 * 40 + 5]
 
 
-def test_small_masks_survive_shrinking():
+def test_small_masks_do_not_vanish_when_downsampled():
     """A disc of radius 2 in a 64 x 64 mask stays nonzero at 8 x 8, wherever it is (the coarsest level of SD1.5)."""
     y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
     for center in range(4, 60, 3):
@@ -90,7 +90,7 @@ def test_scope_of_one_keeps_every_position():
 
 
 def algorithm_1(values, ratios):
-    """Algorithm 1 as printed in the paper: subjects take turns to find the best free position and mark it."""
+    """Algorithm 1 as printed in the paper: in each round, each subject marks its best free position."""
     values, count = values.flatten(1).clone(), values[0].numel()
     targets = [int(r * count) for r in ratios]
     current = [0] * len(targets)

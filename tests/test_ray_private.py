@@ -39,7 +39,7 @@ def test_deploy_accepts_the_schema_of_ray_serve():
 
 @pytest.mark.parametrize("mode,expected", [(None, "token"), ("disabled", "disabled")])
 def test_enable_token_auth(tmp_path, mode, expected):
-    """A token of the machine is used, unless RAY_AUTH_MODE says otherwise."""
+    """The token of the machine is used unless RAY_AUTH_MODE is set to another mode."""
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
     environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT), "RAY_AUTH_TOKEN_PATH": str(token)}

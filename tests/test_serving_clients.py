@@ -54,7 +54,7 @@ class FakeResponse:
 
 
 class FakeHandle:
-    """Plays the n-th script for the n-th call."""
+    """A handle whose n-th call plays the n-th script."""
 
     def __init__(self, *scripts) -> None:
         self._scripts, self.responses = iter(scripts), []
@@ -70,7 +70,7 @@ class FakeHandle:
 
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
-    """Delays before the retries, in seconds; no time passes."""
+    """Delays before the retries in seconds, without actual waiting."""
     waited: list[float] = []
 
     async def sleep(seconds):
@@ -145,7 +145,7 @@ def error(status: int, code: str, retry_after: str | None = None) -> httpx.Respo
 PROXY_500 = httpx.Response(500, text="Internal Server Error")  # Ray Serve's proxy, when the ingress has died
 
 
-def test_http_retries_wait_as_long_as_the_server_asks(waits):
+def test_http_retries_wait_at_least_as_long_as_the_server_requests(waits):
     """Full queue, no replica, no connection, no process behind the proxy: each is retried with the same seed, after
     at least the requested delay and after longer delays each time."""
     response = httpx.Response(200, json={"data": [ITEM]})

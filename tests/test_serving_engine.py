@@ -54,7 +54,7 @@ class Watched:
 
 
 class AlwaysTogether(StepTimeModel):
-    """Measures nothing, so that all images of a size step together."""
+    """A model without measurements, so that all images of a size step together."""
 
     def add(self, calls: int, row_pixels: float, seconds: float) -> None:
         pass
@@ -121,7 +121,7 @@ async def until(condition, timeout_s=20) -> None:
 
 
 def test_images_that_share_steps_equal_the_images_generated_alone(engine, watched):
-    """In any mixture of sizes, steps, subjects and settings, at most one 8-bit level apart."""
+    """For mixtures of sizes, steps, subjects and settings, the images differ by at most one 8-bit level."""
     wanted = [
         request(1),
         request(2, num_inference_steps=6, guidance_scale=1.0),
@@ -144,8 +144,8 @@ def test_images_that_share_steps_equal_the_images_generated_alone(engine, watche
 
 @pytest.mark.parametrize("case", range(6))
 def test_an_image_does_not_depend_on_the_others_in_its_batches(watched, case):
-    """Property: random requests that arrive and leave at random times, in batches of random sizes, get the image that
-    each gets alone, at most one 8-bit level apart."""
+    """Property: requests that arrive and are removed at random times, in batches of random sizes, return the image that
+    each returns alone, up to one 8-bit level."""
     draw = np.random.default_rng(case)
     sizes = [(64, 64), (96, 64), (64, 80)]
     engine = Engine(watched, max_batch_size=int(draw.integers(2, 9)), batch_sizes=[(), (1, 2, 4)][case % 2])
@@ -208,7 +208,7 @@ def test_an_image_joins_between_steps(engine, watched):
 
 
 def test_events_count_up_with_previews_and_masks(engine):
-    """The position comes first, then every step once and in order, with previews and masks between, the result last."""
+    """Events are the queue position, each step once and in order, some previews with masks, and finally the result."""
 
     async def run():
         return [event async for event in engine.stream(request(1, num_inference_steps=8), previews=True)]
@@ -257,7 +257,7 @@ def test_closing_the_stream_removes_the_image_before_the_next_step(engine, watch
 
 
 def test_cancelled_tasks_leave_the_engine(engine):
-    """`task.cancel()`, which is how a dropped connection arrives, empties the engine."""
+    """After `task.cancel()`, as after a dropped connection, the engine has no images."""
 
     async def run():
         tasks = [asyncio.create_task(last(engine, request(i, num_inference_steps=500))) for i in range(6)]
@@ -271,7 +271,7 @@ def test_cancelled_tasks_leave_the_engine(engine):
 
 
 def test_an_invalid_request_fails_alone(engine):
-    """The pipeline's ValueError reaches its caller as InvalidRequest; the others get their images."""
+    """A ValueError of the pipeline is raised as InvalidRequest for its request; the other requests return images."""
 
     async def run():
         return await asyncio.gather(
@@ -287,7 +287,7 @@ def test_an_invalid_request_fails_alone(engine):
 
 
 def test_a_failing_step_raises_for_its_images_and_the_engine_continues(engine, watched):
-    """Every image of the batch ends with an error; the next request works."""
+    """Every image of the batch ends with an error; the next request succeeds."""
 
     async def run():
         watched.step_error = RuntimeError("out of memory")
@@ -335,7 +335,7 @@ def test_out_of_memory_in_a_step_halves_the_group(engine, watched):
 
 
 def test_out_of_memory_for_one_image_raises_unavailable(engine, watched):
-    """The error names memory, and a later request works."""
+    """The error mentions memory, and a later request succeeds."""
     watched.largest_batch = 0
     with pytest.raises(Unavailable, match="memory"):
         asyncio.run(last(engine, request(1)))
@@ -344,7 +344,7 @@ def test_out_of_memory_for_one_image_raises_unavailable(engine, watched):
 
 
 def test_an_error_while_preparing_raises_unavailable(engine, watched, monkeypatch):
-    """The image ends with Unavailable, so that another replica may retry; the others are generated."""
+    """The image ends with Unavailable, so that another replica may retry; the other images are generated."""
     prepare = watched.pipeline.prepare
 
     def broken(wanted):
@@ -379,7 +379,7 @@ def test_a_deadline_removes_the_image(engine, watched):
 
 
 def test_latents_that_are_not_finite_raise_a_server_error(engine, watched, monkeypatch):
-    """NaN ends with an error that says so, not with a black image."""
+    """NaN in the latents raises an error instead of returning a black image."""
     step = watched.pipeline.step
 
     def poisoned(generations):
@@ -393,7 +393,7 @@ def test_latents_that_are_not_finite_raise_a_server_error(engine, watched, monke
 
 
 def test_a_full_queue_rejects_and_positions_count_down(engine, watched):
-    """Beyond batch and queue a request is rejected at once; waiting callers receive their position as it changes."""
+    """Requests beyond batch and queue are rejected immediately; waiting callers receive each new position."""
 
     async def run():
         watched.gate.clear()
@@ -444,8 +444,8 @@ def test_memory_limits_the_images_in_the_engine(watched):
     engine.close()
 
 
-def test_an_image_that_cannot_be_prepared_for_lack_of_memory_waits(watched, monkeypatch):
-    """Out of memory while another image is active puts the image back into the queue; both are generated."""
+def test_an_image_that_runs_out_of_memory_in_prepare_waits(watched, monkeypatch):
+    """Running out of memory while another image is active returns the image to the queue; both are generated."""
     none = AffineCost(0, 0)
     memory_model = MemoryModel(resident=AffineCost(1, 0), reference=0, call=none, stepping=none, decoding=none)
     engine = Engine(watched, budget=MemoryBudget(memory_model, 100))
@@ -473,8 +473,8 @@ def test_an_image_that_cannot_be_prepared_for_lack_of_memory_waits(watched, monk
     engine.close()
 
 
-def test_the_engine_learns_the_time_of_a_step(watched):
-    """After an image the backlog of further images is predicted in seconds; before, it is 0."""
+def test_the_backlog_is_predicted_from_measured_steps(watched):
+    """After the first image, the backlog is predicted in seconds; before, it is 0."""
     engine = Engine(watched, step_time=(step_time := StepTimeModel()))
 
     async def run():
@@ -536,7 +536,7 @@ def test_the_observer_receives_every_number(watched):
 
 
 def test_closing_ends_every_request_with_an_error(watched):
-    """Waiting and active callers get an error at shutdown, and so do later ones."""
+    """Waiting, active and later requests raise an error at shutdown."""
     engine = Engine(watched, max_batch_size=2, max_queued=8)
 
     async def run():
@@ -557,7 +557,7 @@ def test_closing_ends_every_request_with_an_error(watched):
 
 
 def test_no_image_is_kept_after_its_stream_ends(engine):
-    """Finished, cancelled, rejected or late: the engine keeps neither the job nor its generation."""
+    """After finished, cancelled, rejected and expired requests, the engine keeps neither the job nor its generation."""
 
     async def leave(wanted: ResolvedRequest) -> None:
         async with aclosing(engine.stream(wanted)) as events:
@@ -583,7 +583,7 @@ def test_no_image_is_kept_after_its_stream_ends(engine):
 
 
 def test_a_step_that_does_not_end_makes_the_engine_unhealthy(watched):
-    """An idle engine is healthy, and so is one whose step has ended after all."""
+    """An idle engine is healthy, as is one whose slow step has ended."""
     engine = Engine(watched, stall_timeout_s=0.3)
 
     async def run():
@@ -603,7 +603,7 @@ def test_a_step_that_does_not_end_makes_the_engine_unhealthy(watched):
 
 
 def test_an_internal_error_ends_every_request_and_makes_the_engine_unhealthy(watched):
-    """If a thread of the engine dies, its callers get an error, and the health check reports it."""
+    """If a thread of the engine dies, all requests raise an error, and the health check reports it."""
 
     class Broken(Observer):
         def step(self, **_) -> None:

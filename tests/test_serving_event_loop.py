@@ -1,4 +1,4 @@
-"""Images never block the event loop: each is normalized once, in a thread, and 24 megapixels stall no other request."""
+"""Images never block the event loop: each is normalized once, in a thread, and large ones delay no other request."""
 
 import asyncio
 import io
@@ -25,7 +25,7 @@ from serving.settings import Settings
 PROMPT = "a dog and a cat"
 LARGE = (6000, 4000)  # px, 24 megapixels
 MAX_GAP_S = 0.01
-NUM_TRIES = 8  # timings vary on a shared machine; what the code itself does is the minimum
+NUM_TRIES = 8  # timings vary on a shared machine; the minimum is that of the code itself
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_image_work_never_runs_in_the_event_loop(api, threads):
 
 
 async def largest_gap(work) -> float:
-    """Seconds for which a coroutine that sleeps 0.5 ms at a time was blocked while `work` ran.
+    """Seconds for which a coroutine that sleeps for 0.5 ms in a loop was blocked while `work` ran.
 
     A gap counts at most the CPU time of the other threads of this process, since only they can block the event loop;
     other processes of the machine cannot.

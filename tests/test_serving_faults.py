@@ -1,4 +1,4 @@
-"""Processes are killed and the server is reconfigured under load: every accepted request gets its image.
+"""Every accepted request returns its image when processes are killed or the server is reconfigured under load.
 
 A real Ray Serve with two replicas of the toy model; processes are killed with SIGKILL.
 """
@@ -80,7 +80,7 @@ async def begin(clients: Sequence[Client], request: Request) -> list[asyncio.Tas
 
 
 @pytest.mark.parametrize("kinds", [["replica"], ["ingress"], ["proxy", "controller"]], ids=" and ".join)
-def test_images_survive_killed_processes(server, clients, kinds):
+def test_requests_complete_when_processes_are_killed(server, clients, kinds):
     """All processes of a kind are killed while two clients wait for an image. Both get the image of their seed, no step
     is reported twice, and the processes are restarted."""
     request = Request(**SHORT, seed=7, num_inference_steps=120)

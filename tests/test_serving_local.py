@@ -9,7 +9,7 @@ from serving.clients.local import join, start_ray
 
 
 def failing(monkeypatch, *errors) -> list:
-    """`ray.init` raises these errors in turn, then succeeds; returns the options of its calls."""
+    """Let `ray.init` raise these errors one after another and then succeed; return the options of its calls."""
     left, calls = list(errors), []
 
     def init(**options):

@@ -1,4 +1,4 @@
-"""MemoryModel and MemoryBudget: measured bytes predict the peak of larger groups, and budgets are kept."""
+"""MemoryModel and MemoryBudget: measured bytes predict the peak of larger groups, and budgets are respected."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A real Ray Serve: HTTP, handle and Python give the same results; cancellation, errors and load cross processes."""
+"""A real Ray Serve: HTTP, handle and Python give the same results; cancellation, errors and load across processes."""
 
 import asyncio
 import json

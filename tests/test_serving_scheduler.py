@@ -1,4 +1,4 @@
-"""Scheduler: queue, memory, sizes and batches, without threads; a simulation against the work-conserving batcher."""
+"""Scheduler without threads: queue, memory, sizes, batches, and a simulated comparison with whole generations."""
 
 import itertools
 import random
@@ -46,7 +46,7 @@ class Client:
 
 
 def known(cost: StepCost) -> StepTimeModel:
-    """A model that has measured steps of all kinds on a device of this cost."""
+    """A model that has measured steps of all kinds on a device with this cost."""
     model = StepTimeModel()
     for calls, rows in ((2, 3), (1, 2), (2, 24), (1, 16), (2, 20)):
         model.add(calls, rows * PIXELS, cost.seconds(calls, rows * PIXELS))
@@ -71,7 +71,7 @@ def admit_all(to: Scheduler) -> None:
 
 
 def step(to: Scheduler, seconds: float = 1.0) -> tuple[Job, ...]:
-    """Admit whoever may be, and step once as the engine does."""
+    """Admit as many images as possible, and step once as the engine does."""
     admit_all(to)
     batch = to.next_batch()
     for job in batch:
@@ -87,7 +87,7 @@ def step(to: Scheduler, seconds: float = 1.0) -> tuple[Job, ...]:
 
 
 def test_queue_is_first_in_first_out_and_bounded():
-    """Places and queue are filled in order of arrival; one more image raises QueueFull with a time to retry."""
+    """Batch and queue are filled in order of arrival; one more image raises QueueFull with a delay for the retry."""
     scheduler_ = scheduler(max_batch_size=2, max_queued=3)
     jobs = add(scheduler_, 2)
     admit_all(scheduler_)
@@ -211,44 +211,44 @@ def test_all_images_step_together_before_the_first_measurement():
     assert step(scheduler_) == tuple(jobs)
 
 
-def test_images_are_finished_in_turn_where_rows_cost_all_the_time():
-    """Side by side they would all be as late as the last."""
+def test_images_finish_one_after_another_if_rows_dominate_the_cost():
+    """If they ran together, all would finish as late as the last one."""
     scheduler_ = scheduler(ROWS)
     jobs = add(scheduler_, 3, num_inference_steps=8)
     assert [step(scheduler_) for _ in range(24)] == [(job,) for job in jobs for _ in range(8)]
 
 
-def test_images_step_together_where_calls_cost_all_the_time():
+def test_images_step_together_if_calls_dominate_the_cost():
     scheduler_ = scheduler(CALLS)
     jobs = add(scheduler_, 3, num_inference_steps=8)
     assert [step(scheduler_) for _ in range(8)] == [tuple(jobs)] * 8
 
 
 @pytest.mark.parametrize("steps_done", [1, 5, 12, 13, 20])
-def test_an_image_joins_in_the_next_step_where_holding_it_brings_nothing(steps_done):
-    """There is room, nobody else waits, and calls dominate: the newcomer steps at once."""
+def test_an_image_joins_the_next_step_if_waiting_saves_no_time(steps_done):
+    """The batch is not full, no other image waits, and calls dominate: the new image joins immediately."""
     scheduler_ = scheduler(CALLS)
     add(scheduler_)
     for _ in range(steps_done):
         step(scheduler_)
-    (newcomer,) = add(scheduler_)
-    assert newcomer in step(scheduler_)
+    (new,) = add(scheduler_)
+    assert new in step(scheduler_)
 
 
-def test_images_are_held_where_joining_would_cost_device_time():
-    """Four images are past T_stop and twelve wait. Joining now would add a call to each of their steps, and half of the
-    next images would join another half later; held, eight start together."""
+def test_images_wait_if_joining_costs_device_time():
+    """Four images are past T_stop and twelve wait. If four joined now, each step would have a second call, and the next
+    batches would also start in halves. If all wait, eight start together."""
     scheduler_ = scheduler(CALLS)
     running = add(scheduler_, 4)
     for _ in range(13):
         step(scheduler_)
-    newcomers = add(scheduler_, 12)
+    new = add(scheduler_, 12)
     assert [step(scheduler_) for _ in range(12)] == [tuple(running)] * 12
-    assert step(scheduler_) == tuple(newcomers[:8])
+    assert step(scheduler_) == tuple(new[:8])
 
 
 def test_batches_have_the_allowed_sizes():
-    """With sizes 1, 2 and 4, five images step as the first four until these are done, then the fifth alone."""
+    """With sizes 1, 2 and 4, the first four of five images step together until they are done, then the fifth alone."""
     scheduler_ = scheduler(CALLS, max_batch_size=5, batch_sizes=(1, 2, 4))
     jobs = add(scheduler_, 5, num_inference_steps=6)
     batches = [step(scheduler_) for _ in range(12)]
@@ -258,9 +258,9 @@ def test_batches_have_the_allowed_sizes():
 @pytest.mark.parametrize("cost", [ALIKE, CALLS, ROWS, None], ids=["alike", "calls", "rows", "unknown"])
 @pytest.mark.parametrize("batch_sizes", [(), (1, 2, 4)], ids=["any", "1, 2, 4"])
 def test_every_batch_starts_with_the_oldest_image_of_its_size(cost, batch_sizes):
-    """Property, for random arrivals and departures: batches are of one size and of allowed sizes, and contain the
-    oldest active image of this size. So an image takes at most as many steps of its size as all images before it have
-    steps, plus its own: none starves."""
+    """Property for random arrivals and removals: all images of a batch have one size, the batch size is allowed, and
+    the oldest active image of this size is included. Each image is therefore done after a bounded number of steps of
+    its size: the steps of all images before it, plus its own."""
     draw = random.Random(1)
     scheduler_ = scheduler(cost, batch_sizes=batch_sizes)
     bound: dict[Job, int] = {}
@@ -305,15 +305,15 @@ def test_sizes_share_the_device_time_equally():
     assert abs(seconds[64] - seconds[128]) <= 3
 
 
-def test_a_new_size_is_not_owed_the_time_before_it_came():
-    """After a long time of one size alone, another size gets half of the time and no more."""
+def test_time_before_a_size_became_active_does_not_count():
+    """If only one size was active for a long time, a new size still gets no more than half of the time."""
     scheduler_ = scheduler()
     add(scheduler_, 1, num_inference_steps=200)
     for _ in range(100):
         step(scheduler_)
-    (newcomer,) = add(scheduler_, 1, num_inference_steps=200, height=96)
-    turns = [newcomer in step(scheduler_) for _ in range(20)]
-    assert all(a != b for a, b in itertools.pairwise(turns))
+    (new,) = add(scheduler_, 1, num_inference_steps=200, height=96)
+    stepped = [new in step(scheduler_) for _ in range(20)]
+    assert all(a != b for a, b in itertools.pairwise(stepped))
 
 
 # ---- predictions ---------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_backlog_is_the_predicted_time_until_all_images_are_done():
     assert scheduler_.backlog_s() == pytest.approx(2 * 37 + 16 * 62 * 0.5, rel=1e-6)
 
 
-def test_retry_after_is_the_predicted_time_until_an_image_makes_room():
+def test_retry_after_is_the_predicted_time_until_an_image_is_done():
     scheduler_ = scheduler(ALIKE, max_batch_size=2, max_queued=1)
     add(scheduler_, 2, num_inference_steps=5)
     admit_all(scheduler_)
@@ -410,9 +410,7 @@ DEVICES = {  # seconds per call and per row; in lockstep an image of 25 steps ne
     "rows only": (0.0, 1.0),
 }
 STEPS = {"all 25 steps": (25,), "a third 12 steps": (25, 25, 12)}
-TOLERANCE = (
-    0.03  # the two sides batch other images together, so percentiles of a few hundred images scatter by about 2%
-)
+TOLERANCE = 0.03  # the two schedulers form different batches, so percentiles of a few hundred images vary by about 2%
 
 
 @dataclass
@@ -423,7 +421,7 @@ class Arrival:
 
 
 def continuous(arrivals: Sequence[Arrival], cost: StepCost, max_batch_size: int = 8) -> None:
-    """The engine without threads: the real `Scheduler` and a `StepTimeModel` that learns, on a device of `cost`."""
+    """The engine without threads: the real `Scheduler` and `StepTimeModel` on a simulated device with this cost."""
     scheduler_ = Scheduler(max_batch_size=max_batch_size, max_queued=10**6)
     pending, now = deque(arrivals), 0.0
     arrival_of: dict[Job, Arrival] = {}
@@ -450,7 +448,7 @@ def continuous(arrivals: Sequence[Arrival], cost: StepCost, max_batch_size: int 
 
 
 def work_conserving(arrivals: Sequence[Arrival], cost: StepCost, max_batch_size: int = 8) -> None:
-    """Whenever the device is free, all that wait, at most `max_batch_size`, run to the end of the longest."""
+    """When the device becomes free, up to `max_batch_size` waiting images run until the longest one is done."""
     pending, now = deque(arrivals), 0.0
     while pending:
         now = max(now, pending[0].at)
@@ -488,7 +486,7 @@ def draw_requests(number: int, steps: Sequence[int], seed: int) -> list[Resolved
 
 
 def capacity(cost: StepCost, steps: Sequence[int]) -> float:
-    """Images per second of the work-conserving batcher if all places are always taken."""
+    """Images per second of the work-conserving batcher if its batches are always full."""
     return simulate(work_conserving, [0.0] * 400, cost, draw_requests(400, steps, seed=9))[2]
 
 
@@ -500,7 +498,7 @@ def poisson(rate: float, number: int, seed: int) -> list[float]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("load", [0.5, 0.8, 0.95])
 def test_never_worse_than_the_work_conserving_batcher(device, load, steps):
-    """p50, p95 and throughput, means over 3 x 200 images with Poisson arrivals at a share of the batcher's capacity."""
+    """p50, p95 and throughput: means over 3 x 200 Poisson arrivals at a fraction of the batcher's capacity."""
     per_call, per_row = DEVICES[device]
     cost = StepCost(per_call, per_row / PIXELS)
     rate = load * capacity(cost, STEPS[steps])
@@ -516,7 +514,7 @@ def test_never_worse_than_the_work_conserving_batcher(device, load, steps):
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_never_worse_in_bursts(device, steps, burst):
-    """Bursts at 60% of the batcher's capacity; the first one teaches the engine the step times."""
+    """Bursts at 60% of the batcher's capacity. The engine measures its step times during the first burst."""
     per_call, per_row = DEVICES[device]
     cost = StepCost(per_call, per_row / PIXELS)
     period = burst / (0.6 * capacity(cost, STEPS[steps]))
@@ -526,9 +524,9 @@ def test_never_worse_in_bursts(device, steps, burst):
     assert ratio[0] <= 1 + TOLERANCE and ratio[1] <= 1 + TOLERANCE and ratio[2] >= 1 - TOLERANCE, ratio
 
 
-def test_images_of_two_sizes_are_earlier_than_with_the_work_conserving_batcher():
-    """Half of the images have four times the pixels. The median is not later and the throughput not lower; p95 may be
-    up to 10% later, because sizes share the device equally, so large images lose the larger part they would have."""
+def test_never_worse_with_two_sizes():
+    """Half of the images have four times the pixels. p50 is not higher and the throughput not lower. p95 may be up to
+    10% higher, because equal sharing gives large images a smaller part of the device time than of the work."""
     kinds = [request(), request(height=128, width=128)]
     draw = random.Random(0)
     requests = [draw.choice(kinds) for _ in range(200)]

@@ -22,8 +22,8 @@ def learned(per_call: float, per_row: float, kinds=KINDS, noise: float = 0.0) ->
 
 
 @pytest.mark.parametrize("per_call, per_row", [(0.08, 0.0), (0.08, 0.02), (0.01, 0.5), (0.0, 0.5)])
-def test_a_size_never_measured_is_predicted(per_call, per_row):
-    """Whatever part dominates: four images of a size between the measured ones, and one of four times the pixels."""
+def test_unmeasured_sizes_are_predicted(per_call, per_row):
+    """Whichever part dominates: four images of a size between the measured ones, and one of four times the pixels."""
     model = learned(per_call, per_row)
     for calls, rows in ((2, 12), (1, 8), (1, 4 * 2)):
         assert model.seconds(calls, rows * PIXELS) == pytest.approx(calls * per_call + rows * per_row, rel=1e-6)
@@ -34,7 +34,7 @@ def test_noise_of_5_percent_changes_the_prediction_by_less():
     assert model.seconds(2, 12 * PIXELS) == pytest.approx(2 * 0.08 + 12 * 0.02, rel=0.03)
 
 
-def test_one_image_tells_calls_and_rows_apart():
+def test_one_image_determines_the_costs_of_calls_and_rows():
     """Steps before and after T_stop of a single image are two kinds of step, so they determine both parts."""
     model = learned(0.08, 0.02, kinds=KINDS[:2])
     assert model.seconds(2, 24 * PIXELS) == pytest.approx(2 * 0.08 + 24 * 0.02, rel=1e-6)
@@ -45,7 +45,7 @@ def test_nothing_is_predicted_before_the_first_measurement():
 
 
 @pytest.mark.parametrize("kinds", [KINDS[:1], [(1, PIXELS), (2, 2 * PIXELS)]], ids=["one kind", "proportional kinds"])
-def test_half_of_the_time_is_given_to_each_part_that_cannot_be_told_apart(kinds):
+def test_time_is_split_equally_between_parts_that_cannot_be_distinguished(kinds):
     """The measured steps are predicted exactly, and a step with twice the rows takes between once and twice as long."""
     model = learned(0.1, 0.1, kinds=kinds)
     calls, row_pixels = kinds[0]
@@ -55,7 +55,7 @@ def test_half_of_the_time_is_given_to_each_part_that_cannot_be_told_apart(kinds)
 
 
 def test_no_part_is_negative():
-    """Steps that get faster with more rows: a fit through them would predict negative seconds for a large batch."""
+    """If steps with more rows are faster, an unconstrained fit would predict negative seconds for a large batch."""
     model = StepTimeModel()
     for rows, seconds in ((2, 1.0), (4, 0.9), (8, 0.7)):
         model.add(1, rows * PIXELS, seconds)
@@ -67,14 +67,14 @@ def test_no_part_is_negative():
 
 
 def test_one_slow_step_hardly_changes_the_prediction():
-    """A step that took 1000 times as long, for example because a program was compiled."""
+    """One step takes 1000 times as long, for example because a program is compiled."""
     model = learned(0.08, 0.02)
     model.add(2, 30 * PIXELS, 1000.0)
     assert model.seconds(2, 12 * PIXELS) == pytest.approx(2 * 0.08 + 12 * 0.02, rel=0.05)
 
 
-def test_the_model_follows_a_device_that_changes():
-    """After `NUM_REMEMBERED` steps nothing is left of a device that was twice as slow."""
+def test_the_model_adapts_to_a_change_of_the_device():
+    """After `NUM_REMEMBERED` steps, measurements from when the device was twice as slow have no effect."""
     model = learned(0.16, 0.04)
     for step in range(NUM_REMEMBERED):
         calls, row_pixels = KINDS[step % 2]

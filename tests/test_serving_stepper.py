@@ -1,4 +1,4 @@
-"""Stepper: a failed step is undone and tried again in halves, so that a fault ends only the image that causes it."""
+"""Stepper: a failed step is undone and retried in halves, so that only the faulty image ends with an error."""
 
 import copy
 

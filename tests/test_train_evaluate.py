@@ -67,7 +67,7 @@ def test_score_counts_correct_predictions():
 
 
 def test_score_counts_both_subjects():
-    """The predicted category is right for each subject of that category, on the left and on the right."""
+    """The predicted category is correct for each subject of that category, on the left and on the right."""
     cases = [Case(i, "Many2Many") for i in range(16)]
     result = score(_BrightnessClassifiers(), cases, [case.truth for case in cases])
     assert result["category"] == sum(case.categories.count(TRAINED_CATEGORIES[1]) for case in cases) / 32

@@ -1,4 +1,4 @@
-"""The training stages of the embedded model at small cost: the right parameters are trained, and the losses fall."""
+"""The training stages of the embedded model at toy size: the intended parameters are trained and losses decrease."""
 
 import math
 import subprocess
