@@ -1,8 +1,11 @@
 """Small views that Gradio has no component for."""
 
+from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
+from io import BytesIO
 from math import ceil, sqrt
+from pathlib import Path
 
 from PIL import Image
 
@@ -29,6 +32,20 @@ def progress(text: str, fraction: float, words: Sequence[str] = ()) -> str:
 def failure(text: str) -> str:
     """HTML: an error message in place of `progress`."""
     return f'<div class="status-line status-error" role="alert">{escape(text)}</div><div class="status-bar"></div>'
+
+
+def failure_note(text: str) -> str:
+    """HTML: an error message next to an input."""
+    return f'<div class="status-error" role="alert">{escape(text)}</div>'
+
+
+def example_card(paths: Sequence[Path], subjects: Sequence[str]) -> str:
+    """HTML: the reference images of an example in one row. A click on it clicks the button in the same column."""
+    row = BytesIO()
+    side_by_side([Image.open(path) for path in paths]).save(row, "PNG")
+    source = f"data:image/png;base64,{b64encode(row.getvalue()).decode()}"
+    alt = escape(f"Reference image of {' and '.join(subjects)}", quote=True)
+    return f'''<img src="{source}" alt="{alt}" onclick="this.closest('.example').querySelector('button').click()">'''
 
 
 def side_by_side(images: Sequence[Image.Image], side_px: int = 220) -> Image.Image:

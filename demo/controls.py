@@ -44,8 +44,8 @@ def build_controls(name: str, info: ModelInfo) -> Controls:
             info="Mask area per subject", min_width=MIN_SLIDER_PX,
         )  # fmt: skip
         early_stop_step = gr.Slider(
-            1, max_steps, sampling.early_stop_step, step=1, label="T_stop", elem_id=f"{name}-stop-step",
-            info="Steps with a new mask", min_width=MIN_SLIDER_PX,
+            1, sampling.num_inference_steps, sampling.early_stop_step, step=1, label="T_stop",
+            elem_id=f"{name}-stop-step", info="Steps with a new mask", min_width=MIN_SLIDER_PX,
         )  # fmt: skip
         guidance_scale = gr.Slider(
             1, 15, sampling.guidance_scale, step=0.5, label="CFG", elem_id=f"{name}-guidance",
@@ -69,6 +69,10 @@ def build_controls(name: str, info: ModelInfo) -> Controls:
             sampling.mask_source == "generation_branch", label="Fast masks", elem_id=f"{name}-fast",
             info="Approximate: skips the guidance pass and takes the mask from the previous step",
         )  # fmt: skip
+    steps.release(  # not `change`, which also sees the first digits of a typed number
+        lambda steps, stop: gr.Slider(maximum=steps, value=min(steps, stop)), [steps, early_stop_step],
+        early_stop_step, queue=False, show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
     return Controls(
         scope_ratio=scope_ratio,
         early_stop_step=early_stop_step,

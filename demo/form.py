@@ -1,26 +1,27 @@
-"""Values of the page's inputs -> Request. Pure, so it is tested without Gradio."""
+"""Values of the page's inputs -> Request. Tested without a page."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
+from serving.clients import InvalidRequest, Limits, Request, Subject, words_of
 
-from serving.clients import InvalidRequest, Request, Subject, words_of
-
+from .controls import MAX_IMAGES
 from .task import Task
+from .upload import read_upload
 
 NUM_SLOT_VALUES = 3  # image, selected words, typed phrase
 
 
-def read_form(task: Task, values: Sequence[Any]) -> tuple[Request, int]:
+def read_form(task: Task, values: Sequence[Any], limits: Limits) -> tuple[Request, int]:
     """The request and the number of images to generate.
 
-    Normalizes the reference images, which takes about 0.1 s for a large photograph: call it in a thread.
+    Decodes the reference images, which takes up to seconds for a large photograph: call it in a thread.
 
     Args:
         task: the tab.
-        values: the prompt; then image, selected words and typed phrase of each slot; then the settings in the order of
-            `controls.Controls`.
+        values: the prompt; then uploaded file (see `read_upload`), selected words and typed phrase of each slot; then
+            the settings in the order of `controls.Controls`. Without Gradio's preprocessing.
+        limits: upper bounds on uploaded files.
     Raises:
         InvalidRequest: an input is missing or invalid; the message says which one and what to do.
     """
@@ -28,49 +29,55 @@ def read_form(task: Task, values: Sequence[Any]) -> tuple[Request, int]:
     scope_ratio, early_stop_step, guidance_scale, steps, fast_masks, seed, negative_prompt, num_images = values[
         1 + NUM_SLOT_VALUES * task.num_slots :
     ]
-    subjects: list[tuple[Image.Image, str]] = []
+    if not prompt.strip():
+        raise InvalidRequest("Enter a prompt, for example 'a dog on the beach'.")
+    subjects = []
     for index in range(task.num_slots):
         start = 1 + NUM_SLOT_VALUES * index
-        image, selected, typed = values[start : start + NUM_SLOT_VALUES]
-        phrases = _target_phrases(selected, typed, multiple=task.multiple_words)
-        if image is None and not phrases:
+        upload, selected, typed = values[start : start + NUM_SLOT_VALUES]
+        phrases = _target_phrases(prompt, selected, typed, multiple=task.multiple_words)
+        if upload is None and not phrases:
             continue
-        if image is None:
+        if upload is None:
             raise InvalidRequest(f"Upload an image for {phrases[0]!r}.")
         if not phrases:
             raise _no_target_word(prompt)
+        image = read_upload(upload, limits)
         subjects += [(image, phrase) for phrase in phrases]
-    if not prompt.strip():
-        raise InvalidRequest("Enter a prompt, for example 'a dog on the beach'.")
     if not subjects:
         raise InvalidRequest("Upload an image of the subject.")
     try:
+        number, num_steps = int(num_images), int(steps)
         request = Request(
             prompt=prompt,
             subjects=tuple(
                 Subject(image=image, target_phrase=phrase, scope_ratio=scope_ratio) for image, phrase in subjects
             ),
             negative_prompt=negative_prompt or "",
-            num_inference_steps=int(steps),
-            early_stop_step=min(int(early_stop_step), int(steps)),
+            num_inference_steps=num_steps,
+            early_stop_step=min(int(early_stop_step), num_steps),
             guidance_scale=float(guidance_scale),
             mask_source="generation_branch" if fast_masks else "guidance_branch",
             seed=_seed(seed),
         )
     except InvalidRequest:
         raise
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # TypeError: a setting of an API user that is not a number
         raise InvalidRequest(str(error)) from error
-    return request, int(num_images)
+    if not 1 <= number <= MAX_IMAGES:
+        raise InvalidRequest(f"The number of images is {number}. Enter a number from 1 to {MAX_IMAGES}.")
+    return request, number
 
 
-def _target_phrases(selected: str | list[str] | None, typed: str | None, *, multiple: bool) -> list[str]:
-    """A typed phrase replaces selected words."""
+def _target_phrases(prompt: str, selected: str | list[str] | None, typed: str | None, *, multiple: bool) -> list[str]:
+    """A typed phrase replaces selected words, which are in the order of the prompt, as the colors of their chips."""
     if typed and typed.strip():
         return [part.strip() for part in (typed.split(",") if multiple else [typed]) if part.strip()]
-    if isinstance(selected, list):
-        return selected
-    return [selected] if selected else []
+    phrases = [selected] if isinstance(selected, str) else list(selected or [])
+    if len(phrases) > 1 and not multiple:
+        raise InvalidRequest(f"Select one word for each image, not {len(phrases)}: {', '.join(phrases)}.")
+    words = words_of(prompt)
+    return sorted(filter(None, phrases), key=lambda phrase: words.index(phrase) if phrase in words else len(words))
 
 
 def _no_target_word(prompt: str) -> InvalidRequest:

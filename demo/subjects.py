@@ -1,17 +1,21 @@
 """Inputs for the prompt's subjects: image slots, word chips, and a composer for models with a small vocabulary."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import gradio as gr
 from gradio.components import Component
-from PIL import Image
 
-from serving.clients import ModelInfo, words_of
+from serving.clients import InvalidRequest, ModelInfo, words_of
 
-from .components import side_by_side
+from .components import example_card, failure_note
 from .task import VISIBLE_SLOTS, Example, Task
+from .upload import read_upload
+from .vocabulary import mark_unknown_words
 
-THUMBNAIL_PX = 110
+WORDS_SCHEMA = {"type": "array", "items": {"type": "string"}, "title": "Words of the prompt"}
+CARD_PX = 150  # width of an example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +23,8 @@ class Slot:
     """A reference image and its target words; a typed phrase covers what single words cannot express."""
 
     image: gr.Image
-    words: gr.Radio | gr.CheckboxGroup
+    note: gr.HTML  # why the last upload was refused
+    words: gr.CheckboxGroup
     phrase: gr.Textbox
 
     @property
@@ -27,7 +32,7 @@ class Slot:
         return [self.image, self.words, self.phrase]
 
 
-def build_slots(task: Task) -> list[Slot]:
+def build_slots(task: Task, info: ModelInfo) -> list[Slot]:
     """The image slots of a tab; those after the first `VISIBLE_SLOTS` are shown on request."""
     slots: list[Slot] = []
     columns: list[gr.Column] = []
@@ -39,7 +44,7 @@ def build_slots(task: Task) -> list[Slot]:
             )  # fmt: skip
             columns.append(column)
             with column:
-                slots.append(_build_slot(task, index))
+                slots.append(_build_slot(task, info, index))
     if hidden := columns[VISIBLE_SLOTS:]:
         add = gr.Button("Add another subject", size="sm", elem_id=f"{task.name}-more")
         add.click(
@@ -49,43 +54,68 @@ def build_slots(task: Task) -> list[Slot]:
     return slots
 
 
-def _build_slot(task: Task, index: int) -> Slot:
+def _build_slot(task: Task, info: ModelInfo, index: int) -> Slot:
     image = gr.Image(
-        label="Subject" if task.num_slots == 1 else f"Subject {index + 1}", type="pil", image_mode=None, height=220,
-        sources=["upload", "clipboard"], elem_id=f"{task.name}-image-{index}",
+        label="Subject" if task.num_slots == 1 else f"Subject {index + 1}", height=260,
+        sources=["upload", "clipboard"], elem_classes="label-above", elem_id=f"{task.name}-image-{index}",
     )  # fmt: skip
-    chips = gr.CheckboxGroup if task.multiple_words else gr.Radio
-    words = chips(
+    note = gr.HTML(visible=False, elem_id=f"{task.name}-note-{index}")
+    words = gr.CheckboxGroup(
         [], label="Target words" if task.multiple_words else "Target word", visible=False,
-        elem_classes=["words", f"words-{index}"], elem_id=f"{task.name}-words-{index}",
+        elem_classes=["words", "words-multiple" if task.multiple_words else f"words-{index}"],
+        elem_id=f"{task.name}-words-{index}",
     )  # fmt: skip
     phrase = gr.Textbox(
         label="Or type phrases, separated by commas" if task.multiple_words else "Or type a phrase",
-        placeholder="red car", visible=False, elem_id=f"{task.name}-phrase-{index}",
+        placeholder="red car", visible=False, max_length=info.limits.max_prompt_chars,
+        elem_id=f"{task.name}-phrase-{index}",
     )  # fmt: skip
-    return Slot(image=image, words=words, phrase=phrase)
+    words.api_info = lambda: WORDS_SCHEMA  # by default, an enumeration of the choices, which are empty at first
+
+    def check(upload: Mapping[str, Any] | None) -> list:
+        """Remove a file that cannot be read, and say why."""
+        try:
+            if upload is not None:
+                read_upload(upload, info.limits)
+        except InvalidRequest as error:
+            return [None, gr.HTML(failure_note(str(error)), visible=True)]
+        return [gr.skip(), gr.HTML("", visible=False)]
+
+    image.upload(
+        check, image, [image, note], preprocess=False, queue=False, show_progress="hidden", api_visibility="private"
+    )
+    # Either words or a phrase. A group of checkboxes and not of radio buttons, so that a word can be deselected.
+    selected = "words" if task.multiple_words else "words.slice(-1)"
+    words.input(
+        None, [words, phrase], [words, phrase], js=f"(words, phrase) => [{selected}, words.length ? '' : phrase]"
+    )
+    phrase.input(None, [words, phrase], [words, phrase], js="(words, phrase) => [phrase.trim() ? [] : words, phrase]")
+    return Slot(image=image, note=note, words=words, phrase=phrase)
 
 
-def update_words_with_prompt(task: Task, prompt: gr.Textbox, slots: list[Slot]) -> None:
-    """Show the words of the prompt as chips while it is typed; selected words that are still in it stay selected."""
+def update_words_with_prompt(task: Task, info: ModelInfo, prompt: gr.Textbox, note: gr.HTML, slots: list[Slot]) -> None:
+    """Show the words of the prompt as chips while it is typed; selected words that are still in it stay selected.
 
-    def update(text: str, *selected: str | list[str] | None) -> list:
-        words = _unique_words(text)
-        updates = []
+    Args:
+        note: shows which words the model does not know.
+    """
+
+    def update(text: str | None, *selected: list[str] | None) -> list:
+        words = _unique_words(text or "")
+        marked = mark_unknown_words(text or "", info)
+        updates: list = [gr.HTML(marked, visible=bool(marked))]
         for value in selected:
-            if isinstance(value, list):
-                kept = [word for word in value if word in words]
-            else:
-                kept = value if value in words else None
+            kept = [word for word in value or [] if word in words]
             updates += [gr.update(choices=words, value=kept, visible=bool(words)), gr.update(visible=bool(words))]
         return updates
 
-    outputs: list[Component] = []
+    outputs: list[Component] = [note]
     for slot in slots:
         outputs += [slot.words, slot.phrase]
+    # Without preprocessing, which refuses a selected word that the chips of a faster prompt no longer have.
     prompt.change(
-        update, [prompt, *(slot.words for slot in slots)], outputs, queue=False, show_progress="hidden",
-        api_visibility="private", trigger_mode="always_last",
+        update, [prompt, *(slot.words for slot in slots)], outputs, preprocess=False, queue=False,
+        show_progress="hidden", api_visibility="private", trigger_mode="always_last",
     )  # fmt: skip
 
 
@@ -117,37 +147,35 @@ def build_composer(task: Task, info: ModelInfo, prompt: gr.Textbox) -> None:
 
 
 def build_examples(task: Task, prompt: gr.Textbox, slots: list[Slot]) -> None:
-    """Thumbnails that fill in the form. One handler sets everything, because the words need the prompt's chips."""
+    """Cards that fill in the form. One handler sets everything, because the words need the prompt's chips."""
     if not task.examples:
         return
     outputs: list[Component] = [prompt]
     for slot in slots:
-        outputs += slot.inputs
+        outputs += [*slot.inputs, slot.note]
     gr.Markdown("**Examples**")
     with gr.Row(elem_classes="examples"):
         for index, example in enumerate(task.examples):
-            with gr.Column(min_width=THUMBNAIL_PX * len(example.images), scale=0):
-                thumbnail = gr.Image(
-                    side_by_side([Image.open(path) for path in example.paths]), show_label=False, height=THUMBNAIL_PX,
-                    width=THUMBNAIL_PX * len(example.images), interactive=False, container=False, buttons=[],
-                )  # fmt: skip
-                button = gr.Button(example.prompt, size="sm", elem_id=f"{task.name}-example-{index}")
-                gr.on(
-                    [button.click, thumbnail.select], lambda example=example: _example_values(task, example), None,
-                    outputs, queue=False, show_progress="hidden", api_visibility="private",
+            with gr.Column(min_width=CARD_PX, scale=0, elem_classes="example"):
+                gr.HTML(example_card(example.paths, [word for words in example.words for word in words]))
+                gr.Button(example.prompt, size="sm", elem_id=f"{task.name}-example-{index}").click(
+                    lambda example=example: _example_values(task, example), None, outputs, queue=False,
+                    show_progress="hidden", api_visibility="private",
                 )  # fmt: skip
 
 
 def _example_values(task: Task, example: Example) -> list:
-    """Values of the prompt and of each slot's inputs."""
+    """Values of the prompt, and of each slot's inputs and note."""
     choices = _unique_words(example.prompt)
     values: list = [example.prompt]
     for index in range(task.num_slots):
         used = index < len(example.images)
-        selected = list(example.words[index]) if used else []
-        value = selected if task.multiple_words else (selected[0] if selected else None)
-        image = Image.open(example.paths[index]).convert("RGB") if used else None
-        values += [image, gr.update(choices=choices, value=value, visible=True), gr.update(value="", visible=True)]
+        values += [
+            example.paths[index] if used else None,
+            gr.update(choices=choices, value=list(example.words[index]) if used else [], visible=True),
+            gr.update(value="", visible=True),
+            gr.update(value="", visible=False),
+        ]
     return values
 
 

@@ -4,16 +4,18 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import fields
+from inspect import Parameter, Signature
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 from PIL import Image
 
-from serving.clients import Client, InvalidRequest, ModelInfo, QueueFull, Request, ServerError
+from serving.clients import Client, InvalidRequest, Limits, ModelInfo, QueueFull, Request, ServerError
 
 from .components import failure, progress, tiled
-from .controls import build_controls
+from .controls import Controls, build_controls
 from .form import read_form
 from .generation_state import GenerationState, generate_images
 from .mask_overlay import overlay_masks
@@ -32,38 +34,40 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=5):
             prompt = gr.Textbox(
-                label="Prompt", placeholder="a dog on the beach", lines=1, max_lines=4, elem_id=f"{task.name}-prompt"
-            )
+                label="Prompt", placeholder="a dog on the beach", lines=1, max_lines=4, elem_id=f"{task.name}-prompt",
+                max_length=info.limits.max_prompt_chars,
+            )  # fmt: skip
+            prompt_note = gr.HTML(visible=False, elem_id=f"{task.name}-prompt-note")
             build_composer(task, info, prompt)
-            slots = build_slots(task)
+            slots = build_slots(task, info)
             with gr.Row():
                 generate = gr.Button("Generate", variant="primary", elem_id=f"{task.name}-generate")
                 stop = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{task.name}-stop")
             controls = build_controls(task.name, info)
         with gr.Column(scale=6):
-            status = gr.HTML(progress("Ready", 0), elem_classes="status", elem_id=f"{task.name}-status")
+            status = gr.HTML(progress("Ready", 0), label="Status", elem_classes="status", elem_id=f"{task.name}-status")
             with gr.Row():
                 live, masks = (
                     gr.Image(
-                        label=label, interactive=False, format="png", height=300, buttons=["download", "fullscreen"],
-                        elem_classes="enlarged", elem_id=f"{task.name}-{name}",
+                        label=label, interactive=False, format="png", height=338, buttons=["download", "fullscreen"],
+                        elem_classes=["enlarged", "label-above"], elem_id=f"{task.name}-{name}",
                     )
                     for label, name in (("Image", "live"), ("Guidance masks", "masks"))
                 )  # fmt: skip
             gallery = gr.Gallery(
                 label="Results, newest first", columns=4, height="auto", object_fit="contain", format="png",
-                type="filepath", interactive=False, buttons=["download", "fullscreen"], elem_classes="enlarged",
-                elem_id=f"{task.name}-gallery",
+                type="filepath", interactive=False, buttons=["download", "fullscreen"], visible=False,
+                elem_classes=["enlarged", "label-above"], elem_id=f"{task.name}-gallery",
             )  # fmt: skip
-            results, first_seed = gr.State([]), gr.State(None)
+            results, latest, first_seed = gr.State([]), gr.State([]), gr.State(None)
             reuse_seed = gr.Button(
                 "Reuse the seed of the first image", size="sm", interactive=False, elem_id=f"{task.name}-reuse"
             )
     build_examples(task, prompt, slots)
-    update_words_with_prompt(task, prompt, slots)
+    update_words_with_prompt(task, info, prompt, prompt_note, slots)
 
     async def handle_generate(*values: Any) -> AsyncGenerator[list, None]:
-        async with aclosing(generate_updates(task, client, values)) as updates:
+        async with aclosing(generate_updates(task, client, info.limits, values)) as updates:
             async for update in updates:
                 yield update
 
@@ -71,14 +75,20 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
     for slot in slots:
         inputs += slot.inputs
     inputs += controls.inputs
-    event = gr.on(
-        [generate.click, prompt.submit], handle_generate, inputs,
-        [status, live, masks, results, first_seed, reuse_seed, generate, stop], concurrency_limit=None,
-        show_progress="hidden", api_name=task.name.lower(),
+    handle_generate.__signature__ = _api_signature(task)  # type: ignore[attr-defined]
+    start = gr.on(
+        [generate.click, prompt.submit], _archive, [latest, gallery], [latest, gallery, live, masks], queue=False,
+        show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
+    # Without preprocessing, which refuses unreadable images and words of API users before `handle_generate` runs.
+    event = start.then(
+        handle_generate, inputs, [status, live, masks, results, first_seed, reuse_seed, generate, stop],
+        preprocess=False, concurrency_limit=None, show_progress="hidden", api_name=task.name.lower(),
+        api_description=f"{task.text.replace('**', '')} Yields updates of the page; the last one has the result.",
     )  # fmt: skip
     event.success(
-        lambda new, earlier: [*new, *(earlier or [])][:MAX_GALLERY_IMAGES], [results, gallery], gallery, queue=False,
-        show_progress="hidden", api_visibility="private",
+        _add_results, [results, gallery], [latest, gallery], queue=False, show_progress="hidden",
+        api_visibility="private",
     )  # fmt: skip
     # In a second event, after the first has cancelled the generation: an earlier update could arrive after "Stopped".
     stop.click(None, cancels=[event], queue=False, api_visibility="private").then(
@@ -88,7 +98,38 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
     reuse_seed.click(str, first_seed, controls.seed, queue=False, api_visibility="private")
 
 
-async def generate_updates(task: Task, client: Client, values: Sequence[Any]) -> AsyncGenerator[list, None]:
+def _api_signature(task: Task) -> Signature:
+    """Names of the inputs under "Use via API", and which are optional; settings default to the page's values."""
+    names = ["prompt"]
+    for index in range(task.num_slots):
+        suffix = f"_{index + 1}" if task.num_slots > 1 else ""
+        names += [f"image{suffix}", f"target_words{suffix}", f"phrase{suffix}"]
+    names += [field.name for field in fields(Controls)]
+    required = 2  # the prompt and the first image
+    return Signature(
+        [
+            Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=Parameter.empty if index < required else None)
+            for index, name in enumerate(names)
+        ]
+    )
+
+
+def _archive(latest: list, gallery: list | None) -> list:
+    """Move the latest result to the gallery, so that it is not shown twice; values of latest, gallery, image, masks."""
+    items = [*latest, *(gallery or [])][:MAX_GALLERY_IMAGES]
+    return [[], gr.Gallery(items, visible=bool(items)), None, None]
+
+
+def _add_results(results: list, gallery: list | None) -> list:
+    """Values of latest and gallery. A single result is shown already; several are shown as tiles of one image."""
+    if len(results) <= 2:
+        return [results, gr.skip()]
+    return [[], gr.Gallery([*results, *(gallery or [])][:MAX_GALLERY_IMAGES], visible=True)]
+
+
+async def generate_updates(
+    task: Task, client: Client, limits: Limits, values: Sequence[Any]
+) -> AsyncGenerator[list, None]:
     """Forward the form to the server.
 
     Yields values of status, image, masks, results, first seed, its button, and the Generate and Stop buttons. Work on
@@ -101,7 +142,7 @@ async def generate_updates(task: Task, client: Client, values: Sequence[Any]) ->
     """
     try:
         yield [progress("Starting…", 0), *_skip(5), *_buttons(running=True)]
-        request, num_images = await asyncio.to_thread(read_form, task, values)
+        request, num_images = await asyncio.to_thread(read_form, task, values, limits)
         async with aclosing(_updates(client, request, num_images)) as updates:
             async for update, done in updates:
                 yield [*update, *_buttons(running=not done)]
@@ -122,7 +163,7 @@ async def _updates(client: Client, request: Request, num_images: int) -> AsyncGe
         async for state in states:
             live = masks = gr.skip()  # most updates have no new preview
             images = [image.image for image in state.images]
-            if not shown or any(new is not old for new, old in zip(images, shown, strict=True)):
+            if state.done or not shown or any(new is not old for new, old in zip(images, shown, strict=True)):
                 live, masks = await asyncio.to_thread(_draw_previews, state)
                 shown = images
             status = progress(state.status(), state.fraction, words)

@@ -24,6 +24,14 @@ _SUBJECT_CSS = "\n".join(
     for i, color in enumerate(SUBJECT_COLORS)
 )
 
+# Target words of one image: the n-th selected chip has the color of the n-th mask.
+_SUBJECT_CSS += "\n".join(
+    f"\n.words-multiple {' ~ '.join(['label.selected'] * (i + 1))} {{ background: {color} !important; "
+    f"border-color: {color} !important; color: white !important; }}"
+    for i, color in enumerate(SUBJECT_COLORS)
+)
+_SUBJECT_CSS += "\n.words-multiple label.selected span { color: white !important; }"
+
 CSS = f"""
 .gradio-container {{ max-width: 1180px !important; margin: auto !important; }}
 .words label {{ border-radius: 999px !important; padding: 6px 14px !important; cursor: pointer; }}
@@ -31,6 +39,7 @@ CSS = f"""
 .words label:focus-within {{ outline: 2px solid var(--color-accent); }}
 .words label span {{ margin-left: 0 !important; }}
 .enlarged img {{ width: 100% !important; height: 100% !important; object-fit: contain !important; }}
+.label-above {{ padding-top: 38px !important; }}
 .enlarged .grid-wrap {{ min-height: 0 !important; }}
 .enlarged .caption-label {{ font-size: var(--text-xs) !important; }}
 .status .html-container {{ padding: 0 !important; }}
@@ -41,7 +50,10 @@ CSS = f"""
 .status-bar div {{ height: 100%; border-radius: 2px; background: var(--color-accent); transition: width 0.2s; }}
 .method-sliders .min_value, .method-sliders .max_value {{ display: none; }}
 .icon-button-wrapper:not(:has(button, a)) {{ display: none !important; }}
-.examples img {{ cursor: pointer; }}
+.examples img {{ cursor: pointer; height: 90px; border-radius: 8px; display: block; margin: auto; }}
+.examples .html-container {{ padding: 0 !important; }}
+.prompt-note mark {{ background: none; color: var(--error-text-color, #b91c1c); text-decoration: underline wavy; }}
+.prompt-note {{ font-size: var(--text-sm); }}
 footer .divider {{ display: none !important; }}
 .known {{ color: var(--body-text-color-subdued); font-size: 0.9em; }}
 {_SUBJECT_CSS}

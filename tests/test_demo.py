@@ -1,8 +1,11 @@
 """Logic of the demo page, on a real engine with the toy pipeline."""
 
 import asyncio
+import io
+import tempfile
 import threading
 from contextlib import aclosing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +18,55 @@ from demo.form import read_form
 from demo.generation_state import GenerationState, ImageState, generate_images
 from demo.mask_overlay import SUBJECT_COLORS, overlay_masks
 from demo.task import TASKS, Task
-from serving.clients import InvalidRequest, Queued, Request, Subject, words_of
+from demo.theme import CSS
+from demo.ui import build_demo
+from demo.upload import read_upload
+from demo.vocabulary import mark_unknown_words, unknown_words
+from realcustom import SamplingDefaults
+from serving.clients import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Limits,
+    ModelInfo,
+    Progress,
+    Queued,
+    QueueFull,
+    Request,
+    ServerError,
+    Subject,
+    Unavailable,
+    words_of,
+)
 from serving.engine.engine import Engine
 
 SETTINGS = (0.5, 2, 3.0, 4, True, "7", "", 2)  # scope, T_stop, CFG, steps, fast masks, seed, negative prompt, images
 ONE = Task(name="One", text="", num_slots=1, multiple_words=False)
 MANY = Task(name="Many", text="", num_slots=1, multiple_words=True)
 SLOTS = Task(name="Slots", text="", num_slots=2, multiple_words=False)
+LIMITS = Limits()
+FOLDER = tempfile.TemporaryDirectory()  # of uploads; deleted at exit
+VOCABULARY = {"subjects": ["dog", "cat"], "scenes": ["on the beach", "at night under stars"]}
+
+
+def info(**options) -> ModelInfo:
+    return ModelInfo(id="toy", preset="paper", sampling=SamplingDefaults(), limits=Limits(), **options)
+
+
+def upload(data: bytes, name: str = "subject.png") -> dict:
+    """An uploaded file, as Gradio passes it without preprocessing."""
+    path = Path(tempfile.mkdtemp(dir=FOLDER.name)) / name
+    path.write_bytes(data)
+    return {"path": str(path), "orig_name": name}
+
+
+def image_file(image: Image.Image, image_format: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format)
+    return buffer.getvalue()
+
+
+def subject() -> dict:
+    return upload(image_file(subject_image()))
 
 
 class EngineClient:
@@ -43,7 +88,7 @@ def client():
 
 
 def test_selected_word_becomes_a_subject_with_the_settings_of_the_page():
-    request, number = read_form(ONE, ("a dog runs", subject_image(), "dog", "", *SETTINGS))
+    request, number = read_form(ONE, ("a dog runs", subject(), "dog", "", *SETTINGS), LIMITS)
     assert [s.target_phrase for s in request.subjects] == ["dog"]
     assert (request.subjects[0].scope_ratio, request.early_stop_step, request.guidance_scale) == (0.5, 2, 3.0)
     assert (request.num_inference_steps, request.seed, number) == (4, 7, 2)
@@ -51,14 +96,14 @@ def test_selected_word_becomes_a_subject_with_the_settings_of_the_page():
 
 
 def test_several_words_share_one_image_and_typed_phrases_replace_selected_words():
-    selected, _ = read_form(MANY, ("a red dog and a cat", subject_image(), ["dog", "cat"], "", *SETTINGS))
-    typed, _ = read_form(MANY, ("a red dog and a cat", subject_image(), ["dog"], "red dog, cat", *SETTINGS))
+    selected, _ = read_form(MANY, ("a red dog and a cat", subject(), ["dog", "cat"], "", *SETTINGS), LIMITS)
+    typed, _ = read_form(MANY, ("a red dog and a cat", subject(), ["dog"], "red dog, cat", *SETTINGS), LIMITS)
     assert [s.target_phrase for s in selected.subjects] == ["dog", "cat"]
     assert [s.target_phrase for s in typed.subjects] == ["red dog", "cat"]
 
 
 def test_empty_slots_are_ignored():
-    request, _ = read_form(SLOTS, ("a dog and a cat", subject_image(), "dog", "", None, None, "", *SETTINGS))
+    request, _ = read_form(SLOTS, ("a dog and a cat", subject(), "dog", "", None, None, "", *SETTINGS), LIMITS)
     assert len(request.subjects) == 1
 
 
@@ -66,19 +111,21 @@ def test_empty_slots_are_ignored():
     "values,message",
     [
         (("a dog", None, "dog", ""), "Upload an image for 'dog'"),
-        (("a dog", subject_image(), None, ""), "Select the word .*: a, dog"),
+        (("a dog", subject(), None, ""), "Select the word .*: a, dog"),
         (("", None, None, ""), "Enter a prompt"),
+        ((" ", subject(), [], ""), "Enter a prompt"),
+        (("a dog and a cat", subject(), ["dog", "cat"], ""), "Select one word for each image, not 2: dog, cat"),
         (("a dog", None, None, ""), "Upload an image of the subject"),
     ],
 )
 def test_missing_input_raises_a_message_that_names_it(values, message):
     with pytest.raises(InvalidRequest, match=message):
-        read_form(ONE, (*values, *SETTINGS))
+        read_form(ONE, (*values, *SETTINGS), LIMITS)
 
 
 def test_empty_seed_is_unset_and_invalid_seed_raises():
-    values = ["a dog runs", subject_image(), "dog", "", *SETTINGS]
-    read = lambda seed: read_form(ONE, (*values[:9], seed, *values[10:]))[0]
+    values = ["a dog runs", subject(), "dog", "", *SETTINGS]
+    read = lambda seed: read_form(ONE, (*values[:9], seed, *values[10:]), LIMITS)[0]
     assert read("").seed is None and read(None).seed is None and read(" 12 ").seed == 12
     for invalid in ("-1", "1.5", "lucky"):
         with pytest.raises(InvalidRequest, match=f"seed is '{invalid}'.*whole number"):
@@ -195,8 +242,8 @@ def test_image_work_runs_outside_the_event_loop(client, monkeypatch):
         monkeypatch.setattr(tabs, name, recorded)
 
     async def run():
-        values = ("a dog runs", subject_image(), "dog", "", *SETTINGS)
-        async with aclosing(tabs.generate_updates(ONE, client, values)) as updates:
+        values = ("a dog runs", subject(), ["dog"], "", *SETTINGS)
+        async with aclosing(tabs.generate_updates(ONE, client, LIMITS, values)) as updates:
             return [update async for update in updates]
 
     updates = asyncio.run(run())
@@ -242,3 +289,166 @@ def test_each_image_keeps_its_grid_cell():
     colors = [grid.getpixel(position) for position in ((1, 1), (9, 1), (1, 7), (9, 7))]
     assert colors == [(255, 0, 0), (255, 255, 255), (0, 0, 255), (255, 255, 255)]
     assert tiled([red]) is red
+
+
+def test_selected_words_are_in_the_order_of_the_prompt():
+    """So that the colors of chips, which depend on their order, are those of the masks."""
+    request, _ = read_form(MANY, ("a dog and a cat", subject(), ["cat", "dog"], "", *SETTINGS), LIMITS)
+    assert [subject.target_phrase for subject in request.subjects] == ["dog", "cat"]
+
+
+@pytest.mark.parametrize("index,value", [(3, None), (3, "many"), (0, "wide"), (7, 0), (7, 10**6)])
+def test_invalid_settings_of_api_users_are_refused(index, value):
+    settings = [*SETTINGS]
+    settings[index] = value
+    with pytest.raises(InvalidRequest):
+        read_form(ONE, ("a dog runs", subject(), ["dog"], "", *settings), LIMITS)
+
+
+UNREADABLE = {
+    "text.png": b"not an image",
+    "empty.png": b"",
+    "truncated.jpg": image_file(Image.effect_noise((64, 64), 50), "JPEG")[:900],
+    "photo.heic": b"\0\0\0\x18ftypheic" + bytes(100),
+    "photo.avif": b"\0\0\0\x18ftypavif" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_unreadable_uploads_raise_a_sentence_that_names_the_file(name):
+    with pytest.raises(InvalidRequest, match=f"^{name} .*[.]$"):
+        read_upload(upload(UNREADABLE[name], name), LIMITS)
+
+
+def test_formats_are_named_for_files_in_other_formats():
+    for name in ("text.png", "photo.heic", "photo.avif"):
+        with pytest.raises(InvalidRequest, match="PNG, JPEG, WEBP"):
+            read_upload(upload(UNREADABLE[name], name), LIMITS)
+
+
+def test_uploads_of_all_common_formats_are_read():
+    for image_format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
+        assert read_upload(upload(image_file(subject_image(), image_format)), LIMITS).size == subject_image().size
+
+
+def test_unknown_words_are_marked_in_the_prompt():
+    toy = info(vocabulary=VOCABULARY)
+    assert unknown_words("a Dog and a <b>unicorn on the red beach", toy) == ["b", "unicorn", "red"]
+    marked = mark_unknown_words("a dog and a unicorn", toy)
+    assert marked.count("<mark>") == 1 and "<mark>unicorn</mark>" in marked
+    assert mark_unknown_words("a dog on the beach at night", toy) == ""
+    assert mark_unknown_words("a unicorn", info()) == "", "a model without a vocabulary knows all words"
+
+
+class FailingClient:
+    """A client whose images fail, after a preview if `late`."""
+
+    def __init__(self, error: Exception, late: bool) -> None:
+        self._error, self._late = error, late
+
+    async def stream(self, request, *, previews=True, timeout_s=None):
+        if self._late:
+            yield Queued(0)
+            yield Progress(1, 4, subject_image("red"), ())
+        raise self._error
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequest("the size is invalid."),
+        QueueFull("the queue is full."),
+        DeadlineExceeded("the deadline has passed."),
+        Unavailable("the replica was lost."),
+        ServerError("the server failed."),
+        KeyError("a bug"),
+    ],
+)
+def test_every_error_ends_in_a_usable_page(error, late):
+    """Generate is enabled, Stop is disabled, and the status line has the message."""
+    values = ("a dog runs", subject(), ["dog"], "", *SETTINGS)
+    updates = updates_until_error(FailingClient(error, late), values)
+    assert updates[0][-2].interactive is False and updates[0][-1].interactive is True
+    message = "Internal error; see the log of the demo." if isinstance(error, KeyError) else str(error)
+    assert_usable(updates[-1], message)
+
+
+def test_invalid_input_ends_in_a_usable_page(client):
+    values = ("a dog runs", upload(b"text", "cat.png"), ["dog"], "", *SETTINGS)
+    assert_usable(updates_until_error(client, values)[-1], "cat.png is not an image")
+
+
+def test_success_ends_in_a_usable_page_with_the_image(client):
+    async def run():
+        values = ("a dog runs", subject(), ["dog"], "", *SETTINGS)
+        async with aclosing(tabs.generate_updates(ONE, client, LIMITS, values)) as updates:
+            return [update async for update in updates]
+
+    last = asyncio.run(run())[-1]
+    assert_usable(last, "Done. Seeds 7, 8.")
+    assert all(isinstance(image, Image.Image) for image in last[1:3]), "users of the API receive the last update"
+
+
+def updates_until_error(client, values) -> list:
+    seen = []
+
+    async def run():
+        async with aclosing(tabs.generate_updates(ONE, client, LIMITS, values)) as updates:
+            async for update in updates:
+                seen.append(update)
+
+    with pytest.raises(tabs.gr.Error):
+        asyncio.run(run())
+    return seen
+
+
+def assert_usable(update: list, message: str) -> None:
+    status, *_, generate, stop = update
+    assert message in status
+    assert generate.interactive is True and stop.interactive is False
+
+
+@pytest.fixture(scope="module")
+def page(client):
+    """The page, not launched."""
+    return build_demo(client, info(vocabulary=VOCABULARY))
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_api_has_named_parameters_and_accepts_words_of_any_prompt(page, task):
+    endpoints = page.get_api_info()["named_endpoints"]
+    assert endpoints.keys() == {f"/{task.name.lower()}" for task in TASKS}
+    parameters = {p["parameter_name"]: p for p in endpoints[f"/{task.name.lower()}"]["parameters"]}
+    suffixes = [f"_{index + 1}" for index in range(task.num_slots)] if task.num_slots > 1 else [""]
+    for suffix in suffixes:
+        assert parameters[f"target_words{suffix}"]["type"]["items"] == {"type": "string"}
+    required = {name for name, parameter in parameters.items() if not parameter["parameter_has_default"]}
+    assert required == {"prompt", f"image{suffixes[0]}"}
+
+
+def test_temporary_files_are_deleted(page):
+    assert page.delete_cache is not None
+
+
+def test_a_result_is_in_the_gallery_only_after_the_next_click():
+    """One result is shown by the live image; of several, which are shown as tiles, each one is in the gallery."""
+    image = (subject_image(), "seed 1")
+    latest, gallery = tabs._add_results([image, image], None)
+    assert latest == [image, image] and gallery == tabs.gr.skip()
+    latest, gallery, *live = tabs._archive(latest, None)
+    assert latest == [] and len(gallery.value) == 2 and gallery.visible and live == [None, None]
+    latest, gallery = tabs._add_results([image] * 4, [image])
+    assert latest == [] and len(gallery.value) == 5
+
+
+def test_chips_of_one_image_have_the_colors_of_their_masks():
+    for index, color in enumerate(SUBJECT_COLORS):
+        selector = " ~ ".join(["label.selected"] * (index + 1))
+        assert f".words-multiple {selector} {{ background: {color} " in CSS
+
+
+def test_examples_have_alternative_texts(page):
+    texts = [block.value for block in page.blocks.values() if "<img" in str(getattr(block, "value", ""))]
+    assert len(texts) == sum(len(task.examples) for task in TASKS)
+    assert any('alt="Reference image of dog and robot"' in text for text in texts)

@@ -6,17 +6,20 @@ Imports httpx, numpy and PIL, but not torch; ray is imported only to translate i
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
+from realcustom.reference_image import ReferenceImage
 from realcustom.request import Request, Subject, seed_variations
 from realcustom.words import words_of
 
 from ..protocol.errors import DeadlineExceeded, InvalidRequest, QueueFull, ServerError, TooLarge, Unavailable
 from ..protocol.events import Event, Progress, Queued, Result
+from ..protocol.image_codec import INPUT_FORMATS, decode_image
 from ..protocol.limits import Limits
 from ..protocol.model_info import ModelInfo
 from .handle import HandleClient
 from .http import HttpClient
 
 __all__ = [
+    "INPUT_FORMATS",
     "Client",
     "DeadlineExceeded",
     "Event",
@@ -28,12 +31,14 @@ __all__ = [
     "Progress",
     "QueueFull",
     "Queued",
+    "ReferenceImage",
     "Request",
     "Result",
     "ServerError",
     "Subject",
     "TooLarge",
     "Unavailable",
+    "decode_image",
     "seed_variations",
     "words_of",
 ]
@@ -42,7 +47,8 @@ __all__ = [
 class Client(Protocol):
     """The interface of both clients.
 
-    `stream` yields `Queued`, `Progress` and, last, `Result`; closing it cancels the image within one step.
+    `stream` yields `Queued` and `Progress` events and finally a `Result`; closing it cancels the image within one step.
+    `previews`: True requests one every few steps, False none, an int this many in total.
     `timeout_s` is the deadline of the request in seconds from the call; the server's `max_timeout_s` also applies.
     All methods raise `InvalidRequest` (a ValueError), `QueueFull`, `DeadlineExceeded`, `Unavailable` or `ServerError`.
     """

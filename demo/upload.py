@@ -1,0 +1,31 @@
+"""Uploaded reference images. Gradio's own decoding raises before an event handler runs, so the page does without it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from serving.clients import INPUT_FORMATS, InvalidRequest, Limits, ReferenceImage, decode_image
+
+_ISO_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"
+)
+
+
+def read_upload(upload: Mapping[str, Any], limits: Limits) -> ReferenceImage:
+    """Decode an uploaded file. Takes up to seconds for a large photograph: call it in a thread.
+
+    Args:
+        upload: value of a `gr.Image` without preprocessing: `path` of the file on this machine, and `orig_name`.
+    Raises:
+        InvalidRequest: the file is empty, damaged, too large, or not an image in one of `INPUT_FORMATS`; the message
+            names the file.
+    """
+    path = upload.get("path")
+    if not path:
+        raise InvalidRequest("The image has no file; upload one.")
+    name = upload.get("orig_name") or "The image"
+    with open(path, "rb") as file:
+        header = file.read(12)
+        unsupported = _ISO_BRANDS.get(header[8:]) if header[4:8] == b"ftyp" else None
+        if unsupported:
+            raise InvalidRequest(f"{name} is in the format {unsupported}; upload {', '.join(INPUT_FORMATS)}.")
+        return decode_image(file, limits, name)
