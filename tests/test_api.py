@@ -1,4 +1,4 @@
-"""The HTTP interface without Ray: invalid input gets one clear sentence, valid input an image."""
+"""The HTTP interface without Ray: invalid input returns one clear sentence, valid input returns an image."""
 
 import asyncio
 import base64
@@ -221,7 +221,7 @@ def decoded(monkeypatch) -> list[str]:
 
 
 def test_the_pixels_of_all_references_are_limited(replica, settings, decoded):
-    """Files with too many pixels together are rejected by their headers, before any of them is decoded."""
+    """Files with too many pixels in total are rejected by their headers, before any of them is decoded."""
 
     class Limited:
         stream = replica.stream
@@ -234,7 +234,7 @@ def test_the_pixels_of_all_references_are_limited(replica, settings, decoded):
     api = create_api(Limited(), settings)
     files = [file_of(Image.new("L", size)) for size in ((900, 900), (800, 900))]
     response = edit(api, files, target_phrase=["dog", "cat"])
-    assert response.status_code == 413 and "1530000 pixels together" in response.text and not decoded
+    assert response.status_code == 413 and "1530000 pixels in total" in response.text and not decoded
     response = edit(api, [files[0], DOG], target_phrase=["dog", "cat"], num_inference_steps="1")
     assert response.status_code == 200 and decoded == ["image 0 ('0.png')", "image 1 ('1.png')"]
 
@@ -271,8 +271,8 @@ LONG = {
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_long_texts_are_refused_unread(api, monkeypatch, name):
-    """A text beyond `max_prompt_chars` is refused before a request is constructed from it or an image is decoded."""
+def test_long_texts_are_rejected_unread(api, monkeypatch, name):
+    """A text beyond `max_prompt_chars` is rejected before a request is constructed from it or an image is decoded."""
 
     def unexpected(*_, **__):
         raise AssertionError
@@ -313,7 +313,7 @@ def out_of_memory(*_, **__):
     ids=["storing", "decoding", "opening", "starting a process"],
 )
 def test_missing_resources_are_503_and_logged_once(api, monkeypatch, caplog, owner, name, error):
-    """A full disk or exhausted memory is the server's fault: 503 with Retry-After, and one entry in the log."""
+    """A full disk or exhausted memory is an error of the server: 503 with Retry-After, and one entry in the log."""
     data = file_of(Image.new("L", (1000, 999)))
     monkeypatch.setattr(serving.protocol.image_codec, "LARGE_PIXELS", 10_000 if owner is subprocess else 2**21)
     monkeypatch.setattr(owner, name, error)
@@ -325,7 +325,7 @@ def test_missing_resources_are_503_and_logged_once(api, monkeypatch, caplog, own
 
 
 def test_a_decoder_that_is_killed_is_503(api, monkeypatch):
-    """The end of the decoding process for another reason than a damaged file is the server's fault."""
+    """If the decoding process ends for another reason than a damaged file, it is an error of the server."""
     monkeypatch.setattr(serving.protocol.image_codec, "LARGE_PIXELS", 10)
     monkeypatch.setattr(serving.protocol.decode_process.sys, "executable", "/bin/false")
     assert edit(api, [DOG], target_phrase="dog").status_code == 503
@@ -483,8 +483,8 @@ def test_api_key_is_required(replica, settings):
 
 
 @pytest.mark.parametrize("key", [b"", b"Bearer", b"Bearer wrong", b"Basic secret", "Bearer sécret".encode()])
-def test_a_wrong_api_key_is_refused_before_the_body_is_read(replica, settings, key):
-    """The response to a missing or wrong key needs no byte of the body."""
+def test_a_wrong_api_key_is_rejected_before_the_body_is_read(replica, settings, key):
+    """A missing or wrong key is answered before any byte of the body has arrived."""
     locked = create_api(replica, settings.model_copy(update={"api_key": Settings(api_key="secret").api_key}))
     headers = [(b"content-type", b"multipart/form-data; boundary=x"), (b"content-length", b"100000000")]
     scope = {"type": "http", "method": "POST", "path": "/v1/images/edits", "root_path": "", "query_string": b""}
@@ -502,7 +502,7 @@ def test_a_wrong_api_key_is_refused_before_the_body_is_read(replica, settings, k
 
 
 def test_full_queue_is_429_with_retry_after(replica, settings):
-    """A full queue is status 429 with the delay that the backend asks for, streaming or not."""
+    """A full queue is status 429 with the delay that the backend requests, streaming or not."""
 
     class Full:
         async def model(self):

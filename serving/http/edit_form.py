@@ -71,10 +71,10 @@ class EditForm(BaseModel):
         default=[], alias="image[]", description="`image`, as OpenAI's clients send lists"
     )
     subjects: str | None = Field(
-        default=None, description='JSON: [{"target_phrase": "dog", "image": 0, "scope_ratio": 0.2}, ...]; the full form'
+        default=None, description='full form, JSON: [{"target_phrase": "dog", "image": 0, "scope_ratio": 0.2}, ...]'
     )
     target_phrase: list[str] = Field(
-        [], description="the short form: one phrase per image, or several phrases for one image"
+        [], description="short form: one phrase per image, or several phrases for one image"
     )
     scope_ratio: list[float] = Field(
         [], description="with `target_phrase`: one value for all subjects, or one per subject; in (0, 1]"
@@ -121,12 +121,12 @@ class EditForm(BaseModel):
     )
 
     async def resolve(self, info: ModelInfo) -> ResolvedRequest:
-        """The request of all `n` images, which differ only in the seed.
+        """Return the request of all `n` images, which differ only in the seed.
 
-        Images are decoded in threads, after everything else has been checked.
+        Images are decoded in a thread, after all other fields have been checked.
 
         Raises:
-            InvalidRequest: names the first thing that is wrong.
+            InvalidRequest: the message names the first invalid field.
         """
         self._check_lengths(info.limits)
         if self.model is not None and self.model != info.id:
@@ -154,7 +154,7 @@ class EditForm(BaseModel):
         return [*self.image, *self.image_list]
 
     def _check_lengths(self, limits: Limits) -> None:
-        """Raises before the event loop reads a text whose length is unbounded."""
+        """Check the lengths of texts before any code that takes time proportional to them."""
         limits.check_text("prompt", self.prompt)
         limits.check_text("negative_prompt", self.negative_prompt)
         if self.subjects is not None:
@@ -163,7 +163,7 @@ class EditForm(BaseModel):
             limits.check_text("the JSON of subjects", self.subjects, max_chars)
 
     def _request(self, entries: list[SubjectEntry]) -> Request:
-        """The request with a placeholder in place of each image."""
+        """The request, with a placeholder in place of each image."""
         width, height = self._size()
         try:
             return Request(
@@ -197,7 +197,7 @@ class EditForm(BaseModel):
         return int(match[1]), int(match[2])
 
     def _entries(self, num_files: int) -> list[SubjectEntry]:
-        """The subjects. Each one refers to an uploaded file, and each file is used."""
+        """The subjects, checked: each one refers to an uploaded file, and each file is used."""
         phrases = [*self.target_phrase, *self.target_phrase_list]
         scopes = [*self.scope_ratio, *self.scope_ratio_list]
         if self.subjects is None:
@@ -256,13 +256,13 @@ def _short_form(phrases: list[str], scopes: list[float], num_files: int) -> list
 
 
 def _decode(files: Sequence[UploadFile], limits: Limits) -> list[ReferenceImage]:
-    """The images of uploaded files. None is decoded unless the headers of all of them are within the limits."""
+    """Decode uploaded files, after the headers of all of them have been checked against the limits."""
     names = [f"image {i} ({shorten(file.filename or '')})" for i, file in enumerate(files)]
     headers = [read_header(file.file, limits, name) for file, name in zip(files, names, strict=True)]
     if (total := sum(header.width * header.height for header in headers)) > limits.max_reference_pixels_total:
         raise TooLarge(
-            f"the images have {total} pixels together; this server accepts at most "
-            f"{limits.max_reference_pixels_total}. Send smaller ones."
+            f"the images have {total} pixels in total; this server accepts at most "
+            f"{limits.max_reference_pixels_total}. Send smaller images."
         )
     return [decode_image(file.file, limits, name) for file, name in zip(files, names, strict=True)]
 
@@ -284,6 +284,6 @@ def sentence(errors: Sequence[Any]) -> str:
 
 
 def cut(value: object) -> str:
-    """The text of a value, cut after 80 characters."""
+    """The text of a value, truncated to 80 characters."""
     text = str(value)
     return text if len(text) <= 80 else f"{text[:80]}…"

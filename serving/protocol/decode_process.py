@@ -1,7 +1,7 @@
 """Decodes a large image in another process: `python -m serving.protocol.decode_process FORMAT < FILE > PIXELS`.
 
-PIL holds the interpreter lock while it allocates and frees memory and while it decodes WebP, for 24 megapixels up to
-100 ms at a time. No other thread of the process runs then, and so no event loop.
+PIL holds the interpreter lock while it allocates and frees memory and while it decodes WebP: up to 100 ms at a time for
+24 megapixels. No other thread of the process runs during this time, including the event loop.
 """
 
 import errno
@@ -33,7 +33,7 @@ def decode_in_process(file: BinaryIO, image_format: str) -> ReferenceImage:
 
     Args:
         file: read from its current position to its end.
-        image_format: of PIL, for example "PNG".
+        image_format: PIL's name of the format, for example "PNG".
     Raises:
         ValueError: the file is damaged; the message is that of PIL.
         ChildProcessError: the process ended for another reason, for example because memory was exhausted.

@@ -1,4 +1,5 @@
-"""Errors of a request, the same for Python, HTTP and Ray. They are pickled between processes: `args` rebuild them."""
+"""Errors of a request, the same for Python, HTTP and Ray. They are pickled between processes, so `args` must suffice
+to rebuild them."""
 
 import errno
 
@@ -39,10 +40,10 @@ class Unavailable(_TryAgain, ServerError):
 
 
 def is_system_error(error: BaseException | None) -> bool:
-    """Whether the operating system refused something, such as memory, disk space or another process.
+    """Whether a resource of the operating system was unavailable, such as memory, disk space or another process.
 
-    Errors about damaged files are not: PIL raises `OSError` for them as well, but without an error number, and a seek
-    to a position that a damaged file names is EINVAL.
+    False for damaged files: PIL also raises `OSError` for them, but without an error number, and a seek to an invalid
+    position in a damaged file is EINVAL.
     """
     if isinstance(error, OSError):
         return error.errno not in (None, errno.EINVAL, errno.EOVERFLOW)

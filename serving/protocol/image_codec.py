@@ -26,7 +26,7 @@ BASE64_BYTES = 3 * 2**18  # per piece; a multiple of 3, so that pieces can be jo
 
 
 def decode_image(file: BinaryIO, limits: Limits, name: str = "image") -> ReferenceImage:
-    """Decode an uploaded file; of an animation, the first frame. Takes up to seconds, so call it in a thread.
+    """Decode an uploaded file, or the first frame of an animation. Takes up to seconds, so call it in a thread.
 
     Raises:
         TooLarge: more bytes or pixels than `limits` allow; the number of pixels is read from the header.
@@ -61,13 +61,14 @@ def _read_header(file: BinaryIO, limits: Limits, name: str) -> Image.Image:
         raise InvalidRequest(f"{name} is empty; send an image file.")
     if num_bytes > limits.max_image_bytes:
         raise TooLarge(
-            f"{name} has {num_bytes} bytes; this server accepts at most {limits.max_image_bytes}. Send a smaller one."
+            f"{name} has {num_bytes} bytes; this server accepts at most {limits.max_image_bytes}. Send a smaller file."
         )
     try:
         image = Image.open(file, formats=INPUT_FORMATS)
     except Image.DecompressionBombError:
         raise TooLarge(
-            f"{name} has too many pixels; this server accepts {limits.max_reference_pixels}. Send a smaller one."
+            f"{name} has too many pixels; this server accepts at most {limits.max_reference_pixels}. "
+            "Send a smaller image."
         ) from None
     except UnidentifiedImageError:
         raise InvalidRequest(f"{name} is not an image; send {', '.join(INPUT_FORMATS)}.") from None
@@ -79,14 +80,14 @@ def _read_header(file: BinaryIO, limits: Limits, name: str) -> Image.Image:
     if width * height > limits.max_reference_pixels:
         raise TooLarge(
             f"{name} is {width}x{height}; this server accepts at most {limits.max_reference_pixels} pixels. "
-            "Send a smaller one."
+            "Send a smaller image."
         )
     return image
 
 
 @contextmanager
 def _system_errors() -> Iterator[None]:
-    """Log an error of the operating system and raise `Unavailable` instead: the request is not at fault."""
+    """Log an error of the operating system and raise `Unavailable` instead, because the request is valid."""
     try:
         yield
     except Exception as error:
@@ -97,7 +98,7 @@ def _system_errors() -> Iterator[None]:
 
 
 def encode_image(image: Image.Image, output_format: str = "png") -> bytes:
-    """The image as a file. Equal images give equal bytes."""
+    """Encode an image as the bytes of a file. Equal images give equal bytes."""
     buffer = BytesIO()
     options = {"quality": 95} if output_format != "png" else {}
     image.save(buffer, output_format.upper(), **options)
@@ -106,7 +107,7 @@ def encode_image(image: Image.Image, output_format: str = "png") -> bytes:
 
 def to_base64(image: Image.Image, output_format: str = "png") -> str:
     data = encode_image(image, output_format)
-    # In pieces, since `b64encode` holds the interpreter lock until it returns
+    # Encoded in pieces, because `b64encode` holds the interpreter lock until it returns
     return "".join(
         base64.b64encode(data[start : start + BASE64_BYTES]).decode("ascii")
         for start in range(0, len(data), BASE64_BYTES)
