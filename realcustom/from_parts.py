@@ -48,7 +48,7 @@ def load_parts(
     Returns:
         Keyword arguments of `RealCustomPipeline`, without an adapter.
     Raises:
-        ValueError: a base of another family, or a file that is not safetensors.
+        ValueError: a base of another family or with an unsupported scheduler, or a file that is not safetensors.
     """
     parts, family = _load_base(base, base_config, variant, dtype)
     if parts.unet.config.in_channels != parts.vae.config.latent_channels:
@@ -91,7 +91,7 @@ def _load_base(base, base_config, variant: str | None, dtype: torch.dtype) -> tu
 
 
 def _apply_markers(parts, path: str | PathLike) -> None:
-    """Apply the markers by which single files of v-prediction models describe themselves: tensors `v_pred`, `ztsnr`."""
+    """Configure the scheduler for v-prediction models, which single files mark with tensors `v_pred` and `ztsnr`."""
     with safe_open(path, "pt") as file:
         names = set(file.keys())
     changes = {}
@@ -104,7 +104,11 @@ def _apply_markers(parts, path: str | PathLike) -> None:
 
 
 def single_file_family(path: str | PathLike) -> ModelFamily:
-    """Identify the family of a checkpoint from the names of its weights; ValueError for any other file."""
+    """Identify the family of a checkpoint from the names of its weights.
+
+    Raises:
+        ValueError: not an SDXL or SD1.5 checkpoint.
+    """
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
@@ -133,16 +137,16 @@ def _load_dinov2(name, dtype: torch.dtype) -> Dinov2WithRegistersModel:
 
 
 def _convert_scheduler(scheduler, preset: PresetName):
-    """The preset's scheduler with the noise schedule and prediction type of the base's, or the base's own.
+    """Return the preset's scheduler with the noise schedule and prediction type of `scheduler`, or `scheduler` itself.
 
     Raises:
-        ValueError: the base needs a scheduler that the preset or the method does not support.
+        ValueError: neither the preset nor the method supports the base's scheduler.
     """
     name, config = type(scheduler).__name__, scheduler.config
     if name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction":
         raise ValueError(
-            f"the base's scheduler is {name}: it is a flow-matching model. RealCustom++ supports models that predict "
-            "epsilon or v; use such a base."
+            f"the base's scheduler is {name}; flow-matching models are not supported. Use a base that predicts epsilon "
+            "or v."
         )
     uses_latent_betas = name in {member.name for member in KarrasDiffusionSchedulers} and "beta_schedule" in config
     if preset == "paper":

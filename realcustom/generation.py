@@ -26,16 +26,16 @@ def _uses_generator(scheduler: type) -> bool:
 
 @dataclass(eq=False, kw_only=True)
 class Generation:
-    """Everything one image needs from step to step, and nothing of the other images in its batch.
+    """The state of one image in progress; it is independent of the other images in its batch.
 
     Attributes:
         request: what is generated.
         latents: current sample, fp32 [channels, height, width] at latent resolution.
-        scheduler: a scheduler object with its own state.
-        generator: on the CPU, so that a seed gives the same image on every device.
-        text, negative_text: `negative_text` is None when guidance_scale is 1.
+        scheduler: a diffusers scheduler; its state belongs to this image.
+        generator: draws all noise; on the CPU, so that a seed gives the same image on every device.
+        text, negative_text: encoded prompt and negative prompt; `negative_text` is None if guidance_scale is 1.
         references: keys and values of each subject's reference.
-        negative_references: what the unconditional row attends to in their place; empty if nothing.
+        negative_references: keys and values that the unconditional row attends to instead; empty if none.
         target_tokens: marks the tokens of each subject's target phrase, [S, T].
         time_ids: size condition of models that take one, [6].
         guidance_masks: [S, h, w] in [0, 1]; None until the first guided step.
@@ -130,7 +130,7 @@ class Generation:
         self.step_index += 1
 
     def mask_images(self) -> list[Image.Image]:
-        """The masks as 8-bit gray images of the image's size, one per subject; empty before the first mask."""
+        """The masks as 8-bit gray images in the size of the image, one per subject; empty before the first mask."""
         if self.guidance_masks is None:
             return []
         masks = resize_map(self.guidance_masks.float().cpu(), self.size)

@@ -33,7 +33,7 @@ def find_phrase(prompt: str, phrase: str) -> list[tuple[int, int]]:
 
     Case, Unicode normalization (composed, decomposed, full-width) and the shape of apostrophes are ignored. Whitespace
     inside the phrase matches any run of whitespace. "dog" is found in "the dog's bed", not in "hotdog". In scripts
-    without spaces between words, such as Chinese, a phrase is found anywhere.
+    without spaces between words, such as Chinese, any position may start or end a word.
 
     Raises:
         ValueError: the phrase is empty or does not occur; the message lists the words of the prompt.
@@ -118,7 +118,7 @@ def _is_boundary(text: str, index: int) -> bool:
 
 @lru_cache(maxsize=16)
 def _fold(text: str) -> tuple[str, list[int], list[int]]:
-    """Fold a text for comparison; also the start and end in `text` of each folded character."""
+    """Fold a text for comparison. Also returns the start and end in `text` of each folded character."""
     folded: list[str] = []
     starts: list[int] = []
     ends: list[int] = []
