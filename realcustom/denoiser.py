@@ -30,9 +30,9 @@ class Denoiser:
         method: where the paper and the authors' release differ.
 
     Attributes:
-        allow_early_exit: whether a call may skip what is known or unused: the keys and values of texts, and the layers
-            of the guidance branch after the last one that records. False if layers are loaded onto the device in a
-            fixed order.
+        allow_early_exit: whether a call may skip work: keys and values of texts that are cached, and layers of the
+            guidance branch after the last one that records. False if layers are loaded onto the device in a fixed
+            order.
     """
 
     def __init__(self, unet, method: MethodConfig) -> None:
@@ -58,9 +58,10 @@ class Denoiser:
     def _guards_of_calls(self, guards) -> list[bool]:
         """Select the guards of a new program that every call evaluates.
 
-        Guards on the inputs of a call stay: tensors, recordings and what the processors hold. Thousands of guards on
-        the UNet's own modules, up to 4% of a small UNet's call, are dropped; the name of the programs stands in for
-        them. With a LoRA loaded all guards stay, because its scale and layers may change at any time.
+        Guards on the inputs of a call are kept: tensors, recordings and attributes of the processors. Thousands of
+        guards on the UNet's own modules, up to 4% of a small UNet's call, are dropped; a guard on the name of the
+        programs replaces them. With a LoRA loaded, all guards are kept, because its scale and layers may change at any
+        time.
         """
         if self._has_lora:
             return [True] * len(guards)
@@ -72,7 +73,7 @@ class Denoiser:
         """The type that the UNet computes in."""
         stored = self.unet.conv_in.weight.dtype
         if stored.itemsize == 1:  # fp8 storage, see `enable_layerwise_casting`
-            return self.unet.dtype  # knows the type of computation, but walks all modules
+            return self.unet.dtype  # considers the type of computation, but walks all modules
         return stored
 
     @property
@@ -102,26 +103,26 @@ class Denoiser:
             generation.advance(noise)
 
     def guidance_branch(self, generations: Sequence[Generation]) -> None:
-        """Text only. The recorded attention to the target words becomes the new guidance masks (Eq. 14, 15, 18)."""
+        """Run the text-only branch and compute new guidance masks from its attention (Eq. 14, 15, 18)."""
         texts = [g.text for g in generations]
         _, relevance = self.predict(generations, texts, recorder=self.make_recorder(generations), return_output=False)
         assert relevance is not None
         self.set_masks(generations, relevance)
 
     def make_recorder(self, generations: Sequence[Generation]) -> AttentionRecorder:
-        """A recorder of what the target words of these generations attend to."""
+        """Create a recorder of the attention to the target words of these generations."""
         num_subjects = max(2, *(len(g.references) for g in generations))  # `torch.compile` specializes on a size of 1
         tokens = torch.stack([_pad_rows(g.target_tokens, num_subjects) for g in generations])  # [B, S, T]
         return AttentionRecorder(self.attention.levels, self.method.mask_maps, tokens)
 
     def set_masks(self, generations: Sequence[Generation], relevance: Tensor) -> None:
-        """Turn the relevance [B, S, h, w] of every position to every subject into guidance masks."""
+        """Set the guidance masks from the relevance [B, S, h, w] of every position to every subject."""
         for generation, r in zip(generations, relevance, strict=True):
             scopes = [s.scope_ratio for s in generation.request.subjects]
             generation.set_masks(guidance_masks(r[: len(scopes)], scopes, self.method))
 
     def generation_branch(self, generations: Sequence[Generation]) -> list[Tensor]:
-        """Text and references inside the masks, with classifier-free guidance (Eq. 16, 17, 19).
+        """Run the branch with text and masked references, with classifier-free guidance (Eq. 16, 17, 19).
 
         Returns:
             the guided model output [channels, height, width] of each generation.
@@ -174,7 +175,7 @@ class Denoiser:
         recorder: AttentionRecorder | None = None,
         return_output: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """One UNet call with one row per generation and text.
+        """Run one UNet call with one row per generation and text.
 
         Args:
             rows: the generation of each row; it gives latents, timestep and size condition.
@@ -223,8 +224,8 @@ class Denoiser:
         return_output: bool,
         programs: str,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The part of a call that only involves tensors. When compiled, it computes nothing that it does not return."""
-        torch._check(programs is not None)  # reads the name, so that a guard compares it
+        """The part of a call that only involves tensors. When compiled, it computes only what it returns."""
+        torch._check(programs is not None)  # reads the name, so that a guard on it is created
         try:
             output = self.unet(
                 sample, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False

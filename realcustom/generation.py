@@ -32,7 +32,7 @@ class Generation:
         request: what is generated.
         latents: current sample, fp32 [channels, height, width] at latent resolution.
         scheduler: a diffusers scheduler; its state belongs to this image.
-        generator: draws all noise; on the CPU, so that a seed gives the same image on every device.
+        generator: draws the noise; on the CPU, so that a seed gives the same image on every device.
         text, negative_text: encoded prompt and negative prompt; `negative_text` is None if guidance_scale is 1.
         references: keys and values of each subject's reference.
         negative_references: keys and values that the unconditional row attends to instead; empty if none.

@@ -1,6 +1,6 @@
-"""Request and Subject: what a caller asks for. ResolvedRequest: the same with every setting filled in.
+"""Request and Subject: the input of a caller. ResolvedRequest: the same with every setting filled in.
 
-Both are checked where they are constructed; the interfaces (Python, HTTP, Ray, demo) share them.
+They are checked on construction and shared by all interfaces (Python, HTTP, Ray, demo).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MAX_INTEGER = 2**31 - 1  # of sizes and numbers of steps
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class Subject:
-    """A reference and the real words of the prompt that it becomes.
+    """A reference image and the real words of the prompt that its subject replaces.
 
     Args:
-        image: any PIL image, or one that has been normalized already.
-        target_phrase: whole words of the prompt, in any case.
+        image: any PIL image, or a normalized `ReferenceImage`.
+        target_phrase: whole words of the prompt; case is ignored.
         scope_ratio: γ_scope, the fraction of positions the subject may influence, in (0, 1]; None takes the model's
             default.
     Raises:
@@ -65,7 +65,7 @@ class ResolvedSubject:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest:
-    """A request with every setting filled in, made once at the entry point by `Request.resolve`.
+    """A request with every setting filled in, created once at the entry point by `Request.resolve`.
 
     The attributes are those of `Request`, with T_stop as a number of steps.
     """
@@ -90,7 +90,7 @@ class ResolvedRequest:
 class Request:
     """One image to generate. One2One, One2Many and Many2Many differ only in `subjects`.
 
-    None takes the default of the loaded model; a missing seed is drawn.
+    A setting of None takes the default of the loaded model; a seed of None is drawn at random.
 
     Attributes:
         prompt: text of the image.
@@ -103,10 +103,11 @@ class Request:
             (0, 1]).
         guidance_scale: ω of Eq. 17, at least 1; 1 runs no unconditional row. 0 means the same as 1, because the model
             cards of distilled checkpoints use it to disable guidance.
-        mask_source: "guidance_branch" is the paper's method: up to T_stop every step has a text-only row whose
-            attention becomes the mask. "generation_branch" approximates it without that row: the mask comes from the
-            text attention of the image's own row in the previous step; only the first step runs the guidance branch.
-        mask_interval: the mask is recomputed every k-th step up to T_stop, at least 1; more than 1 is an approximation.
+        mask_source: "guidance_branch" is the paper's method: up to T_stop, each step has a text-only row from whose
+            attention the mask is computed. "generation_branch" approximates it without that row: the mask is computed
+            from the text attention of the image's own row in the previous step. Only the first step runs the guidance
+            branch.
+        mask_interval: number of steps between two masks up to T_stop, at least 1; more than 1 is an approximation.
         seed: in [0, 2**63); the same seed gives the same image, alone or in any batch.
     Raises:
         ValueError: a value out of range, or a target phrase that does not occur in the prompt.
@@ -155,7 +156,7 @@ class Request:
         if isinstance(stop, float) and not stop.is_integer():
             if not 0 < stop < 1:
                 raise ValueError(
-                    f"early_stop_step is {stop}; give whole steps (at least 1) or a fraction of the steps in (0, 1]."
+                    f"early_stop_step is {stop}; give a whole number of steps (at least 1) or a fraction in (0, 1]."
                 )
         elif not isinstance(stop, float):
             _check_integer("early_stop_step", stop, minimum=1)
@@ -184,7 +185,7 @@ class Request:
         return self if self.seed is not None else replace(self, seed=secrets.randbelow(2**32))
 
     def resolve(self, defaults: SamplingDefaults) -> ResolvedRequest:
-        """Fill in every open setting: the model's defaults, T_stop as a number of steps, a random seed."""
+        """Fill in every unset setting: the model's defaults, T_stop as a number of steps, a random seed."""
         steps = self.num_inference_steps or defaults.num_inference_steps
         seed = self.with_seed().seed
         assert seed is not None
@@ -211,7 +212,7 @@ class Request:
 
     def _resolve_early_stop(self, steps: int, defaults: SamplingDefaults) -> int:
         stop = self.early_stop_step
-        if stop is None:  # the default scales with the steps, so that few-step sampling keeps its proportion
+        if stop is None:  # the default scales with the number of steps, so that T_stop keeps its proportion
             stop = steps * defaults.early_stop_step / defaults.num_inference_steps
         elif isinstance(stop, float) and stop <= 1:
             stop = stop * steps
