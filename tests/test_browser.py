@@ -16,7 +16,16 @@ from tiny import subject_image, tiny_pipeline
 from demo.theme import CSS, THEME
 from demo.ui import build_demo
 from realcustom import SamplingDefaults
-from serving.clients import Limits, ModelInfo, Progress, Request, ServerError
+from serving.clients import (
+    DeadlineExceeded,
+    Limits,
+    ModelInfo,
+    Progress,
+    QueueFull,
+    Request,
+    ServerError,
+    Unavailable,
+)
 from serving.clients.local import start
 from serving.settings import Settings
 
@@ -103,16 +112,22 @@ def fill_in(page, tab: str, prompt: str, slots: list[tuple[Image.Image, list[str
 
 def generate(page, tab: str) -> tuple[np.ndarray, np.ndarray]:
     """Click Generate and wait; returns the image and the image with masks, as int arrays."""
-    find = f"[...document.querySelectorAll('#{tab}-gallery img')].map(image => image.src)"
+    find = f"['live', 'masks'].map(name => document.querySelector(`#{tab}-${{name}} img`)?.src)"
     before = page.evaluate(find)
     page.click(f"#{tab}-generate")
     page.wait_for_function(
-        f"before => {{ const now = {find}; return now.length >= 2 && now[0] !== before[0]; }}", arg=before
+        f"""before => document.querySelector('#{tab}-status').innerText.includes('Done. Seed 11')
+        && {find}.every((source, index) => source && source !== before[index])""",
+        arg=before,
     )
-    assert "Done. Seed 11" in page.inner_text(f"#{tab}-status")
-    sources = page.evaluate(find)[:2]
-    image, with_masks = (Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB") for source in sources)
-    return np.asarray(image).astype(int), np.asarray(with_masks).astype(int)
+    page.wait_for_selector(f"#{tab}-generate:enabled")
+    image, with_masks = (load(page, source) for source in page.evaluate(find))
+    return image, with_masks
+
+
+def load(page, source: str) -> np.ndarray:
+    """An image of the page as an int array."""
+    return np.asarray(Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")).astype(int)
 
 
 def colored_region(image: np.ndarray, with_masks: np.ndarray) -> np.ndarray:
@@ -167,16 +182,16 @@ def test_empty_seed_is_random_and_can_be_reused(page):
     assert int(seed) > 1000
 
 
-def test_earlier_results_stay_in_the_gallery(page):
-    """The second image comes first in the gallery, and the first image stays."""
+def test_earlier_results_are_in_the_gallery(page):
+    """The gallery is hidden until there is an earlier result, which stays in it."""
     fill_in(page, "One2One", *CASES["One2One"])
-    first, _ = generate(page, "One2One")
+    first, first_masks = generate(page, "One2One")
+    assert page.locator("#One2One-gallery").count() == 0 or page.is_hidden("#One2One-gallery")
     page.fill("#One2One-prompt textarea", "a dog sleeps")
     second, _ = generate(page, "One2One")
-    page.wait_for_function("document.querySelectorAll('#One2One-gallery img').length >= 4")
     sources = page.evaluate("[...document.querySelectorAll('#One2One-gallery img')].map(image => image.src)")
-    shown = [Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB") for source in sources]
-    assert (np.asarray(shown[0]) == second).all() and (np.asarray(shown[2]) == first).all()
+    shown = [load(page, source) for source in sources]
+    assert len(shown) == 2 and (shown[0] == first).all() and (shown[1] == first_masks).all()
     assert (first != second).any()
 
 
@@ -204,19 +219,44 @@ class FailingClient:
         raise self._error
 
 
+@pytest.fixture
+def open_page(browser):
+    """Opens the page of a client, without Ray."""
+    opened = []
+
+    def open_page(client):
+        words = {"subjects": ["dog", "cat", "house"], "scenes": ["on the beach"]}
+        info = ModelInfo(id="toy", preset="paper", sampling=SamplingDefaults(), limits=Limits(), vocabulary=words)
+        demo = build_demo(client, info)
+        options = dict(
+            server_name="127.0.0.1", theme=THEME, css=CSS, prevent_thread_lock=True, quiet=True, ssr_mode=False
+        )
+        with ThreadPoolExecutor() as pool:  # Playwright's event loop runs in this thread
+            _, address, _ = pool.submit(lambda: demo.launch(**options)).result()
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        opened.extend([page, demo])
+        page.set_default_timeout(20_000)
+        page.goto(address)
+        page.wait_for_selector("#One2One-prompt")
+        return page
+
+    yield open_page
+    for item in opened:
+        item.close()
+
+
 @pytest.mark.parametrize(
-    "error,message", [(ServerError("the replica failed."), "the replica failed."), (KeyError("bug"), "Internal error")]
+    "error,message",
+    [
+        (ServerError("the replica failed."), "the replica failed."),
+        (Unavailable("the replica was lost."), "the replica was lost."),
+        (QueueFull("the queue is full."), "the queue is full."),
+        (DeadlineExceeded("the deadline has passed."), "the deadline has passed."),
+        (KeyError("bug"), "Internal error"),
+    ],
 )
-def test_late_error_is_shown_and_generate_is_enabled_again(browser, error, message):
-    info = ModelInfo(id="toy", preset="paper", sampling=SamplingDefaults(), limits=Limits())
-    demo = build_demo(FailingClient(error), info)
-    options = dict(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, ssr_mode=False)
-    with ThreadPoolExecutor() as pool:  # Playwright's event loop runs in this thread
-        _, address, _ = pool.submit(lambda: demo.launch(**options)).result()
-    page = browser.new_page()
-    page.set_default_timeout(20_000)
-    page.goto(address)
-    page.wait_for_selector("#One2One-prompt")
+def test_late_error_is_shown_and_generate_is_enabled_again(open_page, error, message):
+    page = open_page(FailingClient(error))
     fill_in(page, "One2One", *CASES["One2One"])
     page.click("#One2One-generate")
     page.wait_for_selector("#One2One-stop:enabled")
@@ -225,8 +265,62 @@ def test_late_error_is_shown_and_generate_is_enabled_again(browser, error, messa
     page.wait_for_selector("#One2One-generate:enabled")
     page.wait_for_selector("#One2One-stop:disabled")
     assert message in page.inner_text("#One2One-status")
-    page.close()
-    demo.close()
+
+
+def test_unreadable_upload_is_refused_next_to_the_image(open_page):
+    """The message names the file, and disappears after an upload that can be read."""
+    page = open_page(FailingClient(ServerError("unused")))
+    page.set_input_files(
+        "#One2One-image-0 input[type=file]", {"name": "cat.png", "mimeType": "image/png", "buffer": b"text"}
+    )
+    page.wait_for_selector("#One2One-note-0:has-text('cat.png is not an image; send PNG, JPEG')")
+    page.wait_for_selector("#One2One-image-0 input[type=file]", state="attached")
+    page.set_input_files("#One2One-image-0 input[type=file]", png(subject_image("red")))
+    page.wait_for_selector("#One2One-image-0 img")
+    page.wait_for_selector("#One2One-note-0", state="hidden")
+
+
+def test_a_word_or_a_phrase_is_selected_and_a_word_can_be_deselected(open_page):
+    page = open_page(FailingClient(ServerError("unused")))
+    words = "#One2One-words-0"
+    page.fill("#One2One-prompt textarea", "a dog and a cat")
+    for word in ("dog", "cat"):
+        page.click(f"{words} label:has-text('{word}')")
+        page.wait_for_selector(f"{words} label.selected:has-text('{word}')")
+        page.wait_for_function(f"document.querySelectorAll('{words} label.selected').length === 1")
+    page.fill("#One2One-phrase-0 input, #One2One-phrase-0 textarea", "a cat")
+    page.wait_for_selector(f"{words} label.selected", state="detached")
+    page.click(f"{words} label:has-text('dog')")
+    page.wait_for_selector(f"{words} label.selected:has-text('dog')")
+    assert page.input_value("#One2One-phrase-0 input, #One2One-phrase-0 textarea") == ""
+    page.click(f"{words} label:has-text('dog')")
+    page.wait_for_selector(f"{words} label.selected", state="detached")
+
+
+def test_unknown_words_are_marked_below_the_prompt(open_page):
+    page = open_page(FailingClient(ServerError("unused")))
+    page.fill("#One2One-prompt textarea", "a unicorn on the beach")
+    page.wait_for_selector("#One2One-prompt-note mark:has-text('unicorn')")
+    assert page.locator("#One2One-prompt-note mark").count() == 1
+    page.fill("#One2One-prompt textarea", "a dog on the beach")
+    page.wait_for_selector("#One2One-prompt-note mark", state="hidden")
+
+
+def test_number_of_mask_steps_follows_the_number_of_steps(open_page):
+    page = open_page(FailingClient(ServerError("unused")))
+    page.click("#One2One-settings button")
+    page.fill("#One2One-steps input[type=number]", "5")
+    page.press("#One2One-steps input[type=number]", "Tab")
+    page.wait_for_function("document.querySelector('#One2One-stop-step input[type=range]').max === '5'")
+    assert page.input_value("#One2One-stop-step input[type=number]") == "5"
+
+
+def test_image_labels_are_above_the_images(open_page):
+    page = open_page(FailingClient(ServerError("unused")))
+    page.click("#One2One-example-0")
+    image = page.wait_for_selector("#One2One-image-0 img").bounding_box()
+    label = page.locator("#One2One-image-0 [data-testid=block-label]").bounding_box()
+    assert label["y"] + label["height"] <= image["y"]
 
 
 @pytest.mark.parametrize(
@@ -299,6 +393,7 @@ def test_stop_and_closed_tab_cancel_the_image(server, page, action):
         page.wait_for_selector("#One2One-status:has-text('Stopped')")
         page.wait_for_timeout(500)  # late progress events must not overwrite the status
         assert "Stopped" in page.inner_text("#One2One-status")
+        assert page.is_enabled("#One2One-generate") and page.is_disabled("#One2One-stop")
 
 
 def test_queue_position_is_shown_and_closed_tab_leaves_the_queue(server, page, browser):
