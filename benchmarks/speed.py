@@ -229,8 +229,8 @@ def measure(args: argparse.Namespace) -> dict:
         f"{args.model}, {request.height} px, {steps} steps, T_stop {stop}, {args.subjects} subject(s), {dtype}",
     )
     if "operations" in args.only:
-        # Random weights need no memory here: FLOPs follow from shapes. Without values, several subjects cannot select
-        # positions in turn, so there is one subject.
+        # Counting FLOPs requires only shapes, so random weights need no memory here. The selection for several
+        # subjects requires values, so there is one subject.
         counted = random_pipeline(args.model, "meta") if has_random_weights else pipeline
         add("operations, one subject", operations(counted, replace(request, subjects=request.subjects[:1])))
     if "memory" in args.only:

@@ -49,7 +49,7 @@ class LayerRecording(Protocol):
 
 
 class RealCustomAttnProcessor:
-    """Attention of one layer of a stock diffusers UNet, for self-attention and cross-attention alike (Eq. 4, 16, 19).
+    """Attention of one layer of a stock diffusers UNet, either self-attention or cross-attention (Eq. 4, 16, 19).
 
     Attributes:
         text: keys and values of the texts, each [R, T, C], projected before the call; None projects them here.

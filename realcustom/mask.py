@@ -95,7 +95,7 @@ def top_k_mask(relevance: Tensor, scope_ratio: float) -> Tensor:
 
 
 def round_robin_top_k(relevance: Tensor, scope_ratios: Sequence[float]) -> Tensor:
-    """Algorithm 1: subjects select their best free position in turn until each has its number of positions.
+    """Algorithm 1: in each round, each subject selects its best free position, until it has its number of positions.
 
     Selections do not overlap. If the scopes sum to more than 1, the rounds end when no position is free. Each subject's
     positions are sorted once and visited in order, which selects the same positions as a search per round.

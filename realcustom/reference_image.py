@@ -54,7 +54,7 @@ class ReferenceImage:
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 of size and pixels: equal for equal images, whatever file they came from."""
+        """SHA-256 of size and pixels: equal for equal images, regardless of their files."""
         digest = hashlib.sha256(repr(self.size).encode())
         digest.update(np.ascontiguousarray(self.pixels).data)
         return digest.digest()

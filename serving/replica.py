@@ -24,7 +24,7 @@ PRESETS = ("paper", "release")
 
 
 def model_path(settings: Settings) -> str:
-    """Folder of the model on this machine, or its name on the hub.
+    """Folder of the model on this machine, or its hub id.
 
     Raises:
         FileNotFoundError: the path does not exist on this machine.
@@ -32,7 +32,7 @@ def model_path(settings: Settings) -> str:
     path = resolve_path(settings.model)
     if not Path(path).exists() and (Path(path).is_absolute() or path.count("/") != 1 or path.startswith("assets/")):
         raise FileNotFoundError(
-            f"model {settings.model!r} does not exist. Give a folder in diffusers layout or a hub name (owner/name)."
+            f"model {settings.model!r} does not exist. Give a folder in the diffusers layout or a hub id (owner/name)."
         )
     return path
 

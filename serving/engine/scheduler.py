@@ -113,7 +113,7 @@ class Scheduler:
             self.waiting.appendleft(job)
 
     def remove(self, job: Job) -> None:
-        """Drop an image. One that is in the current step or is being decoded leaves when that ends."""
+        """Drop an image. If it is in the current step or is being decoded, it is dropped when that ends."""
         job.closed = True
         if job in self.waiting:
             self.waiting.remove(job)
@@ -122,7 +122,7 @@ class Scheduler:
 
     def clear(self) -> list[Job]:
         """Drop all images and return them."""
-        jobs = list(self._everyone())
+        jobs = list(self._all_jobs())
         self.waiting.clear()
         self.active.clear()
         self.finished.clear()
@@ -210,7 +210,7 @@ class Scheduler:
     @property
     def num_images(self) -> int:
         """Images in any state."""
-        return sum(1 for _ in self._everyone())
+        return sum(1 for _ in self._all_jobs())
 
     def backlog_s(self) -> float:
         """Predicted seconds until every accepted image has done its steps; 0 before the first measured step."""
@@ -248,7 +248,7 @@ class Scheduler:
         preparing = [self.preparing] if self.preparing else []
         return (job for job in (*self.active, *preparing, *self.waiting) if not job.closed)
 
-    def _everyone(self) -> Iterator[Job]:
+    def _all_jobs(self) -> Iterator[Job]:
         yield from self._resident()
         if self.preparing:
             yield self.preparing

@@ -94,7 +94,7 @@ class EditForm(BaseModel):
     early_stop_step: Annotated[int | float | None, BeforeValidator(_number)] = Field(
         default=None, description="T_stop: a number of steps, or a fraction of the steps"
     )
-    guidance_scale: float | None = None
+    guidance_scale: float | None = Field(default=None, description="at least 1; 0 or 1 disables guidance")
     mask_source: MaskSource | None = Field(
         default=None, description='"guidance_branch" is exact; "generation_branch" is faster and approximate'
     )
