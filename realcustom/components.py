@@ -6,7 +6,15 @@ from os import PathLike
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    SiglipVisionModel,
+)
 from typing_extensions import Self
 
 from .adapter import RealCustomAdapter
@@ -47,15 +55,15 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
 
     def __init__(
         self,
-        vae,
-        text_encoder,
-        tokenizer,
-        unet,
-        scheduler,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        image_encoder=None,
-        image_encoder_2=None,
+        vae: AutoencoderKL | AutoencoderDC,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        text_encoder_2: CLIPTextModelWithProjection | CLIPTextModel | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
+        image_encoder: SiglipVisionModel | None = None,
+        image_encoder_2: Dinov2WithRegistersModel | Dinov2Model | None = None,
         adapter: RealCustomAdapter | None = None,
         realcustom_config: RealCustomConfig | dict[str, Any] | None = None,
         force_zeros_for_empty_prompt: bool = True,
@@ -79,7 +87,8 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
             realcustom_config=realcustom_config.to_dict(), force_zeros_for_empty_prompt=force_zeros_for_empty_prompt
         )
         self.realcustom_config = realcustom_config
-        for part in (unet, vae):
+        parts: tuple[Any, ...] = (unet, vae)
+        for part in parts:
             # channels_last is fastest. Set here, because the summation order depends on it and all entry points must
             # produce identical bytes.
             part.to(memory_format=torch.channels_last)

@@ -86,6 +86,8 @@ class Conditioner:
             return self._reference(image, vision_encoders, adapter)
 
         target_tokens = text_encoders.target_tokens(request.prompt, [s.target_phrase for s in request.subjects])
+        for prompt in (request.prompt, request.negative_prompt):
+            text_encoders.warn_if_truncated(prompt)
         text = self._text(request.prompt, text_encoders)
         negative_references: tuple[KeysValues, ...] = ()
         black = self._method.unconditional_vision == "black_image"

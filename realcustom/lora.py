@@ -4,6 +4,8 @@ from functools import wraps
 
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 
+from .memory import encoders_without_hooks
+
 
 def _clearing_caches(name: str):
     change = getattr(StableDiffusionXLLoraLoaderMixin, name)
@@ -11,7 +13,8 @@ def _clearing_caches(name: str):
     @wraps(change)
     def changed(self, *args, **options):
         try:
-            return change(self, *args, **options)
+            with encoders_without_hooks(self):
+                return change(self, *args, **options)
         finally:
             self.clear_caches()  # a LoRA may also change the text encoders
 

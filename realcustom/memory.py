@@ -3,6 +3,8 @@
 All tiers compute the same result, except that tiled VAE decoding blends the seams between tiles.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import get_args
 
 import torch
@@ -55,6 +57,25 @@ def _offload_encoders(pipeline, device: torch.device) -> None:
     for name in ENCODERS:
         if (encoder := getattr(pipeline, name)) is not None:
             _, pipeline.offload_hooks[name] = cpu_offload_with_hook(encoder, device)
+
+
+@contextmanager
+def encoders_without_hooks(pipeline) -> Iterator[None]:
+    """Remove the offloading hooks of the encoders for the duration of the context.
+
+    Otherwise diffusers, when it loads a LoRA, would treat them as those of `enable_model_cpu_offload`.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    hooks = dict(pipeline.offload_hooks)
+    for name, hook in hooks.items():
+        hook.offload()
+        remove_hook_from_module(getattr(pipeline, name))
+    try:
+        yield
+    finally:
+        if hooks:
+            _offload_encoders(pipeline, next(iter(hooks.values())).hook.execution_device)
 
 
 def _offload_layers(pipeline, device: torch.device) -> None:

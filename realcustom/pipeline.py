@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import retrieve_timesteps
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
@@ -35,7 +36,7 @@ class RealCustomOutput(BaseOutput):
 
 
 class RealCustomPipeline(RealCustomComponents):
-    """Text-to-image in which real words of the prompt become given subjects (RealCustom++).
+    """Text-to-image pipeline in which subjects replace real words of the prompt (RealCustom++).
 
     `__call__` generates images as a diffusers pipeline does. `prepare`, `step` and `decode` are its parts, for callers
     that advance several generations together; `run` is the loop over them. See `RealCustomComponents` for the
@@ -53,15 +54,18 @@ class RealCustomPipeline(RealCustomComponents):
         latents: Tensor | None = None,
         masks: Tensor | None = None,
         scheduler=None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
     ) -> Generation:
         """Encode texts and references, draw the noise and copy the scheduler.
 
         Args:
-            request: open settings are taken from `sampling`.
+            request: unset settings of a `Request` are taken from `sampling`.
             generator: draws the noise in place of the request's seed.
             latents: initial noise [channels, height, width] in place of drawing it.
             masks: guidance masks [S, h, w] in [0, 1] in place of those of the guidance branch.
-            scheduler: in place of the pipeline's; it is copied.
+            scheduler: used in place of the pipeline's; it is copied.
+            timesteps, sigmas: a custom schedule of `num_inference_steps` entries, if the scheduler supports it.
         Returns:
             A generation ready for its first step.
         Raises:
@@ -76,7 +80,7 @@ class RealCustomPipeline(RealCustomComponents):
                 raise ValueError(f"{name} is {getattr(request, name)} px; it must be a multiple of {factor} px.")
         device = self.execution_device  # read once per image and not in every step, because it walks all modules
         scheduler = copy.deepcopy(scheduler if scheduler is not None else self.scheduler)
-        scheduler.set_timesteps(request.num_inference_steps, device=device)
+        retrieve_timesteps(scheduler, request.num_inference_steps, device, timesteps, sigmas)
         generator = generator or torch.Generator("cpu").manual_seed(request.seed)
         if hasattr(scheduler, "noise_sampler_seed"):  # DPM++ SDE draws noise from its own seed, not from a generator
             scheduler.noise_sampler_seed = generator.initial_seed()
@@ -115,20 +119,21 @@ class RealCustomPipeline(RealCustomComponents):
         """Advance every generation by one step; see `Denoiser.step`."""
         self.denoiser.step(generations)
 
-    def run(self, generations: Sequence[Generation], on_step: Callable[[], None] = lambda: None) -> None:
+    def run(self, generations: Sequence[Generation], on_step: Callable[[], bool] = lambda: False) -> None:
         """Advance generations of any sizes until all are done. Those of one size step together.
 
         Args:
-            on_step: called after each step.
+            on_step: called after each step; True ends the loop early.
         """
         while active := [g for g in generations if not g.done]:
             for size in dict.fromkeys(g.size for g in active):
                 self.step([g for g in active if g.size == size])
-            on_step()
+            if on_step():
+                break
 
     @torch.no_grad()
     def decode(self, generations: Sequence[Generation]) -> list[Image.Image]:
-        """Decode generations to images, one by one, so that an image does not depend on the others."""
+        """Decode generations to images one by one, so that an image does not depend on its batch."""
         return [self.decoder.decode(self.final_latents(g)) for g in generations]
 
     def final_latents(self, generation: Generation) -> Tensor:
@@ -141,12 +146,12 @@ class RealCustomPipeline(RealCustomComponents):
 
     @torch.no_grad()
     def preview(self, generations: Sequence[Generation]) -> list[Image.Image]:
-        """Preview the current estimates of the finished images (see `LatentPreview`)."""
+        """Render previews of the current estimates of the final images (see `LatentPreview`)."""
         estimates = [g.latents if g.predicted_clean is None else g.predicted_clean for g in generations]
         return [self.latent_preview.decode(latents) for latents in estimates]
 
     def warm_up(self, sizes: Sequence[tuple[int, int]] = ()) -> None:
-        """Run every kind of step once, so that the first request does not wait and a broken model fails early.
+        """Run every kind of UNet call, so that the first request is not delayed and a broken model fails early.
 
         Args:
             sizes: (height, width) in px to prepare for; empty for the default size.
@@ -164,7 +169,7 @@ class RealCustomPipeline(RealCustomComponents):
         image: Image.Image | ReferenceImage | None = None,
         target_phrase: str | None = None,
         scope_ratio: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -175,9 +180,14 @@ class RealCustomPipeline(RealCustomComponents):
         seed: int | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[["RealCustomPipeline", int, Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
+        **unsupported: Any,
     ) -> RealCustomOutput | tuple:
         """Generate images; see `Request` for the settings and their ranges.
 
@@ -188,12 +198,16 @@ class RealCustomPipeline(RealCustomComponents):
             seed: image i uses seed + i.
             num_images_per_prompt: images generated together.
             generator: draws the noise in place of the seed; a list has one generator per image.
+            latents: initial noise [N, channels, height, width] in place of drawing it.
+            timesteps, sigmas: a custom schedule, if the scheduler supports it; its length is the number of steps.
             output_type: "pil", "np", "pt", or "latent" for undecoded latents [N, channels, height, width].
             callback_on_step_end: called with the pipeline, step index, timestep and {"latents": [N, ...]} after
-                every step; latents it returns replace the current ones.
+                every step; latents it returns replace the current ones. `pipe._interrupt = True` ends the loop, as in
+                diffusers.
         Raises:
-            ValueError: a setting out of range.
+            ValueError: a setting out of range, or an argument of other diffusers pipelines that is not supported.
         """
+        _check_unsupported(unsupported, callback_on_step_end_tensor_inputs)
         if image is not None or target_phrase is not None:
             if image is None or target_phrase is None or subjects:
                 raise ValueError("give either image and target_phrase together, or a list of subjects.")
@@ -202,10 +216,15 @@ class RealCustomPipeline(RealCustomComponents):
             raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1.")
+        if timesteps is not None or sigmas is not None:
+            num_inference_steps = len(timesteps if timesteps is not None else sigmas or ())
+        if latents is not None and len(latents) != num_images_per_prompt:
+            raise ValueError(f"latents has {len(latents)} entries; give one per image ({num_images_per_prompt}).")
+        self._interrupt = False
         request = Request(
             prompt=prompt,
             subjects=tuple(subjects),
-            negative_prompt=negative_prompt,
+            negative_prompt=negative_prompt or "",
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
@@ -217,13 +236,20 @@ class RealCustomPipeline(RealCustomComponents):
         ).resolve(self.sampling)
         generators = _per_image(generator, num_images_per_prompt)
         generations = [
-            self.prepare(r, generator=g) for r, g in zip(seed_variations(request, num_images_per_prompt), generators)
+            self.prepare(
+                variation,
+                generator=generators[i],
+                latents=None if latents is None else latents[i],
+                timesteps=timesteps,
+                sigmas=sigmas,
+            )
+            for i, variation in enumerate(seed_variations(request, num_images_per_prompt))
         ]
         first = generations[0]
         progress_bar: Any = self.progress_bar  # its type is hidden by a decorator of diffusers
         with progress_bar(total=first.num_steps) as bar:
 
-            def on_step() -> None:
+            def on_step() -> bool:
                 if callback_on_step_end is not None:
                     index = first.step_index - 1
                     latents = torch.stack([g.latents for g in generations])
@@ -232,6 +258,7 @@ class RealCustomPipeline(RealCustomComponents):
                     for g, new in zip(generations, returned.get("latents", latents), strict=True):
                         g.latents = new
                 bar.update()
+                return self._interrupt
 
             self.run(generations, on_step)
         output = RealCustomOutput(
@@ -249,6 +276,43 @@ class RealCustomPipeline(RealCustomComponents):
             return torch.stack([self.final_latents(g) for g in generations])
         images = [self.decoder.decode(self.final_latents(g), output_type) for g in generations]
         return torch.stack(images) if output_type == "pt" else np.stack(images)
+
+
+# Arguments of diffusers' SDXL pipeline that are not supported -> what to use instead.
+_ALTERNATIVES = {
+    "prompt_2": "one prompt for both text encoders",
+    "negative_prompt_2": "negative_prompt",
+    "prompt_embeds": "prompt: target phrases are located in its text",
+    "negative_prompt_embeds": "negative_prompt",
+    "pooled_prompt_embeds": "prompt",
+    "negative_pooled_prompt_embeds": "negative_prompt",
+    "ip_adapter_image": "subjects",
+    "ip_adapter_image_embeds": "subjects",
+    "cross_attention_kwargs": "set_adapters(name, scale) for the scale of a LoRA",
+    "clip_skip": "the default layer of the text encoders",
+    "guidance_rescale": "a lower guidance_scale",
+    "denoising_end": "callback_on_step_end with pipe._interrupt = True",
+    "eta": "a stochastic scheduler, such as EulerAncestralDiscreteScheduler",
+    "original_size": "height and width",
+    "target_size": "height and width",
+    "crops_coords_top_left": "an uncropped image",
+    "callback": "callback_on_step_end",
+    "callback_steps": "callback_on_step_end",
+}
+
+
+def _check_unsupported(arguments: dict[str, Any], tensor_inputs: Sequence[str]) -> None:
+    """Raise ValueError for arguments that the pipeline would otherwise ignore; None is accepted for all of them."""
+    for name, value in arguments.items():
+        if value is None and name in _ALTERNATIVES:
+            continue
+        if name not in _ALTERNATIVES:
+            raise TypeError(
+                f"RealCustomPipeline got an unknown argument {name!r}; see help(RealCustomPipeline.__call__)."
+            )
+        raise ValueError(f"{name} is not supported; use {_ALTERNATIVES[name]}.")
+    if unknown := set(tensor_inputs) - {"latents"}:
+        raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; only 'latents' is available.")
 
 
 def _check_masks(masks: Tensor, num_subjects: int) -> None:

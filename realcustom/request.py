@@ -9,6 +9,7 @@ import math
 import secrets
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import TypeVar, get_args
 
 from PIL import Image
@@ -127,6 +128,7 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "subjects", tuple(self.subjects))
+        self._convert_numbers()
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, not {type(getattr(self, name)).__name__}.")
@@ -148,6 +150,14 @@ class Request:
                 )
         self._check_early_stop()
         self._check_subjects()
+
+    def _convert_numbers(self) -> None:
+        """Replace numbers of other types, such as NumPy's, by int and float."""
+        for name, value in vars(self).items():
+            if isinstance(value, Integral) and not isinstance(value, int):
+                object.__setattr__(self, name, int(value))
+            elif isinstance(value, Real) and not isinstance(value, int | float):
+                object.__setattr__(self, name, float(value))
 
     def _check_early_stop(self) -> None:
         stop = self.early_stop_step

@@ -3,6 +3,7 @@
 Legend: T tokens, C channels of the cross-attention, S subjects.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from .visual_attention import KeysValues
-from .words import target_token_positions
+from .words import encode_offsets, shorten, target_token_positions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,14 @@ class TextEncoders:
                 pooled = self._pool(encoder, ids, out)  # the pooled text of the last encoder is used, as in SDXL
         self._release()
         return TextCondition(embeds=torch.cat(embeds, dim=-1)[0], pooled=None if pooled is None else pooled[0])
+
+    def warn_if_truncated(self, text: str) -> None:
+        """Log a warning with the part of a text that is beyond the text encoder's limit."""
+        tokenizer = self.pairs[0][0]
+        reach = max((end for _, end in encode_offsets(tokenizer, text)), default=0)
+        if rest := text[reach:].strip():
+            limit = tokenizer.model_max_length
+            logger.warning("the text encoder reads %d tokens; the rest is ignored: %s", limit, shorten(rest))
 
     def _pool(self, encoder, ids: Tensor, out) -> Tensor:
         if not hasattr(out, "text_embeds"):  # an encoder without projection

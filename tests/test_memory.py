@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from accelerate.hooks import CpuOffload, add_hook_to_module
+from diffusers import StableDiffusionXLPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from tiny import subject_image, tiny_pipeline
 
 from realcustom import Subject, apply_memory_tier
@@ -78,3 +82,46 @@ def test_unknown_tier_raises():
     """An unknown tier raises a ValueError that names it."""
     with pytest.raises(ValueError, match="the memory tier is 'tiny'"):
         apply_memory_tier(tiny_pipeline(), "cpu", "tiny")
+
+
+@pytest.fixture(scope="module")
+def lora_folder(tmp_path_factory):
+    """A LoRA file of the tiny UNet."""
+    folder = tmp_path_factory.mktemp("lora")
+    unet = tiny_pipeline().unet
+    unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False), "default")
+    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet))
+    return folder
+
+
+@pytest.mark.parametrize("tier_first", [True, False])
+@pytest.mark.parametrize("tier", ["medium", "low"])
+def test_lora_works_in_every_memory_tier(tier, tier_first, lora_folder):
+    """A LoRA loaded before or after choosing a tier has the same effect, and the encoders stay offloaded."""
+    expected, pipeline = tiny_pipeline(), tiny_pipeline()
+    expected.load_lora_weights(lora_folder)
+    if tier_first:
+        apply_memory_tier(pipeline, "cpu", tier)
+    pipeline.load_lora_weights(lora_folder)
+    if not tier_first:
+        apply_memory_tier(pipeline, "cpu", tier)
+    assert set(pipeline.offload_hooks) == set(ENCODERS)
+    assert all(hasattr(getattr(pipeline, name), "_hf_hook") for name in ENCODERS)
+    assert torch.allclose(generate(pipeline), generate(expected), atol=1e-5)
+
+
+def test_model_cpu_offload_moves_the_unet_before_its_layers_run():
+    """With an offloading hook on the UNet, no layer of it runs before the hook has moved it to the device."""
+    pipeline, order = tiny_pipeline(), []
+
+    class Hook(CpuOffload):
+        def pre_forward(self, module, *args, **options):
+            order.append("moved")
+            return args, options
+
+    add_hook_to_module(pipeline.unet, Hook("cpu"))
+    layer = next(m for name, m in pipeline.unet.named_modules() if name.endswith("attn2.to_k"))
+    layer.register_forward_pre_hook(lambda *_: order.append("layer"))
+    expected = generate(tiny_pipeline())
+    assert torch.allclose(generate(pipeline), expected, atol=1e-5)
+    assert order[0] == "moved" and "layer" in order

@@ -10,6 +10,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
+    StableDiffusionXLPipeline,
 )
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny import PROMPT, cat, dog, latents_of, run, tiny_pipeline, tiny_unet
@@ -493,3 +494,75 @@ def test_guidance_scale_zero_disables_guidance(pipeline, guidance_scale):
     """0 means no guidance, as the model cards of distilled checkpoints assume."""
     generation = pipeline.prepare(Request(prompt=PROMPT, guidance_scale=guidance_scale, seed=0))
     assert generation.negative_text is None
+
+
+def test_numbers_of_numpy_are_accepted(pipeline):
+    """NumPy integers and floats in a request become plain numbers."""
+    request = Request(prompt=PROMPT, seed=np.int64(3), height=np.int32(64), guidance_scale=np.float32(2.0))
+    assert (type(request.seed), type(request.height), type(request.guidance_scale)) == (int, int, float)
+
+
+@pytest.mark.parametrize("name", ["clip_skip", "eta", "prompt_embeds", "cross_attention_kwargs", "original_size"])
+def test_unsupported_arguments_of_diffusers_are_refused_by_name(pipeline, name):
+    """The error names the argument and an alternative; None is accepted, as in diffusers."""
+    with pytest.raises(ValueError, match=f"{name} is not supported; use"):
+        pipeline(PROMPT, **{name: 1})
+    pipeline(PROMPT, num_inference_steps=1, output_type="latent", **{name: None})
+    with pytest.raises(TypeError, match="scheduelr"):
+        pipeline(PROMPT, scheduelr=1)
+
+
+def test_given_latents_replace_the_noise(pipeline):
+    """`latents` equal to the noise of a seed give the image of that seed."""
+    expected = pipeline(PROMPT, seed=3, output_type="latent").images
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(pipeline(PROMPT, latents=noise, output_type="latent").images, expected)
+
+
+def test_interrupt_ends_the_loop(pipeline):
+    """`pipe._interrupt = True` in the callback ends the loop after the current step."""
+    steps = []
+
+    def interrupt(pipe, index, timestep, values):
+        steps.append(index)
+        pipe._interrupt = index == 1
+        return values
+
+    pipeline(
+        PROMPT, negative_prompt=None, callback_on_step_end=interrupt, callback_on_step_end_tensor_inputs=["latents"]
+    )
+    assert steps == [0, 1]
+    assert pipeline(PROMPT, num_inference_steps=2, output_type="latent").images.isfinite().all()
+
+
+def test_custom_timesteps_set_the_number_of_steps():
+    """A scheduler that supports custom timesteps uses them; one that does not raises an error."""
+    scheduler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear")
+    pipeline = tiny_pipeline(scheduler=scheduler)
+    seen = []
+    record = lambda pipe, index, timestep, values: seen.append(int(timestep)) or values
+    pipeline(PROMPT, timesteps=[999, 500, 100], callback_on_step_end=record)
+    assert seen == [999, 500, 100]
+    with pytest.raises(ValueError, match="timestep"):
+        tiny_pipeline()(PROMPT, timesteps=[999, 500])
+
+
+def test_truncated_prompts_are_reported(pipeline, caplog):
+    """A warning names the part of the prompt that the text encoder does not read."""
+    pipeline.prepare(Request(prompt="a dog on a mat and a very red kite", seed=0))
+    assert "24 tokens" in caplog.text and "kite" in caplog.text
+    caplog.clear()
+    pipeline.prepare(Request(prompt="a dog", seed=0))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("source", [RealCustomPipeline, StableDiffusionXLPipeline])
+def test_from_pipe(source):
+    """`from_pipe` shares the components of a RealCustom++ or SDXL pipeline."""
+    pipeline = tiny_pipeline()
+    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+    stock = StableDiffusionXLPipeline(**{name: getattr(pipeline, name) for name in names})
+    converted = RealCustomPipeline.from_pipe(pipeline if source is RealCustomPipeline else stock)
+    assert converted.unet is pipeline.unet and converted.vae is pipeline.vae
+    assert (converted.adapter is pipeline.adapter) == (source is RealCustomPipeline)
+    assert isinstance(StableDiffusionXLPipeline.from_pipe(pipeline), StableDiffusionXLPipeline)
