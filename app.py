@@ -37,7 +37,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def connect(flags: argparse.Namespace) -> Client:
-    """A client of the server that the flags name; by default, start a server on this machine and load the model."""
+    """Connect to the server that the flags name. By default, start a server on this machine, which loads the model."""
     if flags.url:
         from serving.clients import HttpClient
 
@@ -93,7 +93,7 @@ def disconnect(client: Client) -> None:
 
 
 def main() -> int:
-    """Returns the exit code: 0 after Ctrl-C, 2 if the server cannot be reached or started."""
+    """Run the demo. Returns the exit code: 0 after Ctrl-C, 2 if the server cannot be reached or started."""
     flags = parse_flags()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
@@ -108,7 +108,7 @@ def main() -> int:
         log.error("app.py: error: %s", error)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process immediately
         log.info("Stopping…")
         return 0
     finally:

@@ -1,4 +1,4 @@
-"""Generates an image on a running server and prints progress. Usage: python -m examples.http_client [URL] [OUT.png]
+"""Generates an image on a running server and prints its progress. Usage: python -m examples.http_client [URL] [OUT.png]
 
 Start a server with `serve run serving:app` first.
 """

@@ -1,4 +1,4 @@
-"""One2One: one reference image becomes one word of the prompt. Usage: python -m examples.one2one [OUT.png]"""
+"""One2One: one subject replaces one word of the prompt. Usage: python -m examples.one2one [OUT.png]"""
 
 import sys
 

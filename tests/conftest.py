@@ -6,6 +6,6 @@ Helpers used by several test modules are in `tiny.py` and `single_file.py`; a te
 import os
 
 # Set before any library is imported, and inherited by the processes that tests start.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything; a missing file fails at once
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests download nothing; a missing file fails immediately
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

@@ -1,4 +1,4 @@
-"""StepTimeModel: seconds of a step, learned from measured steps."""
+"""StepTimeModel: seconds of a step, fitted to measured steps."""
 
 import numpy as np
 import pytest

@@ -123,7 +123,7 @@ class Engine:
             request_id: for the log.
         Raises:
             QueueFull: the queue is full.
-            InvalidRequest: the pipeline rejected the request.
+            InvalidRequest: the pipeline rejected the request, or the image alone exceeds the memory budget.
             DeadlineExceeded: the deadline has passed.
             Unavailable: a fault that may not occur on another replica.
             ServerError: another fault of the server.

@@ -1,4 +1,4 @@
-"""StepTimeModel: seconds of a step, learned from measured steps. The only model of time in a replica.
+"""StepTimeModel: seconds of a step, fitted to measured steps. The only model of time in a replica.
 
     seconds = calls * per_call + row_pixels * per_row_pixel
 
@@ -68,7 +68,7 @@ class StepCost(NamedTuple):
 
 
 class StepTimeModel:
-    """Learns `StepCost` from measured steps.
+    """Fits a `StepCost` to measured steps.
 
     The fit is robust: it takes the median of equal steps and minimizes relative errors, so a step that took 100 times
     as long counts as one wrong step. Both parts are at least 0. While the measured steps cannot distinguish
