@@ -83,7 +83,7 @@ class Denoiser:
     @torch.no_grad()
     def prepare_text(self, text: TextCondition) -> TextCondition:
         """Add the keys and values of every layer to `text`. They do not depend on the timestep."""
-        if not self.allow_early_exit or hasattr(self.unet, "_hf_hook"):  # its weights arrive with the call
+        if not self.allow_early_exit or hasattr(self.unet, "_hf_hook"):  # its weights are loaded during the call
             return text
         embeds = text.embeds.to(self.dtype)
         return replace(text, keys_values=self.attention.text_keys_values(embeds[None]))

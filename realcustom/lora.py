@@ -1,4 +1,4 @@
-"""LoRA loading as in diffusers, for SDXL and SD1.5. Caches are cleared after every change of weights."""
+"""LoRA loading as in diffusers, for SDXL and SD1.5. Caches are cleared after each change of weights."""
 
 from functools import wraps
 

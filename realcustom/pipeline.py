@@ -70,7 +70,8 @@ class RealCustomPipeline(RealCustomComponents):
             A generation ready for its first step.
         Raises:
             ValueError: the size is not a multiple of the VAE's scale factor, a target phrase is beyond the text
-                encoder's limit, or the request has subjects and no adapter is loaded.
+                encoder's limit, the request has subjects but no adapter is loaded, the masks are invalid, or the
+                scheduler does not support a custom schedule.
         """
         if isinstance(request, Request):
             request = request.resolve(self.sampling)
@@ -123,7 +124,7 @@ class RealCustomPipeline(RealCustomComponents):
         """Advance generations of any sizes until all are done. Those of one size step together.
 
         Args:
-            on_step: called after each step; True ends the loop early.
+            on_step: called after each step; the loop ends early if it returns True.
         """
         while active := [g for g in generations if not g.done]:
             for size in dict.fromkeys(g.size for g in active):
@@ -206,6 +207,7 @@ class RealCustomPipeline(RealCustomComponents):
                 diffusers.
         Raises:
             ValueError: a setting out of range, or an argument of other diffusers pipelines that is not supported.
+            TypeError: an unknown argument.
         """
         _check_unsupported(unsupported, callback_on_step_end_tensor_inputs)
         if image is not None or target_phrase is not None:
@@ -302,7 +304,7 @@ _ALTERNATIVES = {
 
 
 def _check_unsupported(arguments: dict[str, Any], tensor_inputs: Sequence[str]) -> None:
-    """Raise ValueError for arguments that the pipeline would otherwise ignore; None is accepted for all of them."""
+    """Raise ValueError for unsupported arguments of diffusers, unless they are None, and TypeError for unknown ones."""
     for name, value in arguments.items():
         if value is None and name in _ALTERNATIVES:
             continue
