@@ -107,7 +107,12 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
             raise Unavailable("no replica responds.", 5.0) from None
         return Health()
 
-    api.add_middleware(BodyLimit, max_bytes=settings.max_subjects * settings.max_image_bytes + 2**20)
+    api.add_middleware(
+        BodyLimit,
+        max_bytes=settings.max_subjects * settings.max_image_bytes + 2**20,
+        timeout_s=settings.body_timeout_s,
+        max_unread=settings.max_unread_bodies,
+    )
     if settings.api_key:  # added last, so that it runs first
         api.add_middleware(Authentication, api_key=settings.api_key)
     for kind in (*EXPECTED_ERRORS, RequestValidationError, StarletteHTTPException, Exception):

@@ -1,52 +1,115 @@
-"""Limits the number of bytes of a request body as they arrive."""
+"""Limits the size of a request body, the time in which it arrives, and the number of bodies that arrive at once."""
 
-from contextlib import suppress
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.responses import JSONResponse
 
+RETRY_AFTER_S = 1  # most bodies arrive within a second
 
-class _TooManyBytes(Exception):
-    pass
+
+@dataclass(eq=False)
+class _Rejection(Exception):
+    """A response with an error instead of the application's response."""
+
+    status: int
+    code: str
+    message: str
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def response(self) -> JSONResponse:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error: dict[str, Any] = {"message": self.message, "type": kind, "param": None, "code": self.code}
+        # The rest of the body may still arrive, so the connection cannot be used for another request
+        return JSONResponse({"error": error}, self.status, {**self.headers, "Connection": "close"})
 
 
 class BodyLimit:
-    """ASGI middleware: responds with 413 as soon as a body declares or contains more than `max_bytes` bytes."""
+    """ASGI middleware that rejects a body as soon as it exceeds a limit.
 
-    def __init__(self, app, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
+    Args:
+        max_bytes: bytes that a body may declare or contain; beyond, the response is 413.
+        timeout_s: seconds after which a body must be complete; the response is 408.
+        max_unread: requests whose bodies are not complete; further requests with a body get 503.
+    """
+
+    def __init__(self, app, *, max_bytes: int, timeout_s: float, max_unread: int) -> None:
+        self._app, self._max_bytes, self._timeout_s, self._max_unread = app, max_bytes, timeout_s, max_unread
+        self._unread: set[object] = set()
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or not _has_body(scope):
             await self._app(scope, receive, send)
             return
+        ticket = object()
+        try:
+            self._check_start(scope)
+            self._unread.add(ticket)
+            await self._run(scope, receive, send, ticket)
+        except _Rejection as rejection:
+            await rejection.response()(scope, receive, send)
+        finally:
+            self._unread.discard(ticket)
+
+    def _check_start(self, scope) -> None:
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._max_bytes:
-            await self._reject(scope, receive, send)
-            return
-        received, started = 0, False
+            raise self._too_large()
+        if len(self._unread) >= self._max_unread:
+            message = f"the server is receiving {len(self._unread)} other requests; try again."
+            raise _Rejection(503, "unavailable", message, {"Retry-After": str(RETRY_AFTER_S)})
 
-        async def counted_receive():
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise _TooManyBytes
+    async def _run(self, scope, receive, send, ticket: object) -> None:
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        num_bytes, started = 0, False
+        rejection: _Rejection | None = None
+
+        async def limited_receive():
+            nonlocal num_bytes, rejection
+            if ticket not in self._unread:
+                return await receive()
+            remaining_s = deadline - asyncio.get_running_loop().time()
+            try:
+                message = await asyncio.wait_for(receive(), remaining_s)
+            except asyncio.TimeoutError:
+                rejection = self._too_slow()
+                raise rejection from None
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                rejection = self._too_large()
+                raise rejection
+            if not message.get("more_body", False):
+                self._unread.discard(ticket)
             return message
 
         async def guarded_send(message) -> None:
             nonlocal started
-            if received <= self._max_bytes or started:  # the application's response to a truncated body is dropped
+            if rejection is None or started:  # the application's response to a truncated body is dropped
                 started = True
                 await send(message)
 
-        with suppress(_TooManyBytes):
-            await self._app(scope, counted_receive, guarded_send)
-        if received > self._max_bytes and not started:
-            await self._reject(scope, receive, send)
+        try:
+            await self._app(scope, limited_receive, guarded_send)
+        except _Rejection:
+            if started:
+                return
+            raise
+        if rejection is not None and not started:  # the application handled the exception
+            raise rejection
 
-    async def _reject(self, scope, receive, send) -> None:
+    def _too_large(self) -> _Rejection:
         message = (
             f"the request has more than the {self._max_bytes} bytes that this server accepts; send smaller images."
         )
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": "too_large"}
-        await JSONResponse({"error": error}, 413)(scope, receive, send)
+        return _Rejection(413, "too_large", message)
+
+    def _too_slow(self) -> _Rejection:
+        message = f"the request did not arrive within {self._timeout_s:.4g} s; send smaller images."
+        return _Rejection(408, "timeout", message)
+
+
+def _has_body(scope) -> bool:
+    headers = dict(scope["headers"])
+    declares = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
+    return declares or scope["method"] not in ("GET", "HEAD")

@@ -83,10 +83,11 @@ class Error(BaseModel):
 _RETRY_AFTER = {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 0}}}
 _STATUSES = {
     401: "missing or wrong API key",
+    408: "the body did not arrive in time",
     413: "too many bytes or pixels",
     422: "invalid request; the message names the value, the limit and the remedy",
     429: "the queue is full; see Retry-After",
-    500: "error of the server",
+    500: "server error",
     503: "no replica is available; see Retry-After",
     504: "the deadline of the request has passed",
 }
@@ -122,7 +123,7 @@ def images_json(results: Sequence[Result], output_format: str) -> bytes:
 
 
 def error_response(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status code, body and headers for any exception. Only an unexpected one is logged."""
+    """Status code, body and headers for any exception. Only errors of the server's system and bugs are logged."""
     if is_system_error(error.__cause__) and isinstance(error, HTTPException):
         # FastAPI raises 400 for every error while it parses a form, even if the disk is full
         logger.error("a form could not be read", exc_info=error.__cause__)
@@ -147,7 +148,7 @@ def error_response(error: Exception) -> tuple[int, dict[str, Any], dict[str, str
         return _response(status, str(error.detail), "invalid_request", headers=dict(error.headers or {}))
     if isinstance(error, ServerError):
         return _response(500, str(error), "server_error")
-    logger.error("an unexpected error", exc_info=error)
+    logger.error("unexpected error", exc_info=error)
     return _response(500, "the server failed; try again.", "server_error")
 
 
