@@ -66,7 +66,9 @@ TASKS = (
         num_slots=1,
         multiple_words=True,
         examples=(
-            Example(images=("cat_and_car.png",), prompt="a cat and a car on the beach", words=(("cat", "car"),)),
+            Example(
+                images=("frog_and_robot.png",), prompt="a frog and a robot on the beach", words=(("frog", "robot"),)
+            ),
         ),
     ),
     Task(
