@@ -175,6 +175,7 @@ class RealCustomConfig:
         raise ValueError(f"family {family!r} does not exist; use 'sdxl' or 'sd15'.")
 
     def to_dict(self) -> dict[str, Any]:
+        """The configuration as nested dictionaries, for JSON."""
         return asdict(self)
 
     @classmethod

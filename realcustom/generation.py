@@ -61,10 +61,12 @@ class Generation:
 
     @property
     def num_steps(self) -> int:
+        """UNet calls of the image; some samplers need more than `num_inference_steps`."""
         return len(self.scheduler.timesteps)
 
     @property
     def done(self) -> bool:
+        """Whether all steps have been taken."""
         return self.step_index >= self.num_steps
 
     @property
@@ -74,6 +76,7 @@ class Generation:
 
     @property
     def timestep(self) -> Tensor:
+        """Timestep of the next step, a scalar."""
         return self.scheduler.timesteps[self.step_index]
 
     def mask_due(self, call: int) -> bool:
@@ -118,6 +121,7 @@ class Generation:
         return self._sparse_masks[size]
 
     def model_input(self) -> Tensor:
+        """The latents [channels, height, width], scaled as the scheduler requires."""
         return self.scheduler.scale_model_input(self.latents, self.timestep)
 
     def advance(self, model_output: Tensor) -> None:

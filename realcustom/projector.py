@@ -14,6 +14,12 @@ class DeepQueryAttention(nn.Module):
     """Cross-attention with deep features as queries: over shallow layers (Eq. 5) or local views (Eq. 7).
 
     There is no output projection and no residual connection, because an MLP follows (Eq. 6 and 8).
+
+    Args:
+        dim: C.
+        head_dim: channels of an attention head.
+    Raises:
+        ValueError: `dim` is not a multiple of `head_dim`.
     """
 
     def __init__(self, dim: int, head_dim: int = 64) -> None:

@@ -54,7 +54,7 @@ class CrossRecording:
 
 
 class SelfRecording:
-    """Queries and keys of one self-attention layer, from which M_self times any columns can be computed."""
+    """Queries and keys of one self-attention layer, to compute M_self times any columns without M_self itself."""
 
     def __init__(self) -> None:
         self.query: Tensor | None = None

@@ -60,6 +60,7 @@ class ReferenceImage:
         return digest.digest()
 
     def to_pil(self) -> Image.Image:
+        """The image as an RGB PIL image."""
         return Image.fromarray(self.pixels)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:

@@ -89,7 +89,12 @@ class AlternatingDPMSolverScheduler(SchedulerMixin, ConfigMixin):
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> AlternatingDPMSolverOutput | tuple[Tensor, Tensor]:
-        """Advance the sample from `timestep` to the next one. Steps must be in order; the first may be any timestep."""
+        """Advance the sample from `timestep` to the next one. Steps must be in order; the first may be any timestep.
+
+        Args:
+            model_output, sample: of the same shape [B, ...].
+            timestep: one of `timesteps`.
+        """
         if self._step_index is None:
             self._step_index = self.timesteps.tolist().index(int(timestep))
         now = self._step_index

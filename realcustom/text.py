@@ -50,7 +50,10 @@ class TextEncoders:
 
     @torch.no_grad()
     def encode(self, text: str) -> TextCondition:
-        """Encode a text: penultimate hidden states of two encoders (SDXL), last hidden state of one encoder (SD1.5)."""
+        """Encode a text: penultimate hidden states of two encoders (SDXL), last hidden state of one encoder (SD1.5).
+
+        Tokens beyond the limit of the tokenizers are truncated.
+        """
         embeds, pooled = [], None
         for tokenizer, encoder in self.pairs:
             ids = tokenizer(
