@@ -23,6 +23,8 @@ def _check_choice(owner: object, **choices: tuple[str, ...]) -> None:
 class MethodConfig:
     """Where the authors' released code differs from the paper. The field defaults follow the paper.
 
+    `mask_normalization`, `mask_selection` and `mask_binary` are equal in both presets; they are options of the release.
+
     Attributes:
         mask_maps: "self_times_cross" multiplies the low-resolution cross-attention of the target words with the
             high-resolution self-attention (Eq. 14); "all_cross" averages the cross-attention of every layer.
@@ -32,7 +34,7 @@ class MethodConfig:
         mask_selection: "top_k" keeps floor(scope * positions) positions; "threshold" keeps values >= 1 - scope.
         mask_binary: kept positions become 1 instead of keeping their relevance.
         mask_resize: how masks are resized to smaller attention resolutions, "per_axis" or by the "height_factor" on
-            both axes, which differs where the width is not a multiple of 32 px.
+            both axes, which differs where the height is not a multiple of 32 px.
         disjoint_masks: the positions of several subjects do not overlap (Alg. 1); otherwise each subject selects its
             positions independently.
         local_views: the four local views of Eq. 7 are the "quadrants" of the enlarged image, or its "interleaved"

@@ -55,7 +55,7 @@ def _mlp(dim: int, out_dim: int) -> nn.Sequential:
 
 
 class CrossLayerCrossScaleProjector(nn.Module):
-    """f_ci = shallow' concatenated with (MLP(deep) + high') (Eq. 9).
+    """f_ci = shallow' concatenated with (MLP(deep) + high') (Eq. 9). MLP(deep) is one linear layer, as in the release.
 
     Args:
         vision_dim: C, channels of the concatenated encoders.
