@@ -1,4 +1,4 @@
-"""Bodies of requests that arrive slowly or not at all do not keep the HTTP interface from serving others."""
+"""Request bodies that arrive slowly or never do not prevent the HTTP interface from serving other requests."""
 
 import asyncio
 import itertools
@@ -19,7 +19,7 @@ NEVER = None  # in place of a chunk: the client sends nothing more
 
 
 class NoModel:
-    """A backend that rejects a request when it gets it, so that status 429 says that the body was read."""
+    """A backend that rejects every request, so that status 429 shows that the body was read."""
 
     async def model(self):
         sampling = SamplingDefaults(num_inference_steps=4, early_stop_step=2)

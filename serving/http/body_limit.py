@@ -1,4 +1,4 @@
-"""Limits the size of a request body, the time in which it arrives, and the number of bodies that arrive at once."""
+"""Limits the size of a request body, the time in which it must arrive, and the number of bodies being received."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ RETRY_AFTER_S = 1  # most bodies arrive within a second
 
 @dataclass(eq=False)
 class _Rejection(Exception):
-    """A response with an error instead of the application's response."""
+    """An error response that replaces the application's response."""
 
     status: int
     code: str
@@ -29,9 +29,9 @@ class BodyLimit:
     """ASGI middleware that rejects a body as soon as it exceeds a limit.
 
     Args:
-        max_bytes: bytes that a body may declare or contain; beyond, the response is 413.
-        timeout_s: seconds after which a body must be complete; the response is 408.
-        max_unread: requests whose bodies are not complete; further requests with a body get 503.
+        max_bytes: maximum number of bytes that a body may declare or contain; otherwise the response is 413.
+        timeout_s: seconds within which a body must be complete; otherwise the response is 408.
+        max_unread: maximum number of incomplete bodies; further requests with a body receive 503.
     """
 
     def __init__(self, app, *, max_bytes: int, timeout_s: float, max_unread: int) -> None:
