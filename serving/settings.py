@@ -61,9 +61,9 @@ class Settings(LiveSettings):
         num_replicas: fixed number of replicas; sets min_replicas and max_replicas.
         min_replicas, max_replicas: bounds of autoscaling; with 0, an idle server stops its last replica.
         num_ingresses: processes of the HTTP interface; with 2, the server stays reachable while one restarts.
-        body_timeout_s: seconds in which the body of an HTTP request must arrive; after that the response is 408.
-        max_unread_bodies: bodies that a process of the HTTP interface receives at the same time; further requests get
-            503.
+        body_timeout_s: seconds within which the body of an HTTP request must arrive; otherwise the response is 408.
+        max_unread_bodies: bodies that a process of the HTTP interface receives at the same time; further requests
+            receive 503.
         target_backlog_s: seconds of queued work per replica; the target of autoscaling.
         upscale_delay_s, downscale_delay_s: seconds for which more (fewer) replicas must be required before replicas are
             added (removed).
