@@ -23,7 +23,8 @@ def _check_choice(owner: object, **choices: tuple[str, ...]) -> None:
 class MethodConfig:
     """Where the authors' released code differs from the paper. The field defaults follow the paper.
 
-    `mask_normalization`, `mask_selection` and `mask_binary` are equal in both presets; they are options of the release.
+    `mask_normalization`, `mask_selection` and `mask_binary` have the same value in both presets and are options of the
+    release.
 
     Attributes:
         mask_maps: "self_times_cross" multiplies the low-resolution cross-attention of the target words with the
