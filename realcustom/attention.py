@@ -44,6 +44,8 @@ EQUIVALENT_PROCESSORS = {
 
 
 class LayerRecording(Protocol):
+    """Receives the queries and keys of one attention layer; see `recorder.py`."""
+
     def record(self, query: Tensor, key: Tensor) -> None:
         """Keep what the guidance masks need of queries [R, H, Q, d] and keys [R, H, T, d]."""
 

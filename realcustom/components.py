@@ -175,6 +175,7 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
 
     @property
     def text_encoders(self) -> TextEncoders:
+        """The current text encoders with their tokenizers."""
         pairs = [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
         return TextEncoders(
             [pair for pair in pairs if pair[1] is not None],
@@ -202,10 +203,12 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
 
     @property
     def text_cache(self) -> Cache[TextCondition]:
+        """Encoded texts, by text."""
         return self.conditioner.text_cache
 
     @property
     def reference_cache(self) -> Cache[KeysValues]:
+        """Keys and values of references, by digest of the image."""
         return self.conditioner.reference_cache
 
     def clear_caches(self) -> None:

@@ -21,7 +21,7 @@ def _check_choice(owner: object, **choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """Where the authors' released code differs from the paper. The field defaults follow the paper.
+    """Details of the method in which the authors' released code differs from the paper. The defaults follow the paper.
 
     `mask_normalization`, `mask_selection` and `mask_binary` have the same value in both presets and are options of the
     release.
@@ -126,7 +126,7 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Which block outputs of the two vision encoders are used (Sec. 4.1). Block indices start at 0.
+    """Blocks of the two vision encoders whose outputs are used (Sec. 4.1). Block indices start at 0.
 
     Attributes:
         siglip_shallow, dino_shallow: blocks whose outputs are the shallow features, pairwise concatenated.

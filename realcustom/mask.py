@@ -31,7 +31,7 @@ def resize_map(values: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_by_height(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """Like `resize_map`, but with one scale factor for both axes, that of the heights, as in the authors' release.
+    """Resize maps with the scale factor of the heights on both axes, as in the authors' release; see `resize_map`.
 
     Both agree at most sizes. Where the release's factor yields a different width than `size`, the release fails; this
     function then resizes each axis by its own factor.

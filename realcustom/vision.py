@@ -109,10 +109,12 @@ class VisionEncoders:
 
     @property
     def input_size(self) -> int:
+        """Side of the encoders' input in pixels."""
         return self.siglip.config.image_size
 
     @property
     def num_channels(self) -> int:
+        """C, channels of both encoders together."""
         return self.siglip.config.hidden_size + self.dino.config.hidden_size
 
     def encode(self, images: Sequence[ArrayLike]) -> VisionFeatures:

@@ -47,16 +47,24 @@ __all__ = [
 class Client(Protocol):
     """The interface of both clients.
 
-    `stream` yields `Queued` and `Progress` events and finally a `Result`; closing it cancels the image within one step.
-    `previews`: True requests one every few steps, False none, an int this many in total.
-    `timeout_s` is the deadline of the request in seconds from the call; the server's `max_timeout_s` also applies.
     All methods raise `InvalidRequest` (a ValueError), `QueueFull`, `DeadlineExceeded`, `Unavailable` or `ServerError`.
     """
 
-    async def model(self) -> ModelInfo: ...
+    async def model(self) -> ModelInfo:
+        """The loaded model: defaults, limits, vocabulary."""
+        ...
 
     def stream(
         self, request: Request, *, previews: bool | int = True, timeout_s: float | None = None
-    ) -> AsyncGenerator[Event, None]: ...
+    ) -> AsyncGenerator[Event, None]:
+        """Yield `Queued` and `Progress` events and finally a `Result`. Closing cancels the image within one step.
 
-    async def generate(self, request: Request, *, timeout_s: float | None = None) -> Result: ...
+        Args:
+            previews: True requests one every few steps, False none, an int this many in total.
+            timeout_s: deadline in seconds from the call; the server's `max_timeout_s` also applies.
+        """
+        ...
+
+    async def generate(self, request: Request, *, timeout_s: float | None = None) -> Result:
+        """Return the finished image; see `stream` for `timeout_s`."""
+        ...

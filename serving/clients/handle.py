@@ -19,7 +19,7 @@ QUEUE_POLL_S = 0.5  # seconds without an event after which the position of a wai
 
 
 class HandleClient:
-    """Client of a Ray Serve handle to the "Replica" deployment; see `serving.clients.Client`.
+    """Client of a Ray Serve handle to the "Replica" deployment; see `serving.clients.Client` for the methods.
 
     Args:
         handle: `serve.get_deployment_handle("Replica", ...)`.

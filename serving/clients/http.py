@@ -22,7 +22,7 @@ Files = list[tuple[str, tuple[str, bytes, str]]]
 
 
 class HttpClient:
-    """Client of the HTTP interface; see `serving.clients.Client`.
+    """Client of the HTTP interface; see `serving.clients.Client` for the methods.
 
     Args:
         base_url: for example "http://127.0.0.1:8000".

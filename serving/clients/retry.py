@@ -18,7 +18,7 @@ RetryableError = QueueFull | Unavailable
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """Which errors are retried, how often, and after what delay.
+    """Configuration of retries: which errors, how often, and after what delay.
 
     Attributes:
         max_retries: attempts after the first one.

@@ -26,7 +26,7 @@ SMALLEST_SINGULAR_VALUE = 0.01  # relative to the largest; below it, the two par
 
 @dataclass(frozen=True)
 class RemainingWork:
-    """What an image still needs: pure numbers, so that a plan can be computed without the model.
+    """Remaining work of an image in plain numbers, so that plans can be computed without the model.
 
     Attributes:
         pixels: height * width.

@@ -59,15 +59,21 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
+    """Response of `GET /v1/models`."""
+
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class Health(BaseModel):
+    """Response of `GET /healthz`."""
+
     status: Literal["ok"] = "ok"
 
 
 class ErrorDetail(BaseModel):
+    """The error: a sentence, its category, and the field that it concerns."""
+
     message: str
     type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
     param: str | None

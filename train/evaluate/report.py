@@ -42,7 +42,7 @@ Results = dict[str, dict[str, Scores]]  # task -> condition -> scores
 
 
 class ImageClassifiers(Protocol):
-    """What the evaluation needs of `Classifiers`; images are [B, 3, 128, 128] in [-1, 1]."""
+    """The part of `Classifiers` that the evaluation uses; images are [B, 3, 128, 128] in [-1, 1]."""
 
     @property
     def scene(self) -> Callable[[Tensor], Tensor]: ...
