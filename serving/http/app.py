@@ -28,7 +28,11 @@ from .streaming import HEARTBEAT_S, start_stream
 
 MODEL_INFO_AGE_S = 5.0  # age after which the model information is requested again
 MODEL_INFO_WAIT_S = 1.0  # time to wait for newer model information before the old one is used
-EVENT_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}  # content of a response with `stream`
+SERVER_SENT_EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "a JSON object"}},
+}
+EVENT_STREAM = {"text/event-stream": {"schema": SERVER_SENT_EVENT}}  # content of a response with `stream`, per event
 
 
 class Backend(Protocol):
