@@ -342,14 +342,14 @@ def test_scheduler_of_another_parameterization_is_kept(parts, tmp_path):
     assert latents.abs().max() < 20
 
 
-def test_flow_matching_models_are_refused(parts, tmp_path):
+def test_flow_matching_models_are_rejected(parts, tmp_path):
     base = _with_scheduler(parts, tmp_path, FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler.*flow-matching"):
         RealCustomPipeline.from_parts(base, siglip=None, dinov2=None)
 
 
-def test_v_prediction_settings_of_the_base_are_kept_or_refused(parts, tmp_path):
-    """Preset `paper` keeps v-prediction and zero terminal SNR; the sampler of `release` cannot, so it is refused."""
+def test_v_prediction_settings_of_the_base_are_kept_or_rejected(parts, tmp_path):
+    """Preset `paper` keeps v-prediction and zero terminal SNR; `release` raises, because its sampler lacks support."""
     family, _ = parts
     settings = dict(beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True)
     base = _with_scheduler(parts, tmp_path, EulerDiscreteScheduler(**settings))

@@ -134,7 +134,7 @@ class ScalingProcessor(AttnProcessor2_0):
     """Attention that computes something else."""
 
 
-def test_unknown_attention_processors_are_refused():
+def test_unknown_attention_processors_are_rejected():
     pipeline = tiny_pipeline()
     pipeline.unet.set_attn_processor(ScalingProcessor())
     with pytest.raises(ValueError, match=r"ScalingProcessor.*set_attn_processor"):
