@@ -87,7 +87,7 @@ def _vision_encoders() -> dict[str, nn.Module]:
 
 
 def default_dtype(device: str) -> torch.dtype:
-    """bfloat16, or float32 on a CPU without bfloat16 instructions, where emulation is about 70 times slower."""
+    """Return bfloat16, or float32 on a CPU without bfloat16 instructions, whose emulation is about 70 times slower."""
     capabilities = torch.cpu.get_capabilities()
     has_bfloat16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if torch.device(device).type != "cpu" or has_bfloat16 else torch.float32

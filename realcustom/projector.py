@@ -34,7 +34,7 @@ class DeepQueryAttention(nn.Module):
         self.to_v = nn.Linear(dim, dim, bias=False)
 
     def forward(self, deep: Tensor, context: Tensor) -> Tensor:
-        """deep [B, N, C], context [B, M, C] -> [B, N, C]."""
+        """Attend from deep features [B, N, C] to a context [B, M, C]; returns [B, N, C]."""
         context = self.norm_context(context)
         query, key, value = (
             tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, tokens, C / H]
@@ -55,7 +55,9 @@ def _mlp(dim: int, out_dim: int) -> nn.Sequential:
 
 
 class CrossLayerCrossScaleProjector(nn.Module):
-    """f_ci = shallow' concatenated with (MLP(deep) + high') (Eq. 9). MLP(deep) is one linear layer, as in the release.
+    """The projector of Eq. 9: f_ci = shallow' concatenated with (MLP(deep) + high').
+
+    MLP(deep) is one linear layer, as in the release.
 
     Args:
         vision_dim: C, channels of the concatenated encoders.

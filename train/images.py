@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_signed(pixels: np.ndarray) -> Tensor:
-    """uint8 [n, 3, H, W] -> float32 in [-1, 1], the range of the networks."""
+    """Convert uint8 [n, 3, H, W] to float32 in [-1, 1], the range of the networks."""
     return torch.from_numpy(np.ascontiguousarray(pixels)).float() / 127.5 - 1
 
 

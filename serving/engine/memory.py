@@ -29,7 +29,7 @@ USABLE_MAIN = 0.5  # share of free main memory for images; the rest is for other
 
 @dataclass(frozen=True)
 class AffineCost:
-    """bytes = fixed + per_pixel * pixels."""
+    """Bytes as an affine function of the image size: fixed + per_pixel * pixels."""
 
     fixed: float
     per_pixel: float
@@ -162,7 +162,7 @@ class TensorAccount(TorchDispatchMode):
 
 
 class GpuAccount:
-    """The same numbers from the statistics of the GPU's allocator."""
+    """The numbers of `TensorAccount`, from the statistics of the GPU's allocator."""
 
     @property
     def live(self) -> int:
