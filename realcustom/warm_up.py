@@ -2,16 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import product
-from typing import TYPE_CHECKING, get_args
+from typing import Any, get_args
 
 from PIL import Image
 
 from .config import MaskSource
 from .generation import Generation
 from .request import Request, Subject
-
-if TYPE_CHECKING:
-    from .pipeline import RealCustomPipeline
 
 EXACT, APPROXIMATE = get_args(MaskSource)
 # Groups of generations that step together, each generation given by its number of subjects and its mask source. They
@@ -30,10 +27,11 @@ GROUPS: tuple[tuple[tuple[int, MaskSource], ...], ...] = (
 )
 
 
-def warm_up(pipeline: "RealCustomPipeline", sizes: Sequence[tuple[int, int]], *, compiled: bool) -> None:
+def warm_up(pipeline: Any, sizes: Sequence[tuple[int, int]], *, compiled: bool) -> None:
     """Run one step of each group, with and without classifier-free guidance, plus a preview and a decode.
 
     Args:
+        pipeline: a `RealCustomPipeline`.
         sizes: (height, width) in px; empty for the default size.
         compiled: whether there are programs to compile; otherwise a single group suffices.
     """
@@ -49,7 +47,7 @@ def warm_up(pipeline: "RealCustomPipeline", sizes: Sequence[tuple[int, int]], *,
     pipeline.clear_caches()
 
 
-def _gray_generation(pipeline: "RealCustomPipeline", num_subjects: int, **settings) -> Generation:
+def _gray_generation(pipeline: Any, num_subjects: int, **settings) -> Generation:
     names = ("ball", "box")[: num_subjects if pipeline.adapter is not None else 0]
     gray = Image.new("RGB", (64, 64), "gray")
     subjects = tuple(Subject(image=gray, target_phrase=name) for name in names)
