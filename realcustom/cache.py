@@ -18,12 +18,13 @@ class Cache(Generic[V]):
         size_of: returns the bytes of a value.
 
     Attributes:
+        max_bytes: the budget; it can be changed with `resize`.
         num_bytes: bytes of all values in the cache.
         hits, misses: number of `get` calls that found, or computed, their value.
     """
 
     def __init__(self, max_bytes: int, size_of: Callable[[V], int]) -> None:
-        self._max_bytes, self._size_of = max_bytes, size_of
+        self.max_bytes, self._size_of = max_bytes, size_of
         self._values: OrderedDict[Hashable, V] = OrderedDict()
         self._lock = threading.Lock()
         self.num_bytes = 0
@@ -39,10 +40,19 @@ class Cache(Generic[V]):
                 value = make()
                 self._values[key] = value
                 self.num_bytes += self._size_of(value)
-                while self.num_bytes > self._max_bytes and len(self._values) > 1:
-                    self.num_bytes -= self._size_of(self._values.popitem(last=False)[1])
+                self._evict()
             self._values.move_to_end(key)
             return self._values[key]
+
+    def resize(self, max_bytes: int) -> None:
+        """Set the budget and evict the values that exceed it."""
+        with self._lock:
+            self.max_bytes = max_bytes
+            self._evict()
+
+    def _evict(self) -> None:
+        while self.num_bytes > self.max_bytes and len(self._values) > 1:
+            self.num_bytes -= self._size_of(self._values.popitem(last=False)[1])
 
     def clear(self) -> None:
         with self._lock:

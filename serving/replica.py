@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,25 @@ def model_info(pipeline: RealCustomPipeline, settings: Settings) -> ModelInfo:
     )
 
 
+@dataclass(frozen=True)
+class MemoryShares:
+    """Bytes for active images and for the caches of a replica."""
+
+    images: float
+    text_cache: float
+    reference_cache: float
+
+    @classmethod
+    def of(cls, settings: Settings) -> "MemoryShares":
+        """The shares of the loaded model's device. Without `memory_gb`, the caches are part of what is available."""
+        text, reference = settings.text_cache_gb * 2**30, settings.reference_cache_gb * 2**30
+        if settings.memory_gb:
+            return cls(settings.memory_gb * 2**30, text, reference)
+        total = available(settings.device)
+        scale = min(1.0, total / 2 / (text + reference)) if text + reference else 1.0
+        return cls(total - scale * (text + reference), scale * text, scale * reference)
+
+
 class Replica:
     """One pipeline and its engine. `serving.build` sets how many replicas there are, and their resources.
 
@@ -87,7 +107,9 @@ class Replica:
         if settings.compile != "off":
             self._pipeline.compile(whole=settings.compile == "whole")
             self._pipeline.warm_up()
-        budget = settings.memory_gb * 2**30 if settings.memory_gb else available(settings.device)
+        shares = MemoryShares.of(settings)
+        self._pipeline.text_cache.resize(int(shares.text_cache))
+        self._pipeline.reference_cache.resize(int(shares.reference_cache))
         self._engine = Engine(
             self._pipeline,
             max_batch_size=settings.max_batch_size,
@@ -95,7 +117,7 @@ class Replica:
             preview_every=settings.preview_every,
             stall_timeout_s=settings.stall_timeout_s,
             batch_sizes=settings.batch_sizes,
-            budget=MemoryBudget(memory_model, budget),
+            budget=MemoryBudget(memory_model, shares.images),
             synchronize=torch.cuda.synchronize if settings.device == "cuda" else None,
             observer=RayMetrics() if metrics else None,
         )

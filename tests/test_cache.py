@@ -29,6 +29,18 @@ def test_value_larger_than_the_budget_is_kept_alone():
     assert cache.num_bytes == 2
 
 
+def test_a_smaller_budget_evicts_at_once():
+    """`resize` evicts the least recently used values that exceed the new budget."""
+    cache = Cache(max_bytes=3, size_of=lambda value: 1)
+    for key in "abca":
+        cache.get(key, lambda key=key: key)
+    cache.resize(2)
+    assert (cache.max_bytes, cache.num_bytes) == (2, 2)
+    cache.get("a", lambda: "a")
+    cache.get("b", lambda: "b")
+    assert (cache.hits, cache.misses) == (2, 4)  # "b" was evicted
+
+
 def test_concurrent_threads_compute_a_value_once():
     """A thread that requests a value that another thread is computing waits for it."""
     cache, computed = Cache(max_bytes=10, size_of=lambda value: 1), []

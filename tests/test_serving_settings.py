@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from tiny import tiny_pipeline
 
+import serving.replica
 from serving.settings import PROJECT_ROOT, Settings, resolve_path
 
 
@@ -67,3 +69,28 @@ def test_the_api_key_comes_from_the_environment_and_is_never_in_clear(monkeypatc
         with pytest.raises(ValidationError) as error:
             Settings.model_validate({"api_key": "s3cret-key", **wrong})
         assert "s3cret-key" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options,shares",
+    [
+        ({}, (8 - 1.25, 0.25, 1)),
+        ({"text_cache_gb": 1, "reference_cache_gb": 2}, (5, 1, 2)),
+        ({"text_cache_gb": 0, "reference_cache_gb": 0}, (8, 0, 0)),
+        ({"text_cache_gb": 2, "reference_cache_gb": 6}, (4, 1, 3)),  # at most half
+        ({"memory_gb": 3, "reference_cache_gb": 6}, (3, 0.25, 6)),
+    ],
+)
+def test_the_caches_are_part_of_the_available_memory(monkeypatch, options, shares):
+    """Images get what the caches leave of 8 GiB, at least half; an explicit `memory_gb` is for images only."""
+    monkeypatch.setattr(serving.replica, "available", lambda device: 8 * 2**30)
+    result = serving.replica.MemoryShares.of(Settings(**options))
+    assert (result.images, result.text_cache, result.reference_cache) == tuple(2**30 * share for share in shares)
+
+
+def test_a_replica_applies_the_sizes_of_its_caches(monkeypatch):
+    pipeline = tiny_pipeline()
+    monkeypatch.setattr(serving.replica, "load_pipeline", lambda settings: pipeline)
+    settings = Settings(device="cpu", cpu_threads=1, memory_gb=1, text_cache_gb=0.5, reference_cache_gb=0.125)
+    serving.replica.Replica(settings).close()
+    assert (pipeline.text_cache.max_bytes, pipeline.reference_cache.max_bytes) == (2**29, 2**27)
