@@ -85,9 +85,11 @@ class RealCustomPipeline(RealCustomComponents):
         generator = generator or torch.Generator("cpu").manual_seed(request.seed)
         if hasattr(scheduler, "noise_sampler_seed"):  # DPM++ SDE draws noise from its own seed, not from a generator
             scheduler.noise_sampler_seed = generator.initial_seed()
+        shape = (self.unet.config.in_channels, request.height // factor, request.width // factor)
         if latents is None:
-            shape = (self.unet.config.in_channels, request.height // factor, request.width // factor)
             latents = torch.randn(shape, generator=generator, device=generator.device)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents has shape {list(latents.shape)} per image; this size needs {list(shape)}.")
         sample: Tensor = latents.to(device, torch.float32) * scheduler.init_noise_sigma
         self.discard_outdated()
         conditioning = self.conditioner.encode(request, self.text_encoders, self.vision_encoders, self.adapter)
@@ -297,7 +299,7 @@ _ALTERNATIVES = {
     "eta": "a stochastic scheduler, such as EulerAncestralDiscreteScheduler",
     "original_size": "height and width",
     "target_size": "height and width",
-    "crops_coords_top_left": "an uncropped image",
+    "crops_coords_top_left": "height and width; images are conditioned as uncropped",
     "callback": "callback_on_step_end",
     "callback_steps": "callback_on_step_end",
 }

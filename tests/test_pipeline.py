@@ -517,6 +517,8 @@ def test_given_latents_replace_the_noise(pipeline):
     expected = pipeline(PROMPT, seed=3, output_type="latent").images
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     assert torch.equal(pipeline(PROMPT, latents=noise, output_type="latent").images, expected)
+    with pytest.raises(ValueError, match=r"shape \[4, 8, 8\].*\[4, 16, 16\]"):
+        pipeline(PROMPT, latents=noise[..., :8, :8])
 
 
 def test_interrupt_ends_the_loop(pipeline):
