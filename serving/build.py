@@ -20,6 +20,7 @@ def app(settings: Settings) -> Application:
     # Workers must find the project even if the server was started in another folder
     runtime_env = {"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}}
     queue_full = {"status_code": 429, "retry_after_s": 5}
+    max_ongoing = settings.max_batch_size + settings.max_queued
     logs = {"encoding": settings.log_format}
     replicas = serve.deployment(
         Replica,
@@ -41,7 +42,7 @@ def app(settings: Settings) -> Application:
             "downscale_delay_s": settings.downscale_delay_s,
         },
         user_config=settings.live.model_dump(),
-        max_ongoing_requests=settings.max_batch_size + settings.max_queued,
+        max_ongoing_requests=max_ongoing,
         max_queued_requests=settings.max_queued,
         backpressure_config=queue_full,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
@@ -51,7 +52,13 @@ def app(settings: Settings) -> Application:
 
     def http_api():
         handle = serve.get_deployment_handle(REPLICA, app_name=serve.get_replica_context().app_name)
-        client = HandleClient(handle, max_retries=settings.max_retries, timeout_s=settings.max_timeout_s)
+        client = HandleClient(
+            handle,
+            max_retries=settings.max_retries,
+            timeout_s=settings.max_timeout_s,
+            # What Ray Serve accepts: in every replica, and in front of the replicas
+            max_images=settings.max_replicas * max_ongoing + settings.max_queued,
+        )
         return create_api(client, settings)
 
     ingress = serve.deployment(

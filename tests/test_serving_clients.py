@@ -9,6 +9,7 @@ import httpx
 import pytest
 from PIL import Image
 from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import BackPressureError
 
 from serving.clients import (
     DeadlineExceeded,
@@ -23,6 +24,7 @@ from serving.clients import (
     TooLarge,
     Unavailable,
 )
+from serving.clients.handle import RETRY_AFTER_S, Completions
 from serving.protocol.image_codec import to_base64
 
 REQUEST = Request(prompt="a dog", seed=4)
@@ -94,6 +96,55 @@ def test_image_restarts_on_another_replica_without_repeating_steps(waits):
     )
     events = asyncio.run(events_of(HandleClient(handle, max_retries=2)))
     assert events == [Progress(step, 4) for step in range(1, 5)] + [RESULT]
+
+
+def test_images_beyond_the_queue_are_refused_at_once():
+    """Beyond `max_images`, `QueueFull` is raised before Ray is asked. An image that ends in any way frees its place."""
+    handle = FakeHandle([Progress(1, 4), ...], [Progress(1, 4), ...], [InvalidRequest("no")], [RESULT])
+    client = HandleClient(handle, max_images=2)
+
+    async def run():
+        running = [client.stream(REQUEST) for _ in range(2)]
+        for events in running:
+            await anext(events)
+        with pytest.raises(QueueFull, match="2 images"):
+            await events_of(client)
+        assert len(handle.responses) == 2
+        await running[0].aclose()
+        with pytest.raises(InvalidRequest):
+            await events_of(client)
+        assert await events_of(client) == [RESULT]
+        await running[1].aclose()
+
+    asyncio.run(run())
+
+
+def test_the_retry_delay_is_the_time_between_completions():
+    """Idle time does not count; a current interval that is longer than the mean does."""
+    now = [0.0]
+    completions = Completions(lambda: now[0])
+    assert completions.interval_s() == RETRY_AFTER_S
+    now[0] += 3600
+    completions.start()
+    for _ in range(4):
+        now[0] += 7
+        completions.add()
+    assert completions.interval_s() == 7
+    now[0] += 20
+    assert completions.interval_s() == 20
+    now[0] += 3600
+    assert completions.interval_s() == 600
+    completions.start()
+    for _ in range(50):
+        completions.add()
+    assert completions.interval_s() == 1
+
+
+def test_a_full_queue_of_ray_has_the_same_delay():
+    handle = FakeHandle([BackPressureError(num_queued_requests=3, max_queued_requests=3)])
+    with pytest.raises(QueueFull, match=f"{RETRY_AFTER_S:.0f} s") as error:
+        asyncio.run(events_of(HandleClient(handle)))
+    assert error.value.retry_after_s == RETRY_AFTER_S
 
 
 def test_attempts_are_bounded(waits):

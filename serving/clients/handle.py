@@ -1,21 +1,56 @@
 """Client of a Ray Serve handle, with queue positions, deadlines and retries on another replica."""
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncGenerator
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Any
 
 from realcustom.request import Request, ResolvedRequest
 
-from ..protocol.errors import DeadlineExceeded, Unavailable
+from ..protocol.errors import DeadlineExceeded, QueueFull, Unavailable
 from ..protocol.events import Event, Queued, Result, result_of
 from ..protocol.model_info import ModelInfo
 from .ray_errors import translate_ray_errors
 from .retry import RetryPolicy, resume, short_backoff
 
+RETRY_AFTER_S = 5.0  # if the queue is full and no images have been completed
 TIMEOUT_S = 600.0  # default deadline of a request, so that no request waits indefinitely for a replica
 QUEUE_POLL_S = 0.5  # seconds without an event after which the position of a waiting request is updated
+
+
+class Completions:
+    """Measures the time between completed images while there is work.
+
+    Args:
+        clock: returns the time in seconds.
+        number: of the most recent completions that count.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, number: int = 16) -> None:
+        self._clock, self._intervals_s = clock, deque[float](maxlen=number)
+        self._since = clock()
+
+    def start(self) -> None:
+        """Work arrived after an idle time."""
+        self._since = self._clock()
+
+    def add(self) -> None:
+        """An image was completed."""
+        self._intervals_s.append(self._clock() - self._since)
+        self.start()
+
+    def interval_s(self) -> float:
+        """Expected seconds until the next completion, in [1, 600]; `RETRY_AFTER_S` before the first completion.
+
+        The mean of the recent intervals, or the current one if it is longer already.
+        """
+        if not self._intervals_s:
+            return RETRY_AFTER_S
+        mean_s = sum(self._intervals_s) / len(self._intervals_s)
+        return min(600.0, max(1.0, mean_s, self._clock() - self._since))
 
 
 class HandleClient:
@@ -26,12 +61,18 @@ class HandleClient:
         max_retries: how often an image is restarted after its replica failed. The seed is drawn before the first
             attempt, so that each attempt computes the same image.
         timeout_s: deadline in seconds of requests without one.
+        max_images: images of this client that the server can accept at the same time. Further ones raise `QueueFull`
+            at once, since Ray Serve may take seconds to refuse them. None leaves this to Ray Serve.
     """
 
-    def __init__(self, handle: Any, *, max_retries: int = 2, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, handle: Any, *, max_retries: int = 2, timeout_s: float = TIMEOUT_S, max_images: int | None = None
+    ) -> None:
         self._handle = handle
         self._retries = RetryPolicy(max_retries=max_retries, retry_on=(Unavailable,), delay_s=short_backoff)
         self._timeout_s = timeout_s
+        self._max_images, self._num_images = max_images, 0
+        self._completions = Completions()
         self._unanswered: dict[object, None] = {}  # requests that no replica has answered yet, in order of arrival
         self._queue_length = 0  # of a replica, when it answered the latest request
 
@@ -58,13 +99,25 @@ class HandleClient:
     ) -> AsyncGenerator[Event, None]:
         if isinstance(request, Request):
             request = request.with_seed()
+        if self._max_images is not None and self._num_images >= self._max_images:
+            retry_after_s = self._completions.interval_s()
+            raise QueueFull(
+                f"the server's queue is full ({self._num_images} images); try again in {math.ceil(retry_after_s)} s.",
+                retry_after_s,
+            )
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout_s
         events = resume(lambda: self._attempt(request, previews, deadline, timeout_s), self._retries)
+        if self._num_images == 0:
+            self._completions.start()
+        self._num_images += 1
         try:
             async for event in events:
+                if isinstance(event, Result):
+                    self._completions.add()
                 yield event
         finally:
+            self._num_images -= 1
             await events.aclose()
 
     async def _attempt(
@@ -77,7 +130,7 @@ class HandleClient:
         receiving: asyncio.Future[Event | None] | None = None
         try:
             while True:
-                receiving = receiving or asyncio.ensure_future(_next(response))
+                receiving = receiving or asyncio.ensure_future(_next(response, self._completions.interval_s()))
                 remaining_s = max(0.0, deadline - time.monotonic())
                 wait_s = min(QUEUE_POLL_S, remaining_s) if ticket in self._unanswered else remaining_s
                 done, _ = await asyncio.wait([receiving], timeout=wait_s)
@@ -109,9 +162,9 @@ class HandleClient:
                     await receiving
 
 
-async def _next(response: Any) -> Event | None:
+async def _next(response: Any, retry_after_s: float) -> Event | None:
     """The next event of a replica; None at the end. Raises the error that the replica reports as its last item."""
-    with translate_ray_errors():
+    with translate_ray_errors(retry_after_s):
         item = await anext(response, None)
     if isinstance(item, Exception):
         raise item

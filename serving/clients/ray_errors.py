@@ -1,6 +1,7 @@
 """Translates exceptions of Ray and Ray Serve into the errors of `serving.protocol.errors`."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,18 +11,22 @@ logger = logging.getLogger("ray.serve.realcustom")
 
 
 @contextmanager
-def translate_ray_errors() -> Iterator[None]:
-    """Raise every error of a call to a replica as an error of the protocol; unknown errors are not changed."""
+def translate_ray_errors(retry_after_s: float = 5.0) -> Iterator[None]:
+    """Raise every error of a call to a replica as an error of the protocol; unknown errors are not changed.
+
+    Args:
+        retry_after_s: of the error `QueueFull` if Ray Serve's own queue is full.
+    """
     try:
         yield
     except Exception as error:
-        translated, is_fault = _translate(error)
+        translated, is_fault = _translate(error, retry_after_s)
         if translated is error:
             raise
         raise translated from (error if is_fault else None)
 
 
-def _translate(error: Exception) -> tuple[Exception, bool]:
+def _translate(error: Exception, retry_after_s: float) -> tuple[Exception, bool]:
     """The error of the protocol, and whether it is a fault of the server whose cause should be kept."""
     from ray.exceptions import RayError, RayTaskError, TaskCancelledError
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
@@ -32,8 +37,9 @@ def _translate(error: Exception) -> tuple[Exception, bool]:
     if isinstance(cause, ValueError):
         return InvalidRequest(str(cause)), False
     if isinstance(cause, BackPressureError):
-        wait_s = cause.retry_after_s or 5.0
-        return QueueFull(f"the server's queue is full; try again in {wait_s:.0f} seconds.", wait_s), False
+        return QueueFull(
+            f"the server's queue is full; try again in {math.ceil(retry_after_s)} s.", retry_after_s
+        ), False
     if isinstance(cause, DeploymentUnavailableError):
         return Unavailable("no replica could be started.", 30.0), True
     if isinstance(cause, TaskCancelledError):
