@@ -3,6 +3,9 @@
 import logging
 import os
 import socket
+from contextlib import suppress
+
+import psutil
 
 from ..protocol.errors import ServerError
 from ..ray_private import enable_token_auth, local_clusters
@@ -12,6 +15,7 @@ from .handle import HandleClient
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
+RAY_STOP_TIMEOUT_S = 5.0  # after which the processes of a local Ray instance are killed
 NAME = "realcustom"  # of the Ray Serve application
 
 
@@ -98,10 +102,23 @@ def _stop(*, owns_ray: bool) -> None:
     import ray
     from ray import serve
 
-    if owns_ray:
-        ray.shutdown()
-    else:
+    if not owns_ray:
         serve.delete(NAME)
+        return
+    # If start-up is interrupted, Ray's agents outlive its node by a minute or more.
+    processes = [p for p in psutil.Process().children(recursive=True) if _is_ray_process(p)]
+    ray.shutdown()
+    _, alive = psutil.wait_procs(processes, timeout=RAY_STOP_TIMEOUT_S)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _is_ray_process(process: psutil.Process) -> bool:
+    try:
+        return process.name().startswith(("ray", "gcs_server"))
+    except psutil.NoSuchProcess:
+        return False
 
 
 def start_ray(num_attempts: int = 2) -> None:
