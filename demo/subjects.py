@@ -89,8 +89,8 @@ def _build_slot(task: Task, info: ModelInfo, index: int) -> Slot:
     words.input(
         None, [words, phrase], [words, phrase], js=f"(words, phrase) => [{selected}, words.length ? '' : phrase]"
     )
-    # `input` is triggered before the value of the text box has changed.
-    phrase.change(None, [words, phrase], [words, phrase], js="(words, phrase) => [phrase.trim() ? [] : words, phrase]")
+    # `input` comes before the value of the text box has changed; `change` also follows a click on an example.
+    phrase.blur(None, [words, phrase], [words, phrase], js="(words, phrase) => [phrase.trim() ? [] : words, phrase]")
     return Slot(image=image, note=note, words=words, phrase=phrase)
 
 

@@ -289,6 +289,7 @@ def test_a_word_or_a_phrase_is_selected_and_a_word_can_be_deselected(open_page):
         page.wait_for_selector(f"{words} label.selected:has-text('{word}')")
         page.wait_for_function(f"document.querySelectorAll('{words} label.selected').length === 1")
     page.fill("#One2One-phrase-0 input, #One2One-phrase-0 textarea", "a cat")
+    page.press("#One2One-phrase-0 input, #One2One-phrase-0 textarea", "Tab")
     page.wait_for_selector(f"{words} label.selected", state="detached")
     page.click(f"{words} label:has-text('dog')")
     page.wait_for_selector(f"{words} label.selected:has-text('dog')")
@@ -315,10 +316,12 @@ def test_number_of_mask_steps_follows_the_number_of_steps(open_page):
     assert page.input_value("#One2One-stop-step input[type=number]") == "5"
 
 
-def test_image_labels_are_above_the_images(open_page):
+def test_example_selects_its_word_and_image_labels_are_above_the_images(open_page):
     page = open_page(FailingClient(ServerError("unused")))
     page.click("#One2One-example-0")
     image = page.wait_for_selector("#One2One-image-0 img").bounding_box()
+    page.wait_for_timeout(500)  # later events must not clear the word
+    assert page.inner_text("#One2One-words-0 label.selected") == "dog"
     label = page.locator("#One2One-image-0 [data-testid=block-label]").bounding_box()
     assert label["y"] + label["height"] <= image["y"]
 
