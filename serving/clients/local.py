@@ -2,8 +2,11 @@
 
 import logging
 import os
+import signal
 import socket
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -68,7 +71,8 @@ def start(
     try:
         if owns_ray:
             try:
-                start_ray()
+                with _interrupt_deferred():
+                    start_ray()
             except Exception as error:  # Ray has no type for this error
                 raise ServerError(f"Ray did not start: {error}") from error
         try:
@@ -85,6 +89,22 @@ def start(
         raise
     url = f"http://{host}:{port}{route_prefix.rstrip('/')}"
     return LocalServer(handle, url, owns_ray=owns_ray, settings=settings)
+
+
+@contextmanager
+def _interrupt_deferred() -> Iterator[None]:
+    """Deliver a Ctrl-C during the context at its end. Ray leaves processes behind if its start is interrupted."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
+        yield
+        return
+    received: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received:
+        raise KeyboardInterrupt
 
 
 def _failure() -> str | None:
@@ -105,7 +125,7 @@ def _stop(*, owns_ray: bool) -> None:
     if not owns_ray:
         serve.delete(NAME)
         return
-    # If start-up is interrupted, Ray's agents outlive its node by a minute or more.
+    # If start-up fails, Ray's agents outlive its node by a minute or more.
     processes = [p for p in psutil.Process().children(recursive=True) if _is_ray_process(p)]
     ray.shutdown()
     _, alive = psutil.wait_procs(processes, timeout=RAY_STOP_TIMEOUT_S)
