@@ -1,7 +1,10 @@
 """Uploaded reference images. Gradio's own decoding raises before an event handler runs, so the page does without it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from gradio.utils import get_upload_folder
 
 from serving.clients import INPUT_FORMATS, InvalidRequest, Limits, ReferenceImage, decode_image
 
@@ -16,12 +19,15 @@ def read_upload(upload: Mapping[str, Any], limits: Limits) -> ReferenceImage:
     Args:
         upload: value of a `gr.Image` without preprocessing: `path` of the file on this machine, and `orig_name`.
     Raises:
-        InvalidRequest: the file is empty, damaged, too large, or not an image in one of `INPUT_FORMATS`; the message
-            names the file.
+        InvalidRequest: the file was not uploaded, or is empty, damaged, too large, or not an image in one of
+            `INPUT_FORMATS`; the message names the file.
     """
-    path = upload.get("path")
-    if not path:
+    if not upload.get("path"):
         raise InvalidRequest("The image has no file; upload one.")
+    # Gradio does not check the path of an API user who omits the field `meta`.
+    path = Path(upload["path"]).resolve()
+    if not path.is_relative_to(Path(get_upload_folder()).resolve()):
+        raise InvalidRequest("The image was not uploaded to this page; upload it first.")
     name = upload.get("orig_name") or "The image"
     with open(path, "rb") as file:
         header = file.read(12)

@@ -48,6 +48,12 @@ FOLDER = tempfile.TemporaryDirectory()  # of uploads; deleted at exit
 VOCABULARY = {"subjects": ["dog", "cat"], "scenes": ["on the beach", "at night under stars"]}
 
 
+@pytest.fixture(autouse=True)
+def uploads(monkeypatch):
+    """Gradio's folder for uploads is `FOLDER`."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", FOLDER.name)
+
+
 def info(**options) -> ModelInfo:
     return ModelInfo(id="toy", preset="paper", sampling=SamplingDefaults(), limits=Limits(), **options)
 
@@ -329,6 +335,17 @@ def test_formats_are_named_for_files_in_other_formats():
 def test_uploads_of_all_common_formats_are_read():
     for image_format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
         assert read_upload(upload(image_file(subject_image(), image_format)), LIMITS).size == subject_image().size
+
+
+def test_paths_that_were_not_uploaded_are_refused(tmp_path):
+    """An API user cannot make the server read its own files, neither directly nor through `..` or a symbolic link."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(image_file(subject_image()))
+    link = Path(tempfile.mkdtemp(dir=FOLDER.name)) / "link.png"
+    link.symlink_to(secret)
+    for path in (secret, Path(FOLDER.name) / ".." / secret.relative_to(secret.anchor), link):
+        with pytest.raises(InvalidRequest, match="not uploaded"):
+            read_upload({"path": str(path)}, LIMITS)
 
 
 def test_unknown_words_are_marked_in_the_prompt():
