@@ -7,9 +7,9 @@ import pytest
 
 from train.data.pool import SamplePool
 from train.data.render import RenderPairs, RenderSamples, pack_caption, unpack_captions
-from train.data.scenes import SCENES, draw_scene
-from train.data.sprite_world import SpriteWorld, make_reference
-from train.data.sprites import CATEGORIES, HELD_OUT, TRAINED, Instance, draw_instance
+from train.data.sprite_world.scenes import SCENES, draw_scene
+from train.data.sprite_world.sprites import CATEGORIES, HELD_OUT, TRAINED, Instance, draw_instance
+from train.data.sprite_world.world import SpriteWorld, make_reference
 
 
 def test_index_determines_the_sample():

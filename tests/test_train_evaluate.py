@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
-from train.data.sprite_world import TRAINED_CATEGORIES
+from train.data.sprite_world.world import TRAINED_CATEGORIES
 from train.evaluate.cases import NUM_CANDIDATES, TASKS, Case
 from train.evaluate.classifiers import RenderLabeled
 from train.evaluate.report import CONDITIONS, TWO_SUBJECT_CONDITIONS, UPPER_BOUND, evaluate, markdown, score

@@ -12,8 +12,8 @@ from realcustom.config import RealCustomConfig, SamplingDefaults
 from realcustom.pipeline import RealCustomPipeline
 
 from .checkpoint import checkpoint_state
-from .data.scenes import SCENES
-from .data.sprites import TRAINED
+from .data.sprite_world.scenes import SCENES
+from .data.sprite_world.sprites import TRAINED
 from .latents import LatentCodec
 from .networks import IMAGE_SIZE, build_scheduler
 from .stages.adapter import load_adapter

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
     if args.stage == "sprites":
-        from .data.sprites import prepare_sprites
+        from .data.sprite_world.sprites import prepare_sprites
 
         if args.sprites is None:
             parser.error("stage sprites needs --sprites, the `assets` folder of the unpacked npm package")

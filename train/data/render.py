@@ -13,8 +13,8 @@ from PIL import Image
 
 from ..curriculum import multiview_probability, resize_ratio
 from .pool import Entry
-from .scenes import SCENE_SIZE
-from .sprite_world import Box, Split, SpriteWorld, make_reference, random_instance
+from .sprite_world.scenes import SCENE_SIZE
+from .sprite_world.world import Box, Split, SpriteWorld, make_reference, random_instance
 
 CAPTION_BYTES = 96
 WORLD_R_MAX = 1.6  # sprites fill the reference; with the paper's sqrt(10), many crops would have a single color

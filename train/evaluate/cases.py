@@ -7,8 +7,8 @@ from PIL import Image
 
 from realcustom.request import Request, Subject
 
-from ..data.scenes import SCENES
-from ..data.sprite_world import (
+from ..data.sprite_world.scenes import SCENES
+from ..data.sprite_world.world import (
     TRAINED_CATEGORIES,
     another_category,
     compose,

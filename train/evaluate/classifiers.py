@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..checkpoint import load_ema
 from ..data.pool import Entry, SamplePool
 from ..data.render import pixels_of
-from ..data.scenes import SCENES
-from ..data.sprite_world import (
+from ..data.sprite_world.scenes import SCENES
+from ..data.sprite_world.world import (
     TRAINED_CATEGORIES,
     Split,
     another_category,

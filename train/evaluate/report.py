@@ -20,7 +20,7 @@ from torch import Tensor
 from realcustom.pipeline import RealCustomPipeline
 
 from ..data.render import pixels_of
-from ..data.sprite_world import TRAINED_CATEGORIES
+from ..data.sprite_world.world import TRAINED_CATEGORIES
 from ..images import save_grid, to_signed
 from .cases import TASKS, Case
 

@@ -29,8 +29,9 @@ from realcustom.vision import VisionEncoders
 from ..checkpoint import load_ema
 from ..data.pool import Entry, SamplePool
 from ..data.render import pixels_of
-from ..data.scenes import SCENE_SIZE
-from ..data.sprite_world import (
+from ..data.sprite_world.scenes import SCENE_SIZE
+from ..data.sprite_world.sprites import SPRITE_SIZE, draw_instance
+from ..data.sprite_world.world import (
     TRAINED_CATEGORIES,
     Box,
     Split,
@@ -40,7 +41,6 @@ from ..data.sprite_world import (
     random_instance,
     reference_background,
 )
-from ..data.sprites import SPRITE_SIZE, draw_instance
 from ..images import save_grid, to_signed
 from ..loop import LoopConfig, run_loop
 from ..networks import VISION_SIZE, VISION_WIDTH, build_vision_encoders

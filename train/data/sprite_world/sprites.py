@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SPRITES = Path(__file__).resolve().parents[2] / "assets" / "sprites"
+SPRITES = Path(__file__).resolve().parents[3] / "assets" / "sprites"
 SPRITE_SIZE = 112  # longest side, px
 NUM_REGIONS = 3
 
