@@ -1,0 +1,16 @@
+"""Recipes: functions that return the configuration of a training run.
+
+The docstring of each recipe states the hardware it is meant for, the expected time and the memory. Times and memory
+are estimates, not measurements, unless the docstring says otherwise.
+"""
+
+from collections.abc import Callable
+
+from ..config import TrainConfig
+from .mini import mini
+from .sd15 import sd15_512
+from .sdxl import sdxl_512, sdxl_1024
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    recipe.__name__: recipe for recipe in (sdxl_512, sdxl_1024, sd15_512, mini)
+}
