@@ -1,0 +1,52 @@
+"""The sprite world as a source of training samples: an unlimited set of pairs, rendered on demand."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from ..sample import Record
+from .scenes import SCENE_SIZE
+from .world import Box, Split, SpriteWorld
+
+
+class SpriteSource:
+    """Pairs of the sprite world by number; see `Source`.
+
+    Records have the mask "inside": the boxes of the subjects that the target phrase names.
+
+    Args:
+        seed: worlds with different seeds share no sample.
+        split: "train", or "held_out" for instances that training never uses.
+        name: prefix of the keys.
+    """
+
+    sizes = None
+    shows_views = True
+    shows_originals = True
+
+    def __init__(self, seed: int = 2, split: Split = "train", name: str = "sprites") -> None:
+        self.name = name
+        self._world = SpriteWorld(seed, split)
+
+    def load(self, number: int, other_view: bool, rng: np.random.Generator) -> Record:
+        """The pair of a number. If it shows two subjects in one reference, the target phrase is the first one's."""
+        pair = self._world.pair(number)
+        sample = pair.sample
+        shown = [box for s, box in zip(sample.subjects, sample.boxes) if s.category in pair.target_phrases]
+        return Record(
+            image=sample.image,
+            reference=pair.reference if other_view else sample.image,
+            caption=sample.caption,
+            target_phrase=pair.target_phrases[0],
+            key=f"{self.name}:{number}",
+            masks={"inside": _inside(shown)},
+        )
+
+
+def _inside(boxes: Sequence[Box]) -> Image.Image:
+    """A mask of the scene's size that is 1 inside the boxes."""
+    mask = np.zeros((SCENE_SIZE, SCENE_SIZE), np.uint8)
+    for left, top, right, bottom in boxes:
+        mask[top:bottom, left:right] = 1
+    return Image.fromarray(mask)
