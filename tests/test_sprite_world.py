@@ -5,11 +5,11 @@ from functools import partial
 import numpy as np
 import pytest
 
-from train.data.pool import SamplePool
-from train.data.render import RenderPairs, RenderSamples, pack_caption, unpack_captions
 from train.data.sprite_world.scenes import SCENES, draw_scene
 from train.data.sprite_world.sprites import CATEGORIES, HELD_OUT, TRAINED, Instance, draw_instance
 from train.data.sprite_world.world import SpriteWorld, make_reference
+from train.mini.pool import SamplePool
+from train.mini.render import RenderSamples, pack_caption, unpack_captions
 
 
 def test_index_determines_the_sample():
@@ -93,13 +93,6 @@ def test_reference_has_the_size_of_a_sample():
 
 def test_unpacking_restores_the_caption():
     assert unpack_captions(pack_caption("an owl and a café")[None]) == ["an owl and a café"]
-
-
-def test_curriculum_starts_with_the_target_image():
-    """At progress 0 the reference is the target image; after the curriculum it is another view."""
-    first = RenderPairs(curriculum=1000)([0])
-    late = RenderPairs(curriculum=1)([5])
-    assert (first["reference"] == first["pixels"]).all() and (late["reference"] != late["pixels"]).any()
 
 
 def test_pool_contents_depend_on_the_step_only(tmp_path):

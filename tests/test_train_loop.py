@@ -1,4 +1,4 @@
-"""The training loop: exact resume, schedules, EMA, logging and graceful shutdown."""
+"""The pretraining loop of the embedded model: exact resume, schedules, logging and graceful shutdown."""
 
 import json
 import math
@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.checkpoint import EMA, load_ema
-from train.curriculum import R_MAX, R_MIN, multiview_probability, resize_ratio
-from train.loop import LoopConfig, learning_rate, run_loop
+from train.mini.loop import CHECKPOINTS, LoopConfig, load_stage, run_loop, stage_state
 
 
 def _run(folder, at_step=lambda step: None, nan_steps=(), preview=None, log_every=1, **options):
@@ -61,49 +59,20 @@ def test_training_lowers_the_loss_and_ema_weights_load(tmp_path):
     module = _run(tmp_path, max_samples=1600, learning_rate=0.05)
     losses = _losses(tmp_path)
     assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
-    averaged = load_ema(tmp_path / "checkpoint", nn.Linear(4, 2))
+    averaged = load_stage(tmp_path, nn.Linear(4, 2))
     assert torch.allclose(averaged.weight, module.weight, atol=0.05)
 
 
 def test_error_names_the_missing_stage(tmp_path):
     with pytest.raises(FileNotFoundError, match="stage 'vision'"):
-        load_ema(tmp_path / "vision" / "checkpoint", nn.Linear(1, 1))
+        load_stage(tmp_path / "vision", nn.Linear(1, 1))
 
 
 def test_learning_rate_warms_up_stays_constant_and_decays(tmp_path):
     config = LoopConfig(out=tmp_path, batch_size=10, learning_rate=1.0, warmup_steps=10, max_samples=1000, decay=0.3)
-    rates = [learning_rate(config, step) for step in range(100)]
+    rates = [config.rate(step, 0) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[10:70] == [1.0] * 60
     assert rates[70:] == sorted(rates[70:], reverse=True) and 0 < rates[-1] < 0.1
-
-
-def test_swapping_ema_twice_restores_the_weights():
-    module = nn.Linear(3, 3)
-    ema = EMA(module, 0.9)
-    module.weight.data += 1
-    before = module.weight.clone()
-    ema.swap(module)
-    assert torch.allclose(module.weight, before - 1, atol=1e-6)
-    ema.swap(module)
-    assert torch.equal(module.weight, before)
-
-
-def test_ema_follows_faster_in_early_steps():
-    """One update moves the average by 1 - min(decay, (1 + step) / (10 + step))."""
-    module = nn.Linear(3, 3)
-    for step, moved in ((0, 0.9), (1_000_000, 0.1)):
-        ema = EMA(module, 0.9)
-        module.weight.data += 1
-        ema.update(module, step)
-        assert torch.allclose(ema.values["weight"], module.weight - 1 + moved, atol=1e-6)
-
-
-def test_curriculum_grows_linearly_with_progress():
-    """Eq. 10-13: the probability of other views and the range of resize ratios grow linearly up to their maximum."""
-    assert [multiview_probability(p) for p in (0, 0.25, 1, 2)] == [0, 0.25, 1, 1]
-    assert resize_ratio(0.0, 0.9) == R_MIN == 1
-    assert resize_ratio(1.0, 1.0) == pytest.approx(R_MAX) == pytest.approx(math.sqrt(10))
-    assert resize_ratio(0.5, 0.5) == pytest.approx(1 + (math.sqrt(10) - 1) / 4)
 
 
 def test_loop_runs_outside_the_main_thread(tmp_path):
@@ -123,13 +92,26 @@ def test_loop_runs_outside_the_main_thread(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_stops_the_run_after_the_current_step(tmp_path, number):
-    """The signal ends the run with a checkpoint, and the previous handlers are restored afterwards."""
+def test_signal_stops_the_run_with_a_checkpoint(tmp_path, number):
+    """A signal ends the step in progress, and the previous handlers are restored. The resumed run gives the losses of
+    an uninterrupted one."""
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    _run(tmp_path, at_step=lambda step: os.kill(os.getpid(), number) if step == 2 else None, max_samples=800)
-    assert len(_losses(tmp_path)) == 3
-    assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 3
+    stop = lambda step: os.kill(os.getpid(), number) if step == 2 else None
+    _run(tmp_path / "stopped", at_step=stop, max_samples=40)
+    assert stage_state(tmp_path / "stopped")["step"] == 2
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    _run(tmp_path / "stopped", max_samples=40)
+    _run(tmp_path / "unbroken", max_samples=40)
+    assert _losses(tmp_path / "stopped") == _losses(tmp_path / "unbroken")
+
+
+def test_damaged_checkpoint_of_a_stage_is_not_used(tmp_path):
+    """If the newest checkpoint is damaged, the stage resumes from the one before it."""
+    for samples in (16, 32):
+        _run(tmp_path, max_samples=samples)
+    damaged = tmp_path / CHECKPOINTS / "step_00000004" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert stage_state(tmp_path)["step"] == 2
 
 
 def test_signal_handlers_are_restored_after_an_error(tmp_path):

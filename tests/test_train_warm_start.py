@@ -7,11 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train.checkpoint import checkpoint_state, load_ema
-from train.export import STAGES_IN_MODEL
-from train.mini import main
-from train.networks import build_vae
-from train.stages.base import load_base
+from realcustom import RealCustomPipeline
+from train.mini.__main__ import main
+from train.mini.export import PRETRAINED
+from train.mini.loop import load_stage, stage_state
+from train.mini.networks import build_vae
+from train.mini.text_to_image import load_base
+from train.results import ADAPTER, SUMMARY
 
 MINI = Path(__file__).parents[1] / "assets/mini"
 WEIGHTS = ("unet", "text_encoder", "text_encoder_2", "vae", "image_encoder", "image_encoder_2", "adapter")
@@ -37,10 +39,10 @@ def test_weights_and_sample_counts_are_those_of_the_model(started):
         loaded = getattr(base, part).state_dict()
         exported = {name: value for name, value in _weights(MINI / part).items() if "position_ids" not in name}
         assert all(torch.equal(loaded[name], value.float()) for name, value in exported.items())
-    load_ema(started / "vae/checkpoint", build_vae())
+    load_stage(started / "vae", build_vae())
     samples = json.loads((MINI / "training.json").read_text())
-    for stage in STAGES_IN_MODEL:
-        state = checkpoint_state(started / stage / "checkpoint")
+    for stage in PRETRAINED:
+        state = stage_state(started / stage)
         assert 0 <= samples[stage] - state["samples"] < 128
         assert state["step"] == state["warmup_start_step"]
 
@@ -51,13 +53,27 @@ def test_checkpoints_are_not_overwritten(started):
 
 
 def test_export_of_a_started_run_equals_the_model(started, tmp_path):
-    """`start` then `export` without training gives all weights of the model, bit for bit, and its vocabulary."""
-    target = tmp_path / "model"
-    main(["export", "--model", str(target), "--out", str(started)])
+    """`start` then `export` without training gives all weights of the model, bit for bit, and its vocabulary. The
+    adapter comes from a run of recipe `mini`."""
+    target, run = tmp_path / "model", tmp_path / "run"
+    RealCustomPipeline.from_pretrained(MINI).save_realcustom(_file(run / ADAPTER))
+    (run / SUMMARY).write_text('{"samples": 123}')
+    main(["export", "--model", str(target), "--out", str(started), "--run", str(run)])
     for part in WEIGHTS:
         expected, exported = _weights(MINI / part), _weights(target / part)
         assert expected.keys() == exported.keys()
         assert all(torch.equal(exported[name], value) for name, value in expected.items()), part
     assert (target / "vocabulary.json").read_text() == (MINI / "vocabulary.json").read_text()
-    samples = json.loads((target / "training.json").read_text())
-    assert {stage: checkpoint_state(started / stage / "checkpoint")["samples"] for stage in STAGES_IN_MODEL} == samples
+    expected = {stage: stage_state(started / stage)["samples"] for stage in PRETRAINED} | {"adapter": 123}
+    assert json.loads((target / "training.json").read_text()) == expected
+
+
+def test_model_without_an_adapter_can_be_exported(started, tmp_path):
+    """Recipe `mini` starts from such a folder."""
+    main(["export", "--model", str(tmp_path / "model"), "--out", str(started)])
+    assert RealCustomPipeline.from_pretrained(tmp_path / "model").adapter is None
+
+
+def _file(path):
+    path.parent.mkdir(parents=True)
+    return path

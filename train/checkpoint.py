@@ -1,114 +1,180 @@
-"""Training checkpoints: weights and their EMA as safetensors, the optimizer state, and the step number.
+"""Checkpoints that survive a kill at any moment.
 
-Random generator state is not stored: each step uses a generator seeded by (seed, step), see `loop.py`.
+A checkpoint is a folder `step_00001000` with safetensors files, `state.json`, and `manifest.json` with the size and
+SHA-256 hash of each file. It is written under another name, flushed to disk and renamed: a folder with the final name
+is complete. Hashes are compared on loading: a damaged checkpoint is reported and set aside, and the one before
+it is used. No state of random generators is stored, because all randomness is a function of the seed and the step.
 """
 
+import hashlib
 import json
+import logging
+import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+MANIFEST, STATE = "manifest.json", "state.json"
+FORMAT = 1
+_PREFIX, _UNFINISHED, _REPLACED, _DAMAGED = "step_", "unfinished_", "replaced_", "damaged_"
 
 
-class EMA:
-    """Exponential moving average of the trainable parameters of a module, in float32."""
+class DamagedCheckpoint(Exception):
+    """A checkpoint whose files do not agree with its manifest."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.values = {name: p.detach().float().clone() for name, p in module.named_parameters() if p.requires_grad}
 
-    @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Move the average toward the current parameters.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk.
 
-        In early steps the decay is smaller, so that the initial values lose their influence quickly.
+    Attributes:
+        path: its folder.
+        state: JSON values; "step" is the number of steps done.
+    """
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors that were saved as `name`."""
+        return load_file(self.path / f"{name}.safetensors")
+
+    @classmethod
+    def verified(cls, path: Path) -> "Checkpoint":
+        """Open a checkpoint and compare its files with the manifest.
+
+        Raises:
+            DamagedCheckpoint: a file is missing or differs.
         """
-        decay = min(self.decay, (1 + step) / (10 + step))
-        named = [(n, p) for n, p in module.named_parameters() if n in self.values]
-        get_ema_multi_avg_fn(decay)([self.values[n] for n, _ in named], [p.detach() for _, p in named], step)
-
-    @torch.no_grad()
-    def swap(self, module: nn.Module) -> None:
-        """Exchange the parameters of the module and the average. A second call restores both."""
-        for name, parameter in module.named_parameters():
-            if name in self.values:
-                current = parameter.detach().clone()
-                parameter.copy_(self.values[name])
-                self.values[name].copy_(current)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+            for name, expected in manifest["files"].items():
+                size = (path / name).stat().st_size
+                if size != expected["bytes"]:
+                    raise DamagedCheckpoint(f"{name} has {size} bytes instead of {expected['bytes']}")
+                if _sha256(path / name) != expected["sha256"]:
+                    raise DamagedCheckpoint(f"the hash of {name} differs from the manifest")
+            return cls(path, json.loads((path / STATE).read_text()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedCheckpoint(f"{type(error).__name__}: {error}") from error
 
 
 def save_checkpoint(
-    folder: Path, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, state: dict[str, int]
-) -> None:
-    """Write a checkpoint next to the previous one, then replace it, so that one of the two is complete at any time."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    trained = {n: p.detach().contiguous() for n, p in module.named_parameters() if p.requires_grad}
-    save_file(trained, new / "model.safetensors")
-    save_file({n: v.contiguous() for n, v in ema.values.items()}, new / "ema.safetensors")
-    torch.save(optimizer.state_dict(), new / "optimizer.pt")
-    (new / "state.json").write_text(json.dumps(state))
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int
+) -> Path:
+    """Write a checkpoint to `folder` and remove all but the last `keep`.
+
+    Args:
+        tensors: name of a file -> its tensors.
+        state: JSON values with the "step".
+    Returns:
+        The checkpoint's folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in [*folder.glob(f"{_UNFINISHED}*"), *folder.glob(f"{_REPLACED}*")]:
+        shutil.rmtree(leftover)
+    target = folder / f"{_PREFIX}{state['step']:08d}"
+    new, replaced = folder / f"{_UNFINISHED}{target.name}", folder / f"{_REPLACED}{target.name}"
+    new.mkdir()
+    for name, values in tensors.items():
+        save_file({key: value.detach().contiguous() for key, value in values.items()}, new / f"{name}.safetensors")
+    (new / STATE).write_text(json.dumps(state, indent=2) + "\n")
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(new.iterdir())}
+    (new / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
+    for path in [*new.iterdir(), new]:
+        _flush(path)
+    if target.exists():
+        target.rename(replaced)
+    new.rename(target)
+    _flush(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    for old in _folders(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint at `folder`, the previous one if the process was killed during the swap, or None."""
-    for candidate in (folder, folder.with_name(folder.name + ".old")):
-        if (candidate / "state.json").exists():
-            return candidate
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest undamaged checkpoint in `folder`; None if there is none.
+
+    A damaged checkpoint is reported in the log and renamed, so that it is not found again.
+    """
+    for path in reversed(_folders(folder)):
+        try:
+            return Checkpoint.verified(path)
+        except DamagedCheckpoint as error:
+            aside = path.with_name(_DAMAGED + path.name)
+            logger.warning("%s is damaged (%s). It is renamed to %s and not used.", path, error, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
     return None
 
 
-def checkpoint_state(folder: Path) -> dict[str, int]:
-    """`step`, `samples` and `warmup_start_step` of the checkpoint at `folder`; zeros if there is none.
-
-    `warmup_start_step` is the step at which the optimizer was created.
-    """
-    found = find_checkpoint(folder)
-    if found is None:
-        return {"step": 0, "samples": 0, "warmup_start_step": 0}
-    return json.loads((found / "state.json").read_text())
+def has_checkpoint(folder: Path) -> bool:
+    """Whether `folder` contains a checkpoint, which may be damaged."""
+    return bool(_folders(folder))
 
 
-def load_checkpoint(folder: Path, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Load weights, EMA and optimizer state in place; returns the state that was passed to `save_checkpoint`."""
-    load_trained(module, load_file(folder / "model.safetensors"))
-    saved = load_file(folder / "ema.safetensors")
-    assert saved.keys() == ema.values.keys(), f"{folder} belongs to a different network"
-    for name, value in saved.items():
-        ema.values[name].copy_(value)
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-    return json.loads((folder / "state.json").read_text())
+def _folders(folder: Path) -> list[Path]:
+    """Folders of checkpoints, in the order of their steps."""
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Write a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer as tensors: "<number of the parameter>.<name of the state>"."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": value for number, values in state.items() for name, value in values.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Load the state that `optimizer_tensors` returned. Settings such as the learning rate are not changed."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters of a module, by name."""
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
-def load_trained(module: nn.Module, values: dict[str, torch.Tensor]) -> None:
+def load_trained(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Load the trainable parameters of `module`. The names must match exactly."""
-    named = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    assert named.keys() == values.keys(), sorted(named.keys() ^ values.keys())[:8]
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if named.keys() != values.keys():
+        different = sorted(named.keys() ^ values.keys())
+        raise ValueError(f"the checkpoint belongs to another network: {different[0]} is in only one of the two.")
     for name, parameter in named.items():
         parameter.copy_(values[name])
-
-
-def load_ema(folder: Path, module: ModuleT) -> ModuleT:
-    """Load the EMA weights of a training stage into `module` and return it.
-
-    Raises:
-        FileNotFoundError: the stage has no checkpoint yet.
-    """
-    found = find_checkpoint(folder)
-    if found is None:
-        raise FileNotFoundError(f"No checkpoint in {folder}. Run the stage '{folder.parent.name}' first.")
-    load_trained(module, load_file(found / "ema.safetensors"))
-    return module

@@ -5,11 +5,11 @@ Imports no torch, so that the command line starts quickly.
 
 import json
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from realcustom.assets import EXAMPLE_IMAGES
 from realcustom.config import DINOV2, SIGLIP
@@ -124,7 +124,7 @@ class ObjectiveConfig:
         drops = (self.drop_text, self.drop_vision, self.drop_both)
         _require(
             min(drops) >= 0 and sum(drops) <= 1,
-            f"objective.drop_text, drop_vision and drop_both are {drops}; each must be at least 0, their sum at most 1.",
+            f"objective.drop_text, drop_vision and drop_both are {drops}; use values >= 0 with a sum <= 1.",
         )
         _require(self.timestep_exponent > 0, f"objective.timestep_exponent is {self.timestep_exponent}; use > 0.")
         _require(
@@ -394,7 +394,7 @@ def from_json(kind: Any, value: Any, key: str) -> Any:
             raise ValueError(f"{key}: there is no field {unknown[0]!r}; the fields are {', '.join(hints)}.")
         values = {name: from_json(hints[name], item, f"{key}.{name}") for name, item in value.items()}
         try:
-            return kind(**values)
+            return cast(Callable, kind)(**values)
         except TypeError as error:  # a required field is missing
             raise ValueError(f"{key}: {error}.") from error
     if origin is tuple:
@@ -407,7 +407,7 @@ def from_json(kind: Any, value: Any, key: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is Path:
-        return Path(value)
+        return Path(str(value))
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{key} is {value!r}; it must be of type {kind.__name__}.")
     return value

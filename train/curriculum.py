@@ -64,14 +64,3 @@ class Curriculum:
     def resize_ratio_bounds(self, step: int) -> tuple[float, float]:
         """See `resize_ratio_bounds`; `step` counts from the start of this run."""
         return resize_ratio_bounds(self.first_step + step, self.total_steps, self.r_min, self.r_max)
-
-
-def multiview_probability(progress: float) -> float:
-    """Probability that the reference is another view of the subject instead of the target image (Eq. 10, 11)."""
-    return min(1.0, max(0.0, progress))
-
-
-def resize_ratio(progress: float, draw: float, r_min: float = R_MIN, r_max: float = R_MAX) -> float:
-    """Resize ratio from U(r_min, r_cur) (Eq. 12, 13); `draw` is uniform in [0, 1)."""
-    r_cur = r_min + (r_max - r_min) * min(1.0, max(0.0, progress))
-    return r_min + (r_cur - r_min) * draw

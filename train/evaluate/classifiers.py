@@ -13,9 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint import load_ema
-from ..data.pool import Entry, SamplePool
-from ..data.render import pixels_of
 from ..data.sprite_world.scenes import SCENES
 from ..data.sprite_world.world import (
     TRAINED_CATEGORIES,
@@ -27,7 +24,9 @@ from ..data.sprite_world.world import (
     scene_background,
 )
 from ..images import to_signed
-from ..loop import LoopConfig, run_loop
+from ..mini.loop import LoopConfig, load_stage, run_loop
+from ..mini.pool import Entry, SamplePool
+from ..mini.render import pixels_of
 from ..precision import autocast
 from .cases import crop_subject
 
@@ -168,5 +167,5 @@ def train_classifiers(out: Path, device: str = "cpu", **options) -> None:
 
 def load_classifiers(out: Path, device: str = "cpu") -> Classifiers:
     """The EMA weights of `out/classifiers`, frozen."""
-    model = load_ema(out / "classifiers" / "checkpoint", Classifiers())
+    model = load_stage(out / "classifiers", Classifiers())
     return model.to(device).requires_grad_(False).eval()

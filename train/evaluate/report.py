@@ -19,9 +19,9 @@ from torch import Tensor
 
 from realcustom.pipeline import RealCustomPipeline
 
-from ..data.render import pixels_of
 from ..data.sprite_world.world import TRAINED_CATEGORIES
 from ..images import save_grid, to_signed
+from ..mini.render import pixels_of
 from .cases import TASKS, Case
 
 log = logging.getLogger(__name__)

@@ -1,29 +1,37 @@
-"""The training loop of every stage: steps, learning-rate schedule, EMA, checkpoints, logging and graceful shutdown.
+"""The pretraining loop of the embedded model's networks: the stages that a full-size model takes from public weights.
 
 All random numbers of a step come from a generator seeded by (seed, step). A run that is stopped and resumed therefore
 gives the same losses as an uninterrupted one. To stop a run, send SIGTERM or create a file named `stop` in its folder:
 the loop finishes the current step, writes a checkpoint and returns.
 """
 
-import json
 import logging
-import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import EMA, find_checkpoint, load_checkpoint, save_checkpoint
+from ..checkpoint import (
+    load_optimizer,
+    load_trained,
+    newest_checkpoint,
+    optimizer_tensors,
+    save_checkpoint,
+    trained_tensors,
+)
+from ..ema import EMA
+from ..metrics import MetricWindow, append_json
+from ..schedule import learning_rate
+from ..stop import StopSignal
 
 log = logging.getLogger(__name__)
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+CHECKPOINTS = "checkpoints"  # folder of a stage's checkpoints, in the stage's folder
 LossOfStep = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
 Preview = Callable[[int], Mapping[str, Any] | None]
 
@@ -60,23 +68,16 @@ class LoopConfig:
     log_every: int = 25
     seed: int = 0
 
-    def decay_factor(self, step: int) -> float:
-        """1 until the learning rate starts to fall, 0 at the end; always 1 without `max_samples`."""
-        if self.max_samples is None:
-            return 1.0
-        return max(0.0, min(1.0, (1 - step * self.batch_size / self.max_samples) / self.decay))
-
-
-def learning_rate(config: LoopConfig, step: int, warmup_start_step: int = 0) -> float:
-    """Linear warmup, a constant rate, then a linear decay if the run has an end.
-
-    The schedule depends only on the step and `config.max_samples`, so a resumed run may set or move its end.
-
-    Args:
-        warmup_start_step: step at which the optimizer was created.
-    """
-    rate = config.learning_rate * min(1.0, (step - warmup_start_step + 1) / config.warmup_steps)
-    return rate * max(0.02, config.decay_factor(step))
+    def rate(self, step: int, warmup_start_step: int) -> float:
+        """The learning rate; see `schedule.learning_rate`. A resumed run may set or move its end."""
+        return learning_rate(
+            step,
+            peak=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            steps=None if self.max_samples is None else self.max_samples / self.batch_size,
+            decay_fraction=self.decay,
+            warmup_start_step=warmup_start_step,
+        )
 
 
 def new_optimizer(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
@@ -87,51 +88,6 @@ def new_optimizer(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
 def step_generator(seed: int, step: int) -> torch.Generator:
     """A CPU generator for one step."""
     return torch.Generator().manual_seed((seed << 40) + step)
-
-
-class MetricWindow:
-    """Means of the metrics of one logging window.
-
-    Values that are not finite are excluded from the mean, so that one such step does not hide the others. A step whose
-    gradient is not finite is counted in `skipped_steps`.
-    """
-
-    def __init__(self) -> None:
-        self.skipped_steps = 0
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                self._sums[name] = self._sums.get(name, 0.0) + value
-                self._counts[name] = self._counts.get(name, 0) + 1
-
-    def summary(self) -> dict[str, float]:
-        """Mean of each metric over the steps that reported a finite value, and `skipped_steps` if there are any."""
-        means = {name: round(total / self._counts[name], 5) for name, total in self._sums.items()}
-        return {**means, "skipped_steps": self.skipped_steps} if self.skipped_steps else means
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM or SIGINT sets; the previous handlers are restored on exit.
-
-    Only the main thread may install signal handlers. In other threads nothing is installed, and the event is never set.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        for number in previous:
-            signal.signal(number, lambda *_: stop.set())
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            # None stands for a handler that was not installed from Python; it cannot be set again.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def run_loop(config: LoopConfig, module: nn.Module, loss_of_step: LossOfStep, preview: Preview | None = None) -> int:
@@ -145,12 +101,12 @@ def run_loop(config: LoopConfig, module: nn.Module, loss_of_step: LossOfStep, pr
     Returns:
         Number of steps done, including those of earlier runs.
     """
-    with stop_on_signal() as stop:
+    with StopSignal().listen() as stop:
         return _run_loop(config, module, loss_of_step, preview, stop)
 
 
 def _run_loop(
-    config: LoopConfig, module: nn.Module, loss_of_step: LossOfStep, preview: Preview | None, stop: threading.Event
+    config: LoopConfig, module: nn.Module, loss_of_step: LossOfStep, preview: Preview | None, stop: StopSignal
 ) -> int:
     config.out.mkdir(parents=True, exist_ok=True)
     stop_file = config.out / "stop"
@@ -159,39 +115,39 @@ def _run_loop(
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = new_optimizer(parameters)
     ema = EMA(module, config.ema_decay)
-    checkpoint, step, warmup_start_step = config.out / "checkpoint", 0, 0
-    if (found := find_checkpoint(checkpoint)) is not None:
-        state = load_checkpoint(found, module, ema, optimizer)
-        step, warmup_start_step = state["step"], state["warmup_start_step"]
+    step, warmup_start_step = 0, 0
+    if (found := newest_checkpoint(config.out / CHECKPOINTS)) is not None:
+        load_trained(module, found.tensors("model"))
+        ema.load(found.tensors("ema"))
+        load_optimizer(optimizer, found.tensors("optimizer"))
+        step, warmup_start_step = found.step, found.state["warmup_start_step"]
         log.info("Resuming at step %d.", step)
 
     def save() -> None:
         state = {"step": step, "samples": step * config.batch_size, "warmup_start_step": warmup_start_step}
-        save_checkpoint(checkpoint, module, ema, optimizer, state)
+        save_stage(config.out, module, ema, optimizer, state)
 
     def run_preview() -> None:
         if preview is None:
             return
-        ema.swap(module)
-        try:
-            with torch.no_grad():
-                write(preview(step) or {})
-        finally:
-            ema.swap(module)
+        with ema.applied_to(module), torch.no_grad():
+            write(preview(step) or {})
 
     def write(metrics: Mapping[str, Any]) -> None:
         line = {"step": step, "samples": step * config.batch_size, "time": round(time.time(), 1), **metrics}
-        line = {name: _json_value(value) for name, value in line.items()}
-        with open(config.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        append_json(config.out / "log.jsonl", line)
         log.info("%s", line)
 
     start = saved = previewed = time.monotonic()
     window, window_start, window_step = MetricWindow(), start, step
     while config.max_samples is None or step * config.batch_size < config.max_samples:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, warmup_start_step)
-        loss, metrics = loss_of_step(step, step_generator(config.seed, step))
+            group["lr"] = config.rate(step, warmup_start_step)
+        # Samples may have to be rendered first, which can take minutes.
+        result = stop.interruptible(lambda: loss_of_step(step, step_generator(config.seed, step)))  # noqa: B023
+        if result is None:
+            break
+        loss, metrics = result
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if torch.isfinite(norm):
@@ -214,15 +170,39 @@ def _run_loop(
             run_preview()
             previewed = time.monotonic()
         out_of_time = config.max_seconds is not None and now - start > config.max_seconds
-        if stop.is_set() or out_of_time or stop_file.exists():
+        if stop.requested or out_of_time or stop_file.exists():
             break
     save()
-    run_preview()
+    if not stop.requested:
+        run_preview()
     return step
 
 
-def _json_value(value: Any) -> Any:
-    """`value` with null in place of numbers that JSON cannot represent."""
-    if isinstance(value, list):
-        return [_json_value(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def save_stage(
+    out: Path, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, state: Mapping[str, int]
+) -> None:
+    """Write a checkpoint of the stage whose folder is `out`."""
+    tensors = {"model": trained_tensors(module), "ema": ema.values, "optimizer": optimizer_tensors(optimizer)}
+    save_checkpoint(out / CHECKPOINTS, tensors, state, keep=2)
+
+
+def stage_state(out: Path) -> dict[str, int]:
+    """`step`, `samples` and `warmup_start_step` of the stage whose folder is `out`; zeros if it has not run.
+
+    `warmup_start_step` is the step at which the optimizer was created.
+    """
+    found = newest_checkpoint(out / CHECKPOINTS)
+    return {"step": 0, "samples": 0, "warmup_start_step": 0} if found is None else found.state
+
+
+def load_stage(out: Path, module: ModuleT) -> ModuleT:
+    """Load the EMA weights of the stage whose folder is `out` into `module` and return it.
+
+    Raises:
+        FileNotFoundError: the stage has no checkpoint yet.
+    """
+    found = newest_checkpoint(out / CHECKPOINTS)
+    if found is None:
+        raise FileNotFoundError(f"No checkpoint in {out}. Run the stage '{out.name}' first.")
+    load_trained(module, found.tensors("ema"))
+    return module

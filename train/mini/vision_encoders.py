@@ -26,9 +26,6 @@ from torch import Tensor, nn
 from realcustom.config import MethodConfig, VisionConfig
 from realcustom.vision import VisionEncoders
 
-from ..checkpoint import load_ema
-from ..data.pool import Entry, SamplePool
-from ..data.render import pixels_of
 from ..data.sprite_world.scenes import SCENE_SIZE
 from ..data.sprite_world.sprites import SPRITE_SIZE, draw_instance
 from ..data.sprite_world.world import (
@@ -42,9 +39,11 @@ from ..data.sprite_world.world import (
     reference_background,
 )
 from ..images import save_grid, to_signed
-from ..loop import LoopConfig, run_loop
-from ..networks import VISION_SIZE, VISION_WIDTH, build_vision_encoders
 from ..precision import autocast
+from .loop import LoopConfig, load_stage, run_loop
+from .networks import VISION_SIZE, VISION_WIDTH, build_vision_encoders
+from .pool import Entry, SamplePool
+from .render import pixels_of
 
 BATCH_SIZE = 24
 GROUP = 8  # instances of one category per group of a batch: the model must distinguish instances, not categories
@@ -234,5 +233,5 @@ def train_vision(out: Path, device: str = "cpu", **options) -> None:
 
 def load_vision(out: Path, device: str = "cpu") -> VisionEncoders:
     """The encoders of `out/vision` with their EMA weights, frozen."""
-    model = load_ema(out / "vision" / "checkpoint", VisionPretrainer())
+    model = load_stage(out / "vision", VisionPretrainer())
     return model.to(device).requires_grad_(False).eval().encoders()

@@ -6,8 +6,12 @@ are rendered.
 """
 
 import logging
+import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
-from multiprocessing import get_context
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +73,12 @@ class SamplePool:
             self._store(missing, self.render(missing))
         elif chunks:
             log.info("Rendering %d samples.", len(missing))
-            with get_context("spawn").Pool(NUM_PROCESSES) as workers:
-                for indices, entry in zip(chunks, workers.imap(self.render, chunks)):
+            workers = ProcessPoolExecutor(NUM_PROCESSES, get_context("spawn"), initializer=_start_worker)
+            try:
+                for indices, entry in zip(chunks, workers.map(self.render, chunks)):
                     self._store(indices, entry)
+            finally:  # if a signal ends the run, wait only for the chunks in progress
+                workers.shutdown(cancel_futures=True)
 
     def batch(self, step: int, draws: np.ndarray) -> Entry:
         """Entries of the pool at `step`, selected by `draws`: one number in [0, 1) per entry."""
@@ -98,6 +105,15 @@ class SamplePool:
         for name, values in entry.items():
             self.arrays[name][slots] = values
         self.index[slots] = np.asarray(indices) + 1
+
+
+def _start_worker() -> None:
+    """Leave signals to the main process, which ends the workers, and end with it if it is killed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _reopen(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:

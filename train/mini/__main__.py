@@ -1,7 +1,8 @@
-"""Training of the embedded model: `python -m train.mini STAGE --out FOLDER`.
+"""Pretraining of the embedded model: `python -m train.mini STAGE --out FOLDER`.
 
-Stages in order: sprites (or start, to continue from an exported model), tokenizer, vae, base, vision, adapter,
-classifiers, evaluate, export. Each stage keeps its checkpoints in `FOLDER/STAGE` and resumes from them.
+Stages in order: sprites (or start, to continue from an exported model), tokenizer, vae, base, vision, export. Then
+`python -m train mini` trains the adapter from the exported folder, and `classifiers` and `evaluate` measure it. Each
+stage keeps its checkpoints in `FOLDER/STAGE` and resumes from them.
 
 Imports are inside the functions that need them, so that `--help` is fast and worker processes, which import this file
 again, stay light.
@@ -12,15 +13,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "mini"
-STAGES = (
-    "sprites", "start", "tokenizer", "vae", "base", "vision", "adapter", "classifiers", "evaluate", "export",
-)  # fmt: skip
+EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "mini"
+STAGES = ("sprites", "start", "tokenizer", "vae", "base", "vision", "classifiers", "evaluate", "export")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m train.mini", description="Train the embedded model, stage by stage. See docs/training.md."
+        prog="python -m train.mini", description="Pretrain the embedded model, stage by stage. See docs/mini.md."
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, outside the source tree")
@@ -31,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=EMBEDDED_MODEL,
         help="start, evaluate: model to read; export: model to write (default: the embedded model, assets/mini)",
     )
+    parser.add_argument("--run", type=Path, help="export: folder of a run of recipe mini, whose adapter to include")
     parser.add_argument("--threads", type=int, help="number of CPU threads (default: chosen by PyTorch)")
     parser.add_argument("--device", help="torch device (default: cuda if available, else cpu)")
     parser.add_argument(
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="base, adapter: compile the UNet (on a CPU 20%% faster after two minutes of compilation)",
+        help="base: compile the UNet (on a CPU 20%% faster after two minutes of compilation)",
     )
     parser.add_argument(
         "--instances", type=int, default=200, help="evaluate: number of instances per task (default: %(default)s)"
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
     if args.stage == "sprites":
-        from .data.sprite_world.sprites import prepare_sprites
+        from ..data.sprite_world.sprites import prepare_sprites
 
         if args.sprites is None:
             parser.error("stage sprites needs --sprites, the `assets` folder of the unpacked npm package")
@@ -77,37 +77,33 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         train_tokenizer(args.out / "tokenizer")
     elif args.stage == "vae":
-        from .stages.vae import train_vae
+        from .vae import train_vae
 
         train_vae(args.out / "vae", **options)
     elif args.stage == "base":
-        from .stages.base import train_base
+        from .text_to_image import train_base
 
         train_base(args.out, compiled=args.compile, **options)
     elif args.stage == "vision":
-        from .stages.vision import train_vision
+        from .vision_encoders import train_vision
 
         train_vision(args.out / "vision", **options)
-    elif args.stage == "adapter":
-        from .stages.adapter import train_adapter
-
-        train_adapter(args.out, compiled=args.compile, **options)
     elif args.stage == "classifiers":
-        from .evaluate.classifiers import train_classifiers
+        from ..evaluate.classifiers import train_classifiers
 
         train_classifiers(args.out / "classifiers", **options)
     elif args.stage == "evaluate":
         from realcustom.pipeline import RealCustomPipeline
 
-        from .evaluate.classifiers import load_classifiers
-        from .evaluate.report import evaluate
+        from ..evaluate.classifiers import load_classifiers
+        from ..evaluate.report import evaluate
 
         pipeline = RealCustomPipeline.from_pretrained(args.model).to(device)
         evaluate(pipeline, load_classifiers(args.out), args.out / "evaluate", args.instances)
     else:
         from .export import export
 
-        export(args.out, args.model)
+        export(args.out, args.model, args.run)
 
 
 if __name__ == "__main__":

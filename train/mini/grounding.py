@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from realcustom.words import target_token_positions, words_of
 
-from .data.sprite_world.sprites import CATEGORIES
+from ..data.sprite_world.sprites import CATEGORIES
 
 NUM_SUBJECTS = 2  # at most, in an image of the sprite world
 GROUNDING_WEIGHT = 0.03  # relative to the diffusion loss

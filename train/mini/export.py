@@ -1,4 +1,7 @@
-"""Stage `export`: writes the EMA weights of all stages as one model folder in the diffusers layout, in float16."""
+"""Stage `export`: writes the EMA weights of all stages as one model folder in the diffusers layout, in float16.
+
+Recipe `mini` trains the adapter from such a folder; a later export includes it.
+"""
 
 import json
 import logging
@@ -11,20 +14,20 @@ from diffusers.models.attention_processor import AttnProcessor
 from realcustom.config import RealCustomConfig, SamplingDefaults
 from realcustom.pipeline import RealCustomPipeline
 
-from .checkpoint import checkpoint_state
-from .data.sprite_world.scenes import SCENES
-from .data.sprite_world.sprites import TRAINED
+from ..data.sprite_world.scenes import SCENES
+from ..data.sprite_world.sprites import TRAINED
+from ..results import ADAPTER, SUMMARY
 from .latents import LatentCodec
+from .loop import stage_state
 from .networks import IMAGE_SIZE, build_scheduler
-from .stages.adapter import load_adapter
-from .stages.base import load_base
-from .stages.vision import MINI_VISION, load_vision
+from .text_to_image import load_base
 from .tokenizer import load_tokenizer
+from .vision_encoders import MINI_VISION, load_vision
 
 log = logging.getLogger(__name__)
 
-STAGES_IN_MODEL = ("vae", "base", "vision", "adapter")
-TRAINING = "training.json"  # stage -> number of training samples
+PRETRAINED = ("vae", "base", "vision")  # stages in the model
+TRAINING = "training.json"  # stage or "adapter" -> number of training samples
 SAMPLING = SamplingDefaults(
     height=IMAGE_SIZE,
     width=IMAGE_SIZE,
@@ -35,13 +38,14 @@ SAMPLING = SamplingDefaults(
 )
 
 
-def samples_seen(out: Path) -> dict[str, int]:
-    """Number of training samples of each stage."""
-    return {stage: checkpoint_state(out / stage / "checkpoint")["samples"] for stage in STAGES_IN_MODEL}
+def samples_seen(out: Path, run: Path | None) -> dict[str, int]:
+    """Number of training samples of each stage in `out`, and of the adapter that `run` has trained."""
+    counts = {stage: stage_state(out / stage)["samples"] for stage in PRETRAINED}
+    return {**counts, "adapter": 0 if run is None else json.loads((run / SUMMARY).read_text())["samples"]}
 
 
 def build_pipeline(out: Path) -> RealCustomPipeline:
-    """A pipeline with the EMA weights of all stages, in float32 on the CPU."""
+    """A pipeline with the EMA weights of all stages and without an adapter, in float32 on the CPU."""
     model, encoders = load_base(out), load_vision(out)
     model.unet.set_attn_processor(AttnProcessor())
     for encoder in (model.text_encoder, model.text_encoder_2, encoders.siglip, encoders.dino):
@@ -56,21 +60,28 @@ def build_pipeline(out: Path) -> RealCustomPipeline:
         scheduler=build_scheduler(),
         image_encoder=encoders.siglip,
         image_encoder_2=encoders.dino,
-        adapter=load_adapter(out, model),
         realcustom_config=RealCustomConfig(sampling=SAMPLING, vision=MINI_VISION),
         force_zeros_for_empty_prompt=False,  # caption dropout in training uses ""
     )
 
 
-def export(out: Path, target: Path) -> None:
-    """Write the model to `target`. A new model is written next to the old one and then replaces it."""
-    pipeline = build_pipeline(out).to(torch.float16)
+def export(out: Path, target: Path, run: Path | None = None) -> None:
+    """Write the model to `target`. A new model is written next to the old one and then replaces it.
+
+    Args:
+        out: folder of the stages.
+        run: folder of a run of recipe `mini`, whose adapter becomes part of the model.
+    """
+    pipeline = build_pipeline(out)
+    if run is not None:
+        pipeline.load_realcustom(run / ADAPTER)
+    pipeline = pipeline.to(torch.float16)
     new = target.with_name(target.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     pipeline.save_pretrained(new, safe_serialization=True)
     vocabulary = {"subjects": list(TRAINED), "scenes": list(SCENES)}
     (new / "vocabulary.json").write_text(json.dumps(vocabulary, indent=2) + "\n")
-    (new / TRAINING).write_text(json.dumps(samples_seen(out), indent=2) + "\n")
+    (new / TRAINING).write_text(json.dumps(samples_seen(out, run), indent=2) + "\n")
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

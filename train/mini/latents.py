@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import load_ema
-from .data.render import RenderImages
-from .images import to_signed
+from ..images import to_signed
+from ..precision import autocast
+from .loop import load_stage
 from .networks import build_vae, module_to
-from .precision import autocast
+from .render import RenderImages
 
 
 class LatentCodec:
@@ -22,7 +22,7 @@ class LatentCodec:
 
     def __init__(self, out: Path, device: str = "cpu") -> None:
         self.device = device
-        vae = load_ema(out / "vae" / "checkpoint", build_vae())
+        vae = load_stage(out / "vae", build_vae())
         self.vae = module_to(vae, device).requires_grad_(False)
         measured = out / "vae" / "scaling_factor.json"
         if not measured.exists():

@@ -17,18 +17,18 @@ from transformers import PreTrainedTokenizerBase
 from realcustom.attention import AttentionLayers
 from realcustom.recorder import AttentionRecorder
 
-from ..captions import CaptionCache
-from ..checkpoint import load_ema
-from ..data.pool import Entry, SamplePool
-from ..data.render import CAPTION_BYTES, RenderSamples, unpack_captions
-from ..diffusion import diffusion_loss, sample_latents, sample_timesteps, subject_weight
-from ..grounding import GROUNDING_WEIGHT, grounding_loss, subject_maps, subject_token_masks
 from ..images import save_grid, to_signed
-from ..latents import LatentCodec
-from ..loop import LoopConfig, run_loop
-from ..networks import IMAGE_SIZE, LATENT_FACTOR, build_scheduler, build_text_encoders, build_unet
+from ..objective import position_weight
 from ..precision import autocast, differentiable_attention
-from ..tokenizer import load_tokenizer
+from .captions import CaptionCache
+from .diffusion import OUTSIDE_WEIGHT, diffusion_loss, sample_latents, sample_timesteps
+from .grounding import GROUNDING_WEIGHT, grounding_loss, subject_maps, subject_token_masks
+from .latents import LatentCodec
+from .loop import LoopConfig, load_stage, run_loop
+from .networks import IMAGE_SIZE, LATENT_FACTOR, build_scheduler, build_text_encoders, build_unet
+from .pool import Entry, SamplePool
+from .render import CAPTION_BYTES, RenderSamples, unpack_captions
+from .tokenizer import load_tokenizer
 
 CAPTION_DROPOUT = 0.1
 BATCH_SIZE = 64
@@ -158,7 +158,7 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
         entry = pool.batch(pool_step, torch.rand(config.batch_size, generator=generator).numpy())
         clean = torch.from_numpy(entry["latents"].astype(np.float32)).to(device)
         subjects = subject_maps(torch.from_numpy(entry["subject_bits"]).to(device))
-        weight = subject_weight(subjects.amax(1))
+        weight = position_weight(subjects.amax(1, keepdim=True), OUTSIDE_WEIGHT)
         dropped = torch.rand(len(clean), generator=generator) < CAPTION_DROPOUT
         captions = ["" if drop else text for text, drop in zip(unpack_captions(entry["caption"]), dropped)]
         noise = torch.randn(clean.shape, generator=generator).to(device)
@@ -189,5 +189,5 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
 
 def load_base(out: Path, device: str = "cpu") -> TextToImage:
     """The EMA weights of `out/base`, frozen."""
-    model = load_ema(out / "base" / "checkpoint", TextToImage(load_tokenizer(out)))
+    model = load_stage(out / "base", TextToImage(load_tokenizer(out)))
     return model.to(device).requires_grad_(False).eval()

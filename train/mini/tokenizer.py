@@ -10,8 +10,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from .data.sprite_world.sprites import CATEGORIES
-from .data.sprite_world.world import SpriteWorld
+from ..data.sprite_world.sprites import CATEGORIES
+from ..data.sprite_world.world import SpriteWorld
 from .networks import TEXT_LENGTH
 
 # Training text of the tokenizer, so that words outside the sprite world are not split into single bytes. Do not change

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from diffusers import AutoencoderDC
 from torch import Tensor
 
-from ..data.pool import SamplePool
-from ..data.render import RenderImages
 from ..images import save_grid, to_signed
-from ..loop import LoopConfig, run_loop
-from ..networks import build_vae, module_to
 from ..precision import autocast
+from .loop import LoopConfig, run_loop
+from .networks import build_vae, module_to
+from .pool import SamplePool
+from .render import RenderImages
 
 BATCH_SIZE = 32
 CROP = 64  # px

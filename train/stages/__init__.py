@@ -1,1 +1,0 @@
-"""Training stages of the embedded model, in order: vae, base, vision, adapter."""
