@@ -35,7 +35,7 @@ class Tiles:
     shows_views = shows_originals = True
 
     def __init__(self, count, *, sizes=None, name="tiles", broken=0) -> None:
-        self.name, self.broken = name, broken
+        self.name, self.broken, self.fingerprint = name, broken, str(count)
         self.sizes = np.full((count, 2), 16) if sizes is None else sizes
 
     def load(self, number, other_view, rng) -> Record:
@@ -161,6 +161,20 @@ def test_rare_bucket_joins_the_nearest_one():
 def test_wrong_mixture_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiles(3, **options)
+
+
+def test_fingerprint_tells_whether_a_run_can_be_resumed_exactly():
+    """It is equal for equal arguments, and changes with the records, the weights, the seed and the batch size."""
+    sources = [Tiles(30), Tiles(20, name="b")]
+    same = [tiles(0, sources=sources, weights=[1, 2]) for _ in range(2)]
+    others = [
+        tiles(0, sources=[Tiles(31), sources[1]], weights=[1, 2]),
+        tiles(0, sources=sources, weights=[1, 3]),
+        tiles(0, sources=sources, weights=[1, 2], seed=2),
+        tiles(0, sources=sources, weights=[1, 2], batch_size=5),
+    ]
+    assert same[0].fingerprint == same[1].fingerprint
+    assert len({mixture.fingerprint for mixture in (same[0], *others)}) == 5
 
 
 def test_rank_beyond_the_batch_is_refused():

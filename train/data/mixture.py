@@ -34,6 +34,8 @@ class Mixture:
         reference_size: S, twice the input size of the vision encoders.
         crop: how an image that is longer than its bucket is cropped.
         flip_probability: of mirroring a sample whose record allows it.
+    Attributes:
+        fingerprint: hash of everything that the samples depend on; a run can be resumed exactly only with the same one.
     """
 
     def __init__(
@@ -52,6 +54,9 @@ class Mixture:
         weights = [1.0] * len(sources) if weights is None else list(weights)
         _check(sources, weights, buckets, batch_size)
         self.sources, self.curriculum, self.seed = tuple(sources), curriculum, seed
+        described = [(source.name, source.fingerprint, weight) for source, weight in zip(sources, weights)]
+        options = (tuple(buckets), batch_size, seed, curriculum, reference_size, crop, flip_probability)
+        self.fingerprint = f"{derive_key(repr(described), repr(options)):016x}"
         self.batch_size, self.reference_size = batch_size, reference_size
         self.crop: CropMode = crop
         self.flip_probability = flip_probability
@@ -150,7 +155,7 @@ class Mixture:
         return Sample(
             image=image, caption=record.caption, target_phrase=record.target_phrase, reference=reference,
             original_size=size, crop=crop, key=record.key, other_view=other_view, flipped=flipped,
-            content=record.content, reference_box=box, extras=arrays, skipped=skipped,
+            content=record.content, reference_box=box, extras=arrays, skipped=skipped + record.skipped,
         )  # fmt: skip
 
     def _share(self, source: int) -> np.ndarray:

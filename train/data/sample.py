@@ -58,6 +58,7 @@ class Record:
         caption, target_phrase, key, content: see `Sample`.
         may_flip: whether image and caption keep their meaning when mirrored.
         masks: single-channel images of the size of `image`, transformed like it.
+        skipped: key and reason of broken views that were drawn before the reference.
     """
 
     image: Image.Image
@@ -68,6 +69,7 @@ class Record:
     content: tuple[str, str] | None = None
     may_flip: bool = False
     masks: Mapping[str, Image.Image] = field(default_factory=dict)
+    skipped: tuple[tuple[str, str], ...] = ()
 
 
 class BrokenRecord(Exception):
@@ -93,6 +95,7 @@ REASONS = {
     "bad caption": "the caption is not valid UTF-8 or JSON, or its target_phrase does not occur in it",
     "broken image": "the image cannot be decoded",
     "truncated": "the file ends before the image or the record is complete",
+    "changed": "the image is not the one that was indexed",
     "tiny": "the image is smaller than the source's minimum side",
     "huge": "the image has more pixels than the source's limit",
     "gray": "the image has a single color",
@@ -100,7 +103,8 @@ REASONS = {
     "no image": "a caption without an image",
     "duplicate key": "the shard contains the key twice; the first record is used",
     "unsafe name": "an absolute name or one with '..'",
-    "link": "a symbolic or hard link, or a device; links are never followed",
+    "link": "a link, a device or a sparse file; links are never followed",
+    "bad shard": "the file is not an uncompressed tar archive, or ends early; the records before the end are used",
 }
 
 
@@ -112,12 +116,14 @@ class Source(Protocol):
         sizes: height and width of each usable record, [N, 2]; None for an unlimited set of square records.
         shows_views: whether `load` can return another view of the subject as the reference.
         shows_originals: whether the source also takes part when the reference is the target image itself.
+        fingerprint: hash of the records and their order; a run can be resumed exactly only with the same one.
     """
 
     name: str
     sizes: np.ndarray | None
     shows_views: bool
     shows_originals: bool
+    fingerprint: str
 
     def load(self, number: int, other_view: bool, rng: np.random.Generator) -> Record:
         """The record of a number in [0, N).

@@ -1,4 +1,4 @@
-"""The sprite world as a source of training samples: an unlimited set of pairs, rendered on demand."""
+"""The sprite world as a source of training samples: pairs that are rendered on demand."""
 
 from collections.abc import Sequence
 
@@ -18,15 +18,19 @@ class SpriteSource:
     Args:
         seed: worlds with different seeds share no sample.
         split: "train", or "held_out" for instances that training never uses.
+        num_records: number of distinct pairs; None for an unlimited number.
         name: prefix of the keys.
     """
 
-    sizes = None
     shows_views = True
     shows_originals = True
 
-    def __init__(self, seed: int = 2, split: Split = "train", name: str = "sprites") -> None:
+    def __init__(
+        self, seed: int = 2, split: Split = "train", *, num_records: int | None = None, name: str = "sprites"
+    ) -> None:
         self.name = name
+        self.sizes = None if num_records is None else np.full((num_records, 2), SCENE_SIZE)
+        self.fingerprint = f"{seed} {split} {num_records}"
         self._world = SpriteWorld(seed, split)
 
     def load(self, number: int, other_view: bool, rng: np.random.Generator) -> Record:

@@ -1,0 +1,182 @@
+"""Index of a tar shard: where each record is, its size and its hash; see `sidecar`.
+
+The shard is read once from start to end. Images are not decoded: their size is in the header. Captions are checked.
+
+Legend: N records of the shard.
+"""
+
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from .caption import MAX_BYTES, parse_caption
+from .decode import EXTENSIONS, read_size
+from .sample import BrokenRecord
+from .sidecar import Columns, load_or_build, pack_names, stamp_of_file
+
+MAX_EXAMPLES = 20  # names per reason that the index keeps
+CAPTIONS = ("txt", "json")
+MAX_IMAGE_BYTES = 2**28
+
+
+@dataclass
+class Findings:
+    """What is broken, by reason: the number of records and the first names."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, broken: BrokenRecord) -> None:
+        """Count a record."""
+        self.counts[broken.reason] += 1
+        examples = self.examples.setdefault(broken.reason, [])
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(broken.key + (f" ({broken.detail})" if broken.detail else ""))
+
+    def merge(self, other: "Findings") -> None:
+        """Add the findings of another part of the source."""
+        self.counts += other.counts
+        for reason, examples in other.examples.items():
+            mine = self.examples.setdefault(reason, [])
+            mine += examples[: MAX_EXAMPLES - len(mine)]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common()) or "nothing broken"
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index as columns, and what is broken.
+
+    Columns of a shard: `image`, `text` and `json` are offset and size of the files, int64 [N, 2], size 0 if missing;
+    `size` is height and width, int32 [N, 2]; `hash` of the image file, uint8 [N, 16]; names, see `pack_names`.
+    """
+
+    columns: Columns
+    findings: Findings
+
+    @property
+    def digest(self) -> str:
+        """Hash of all columns."""
+        digest = blake2b(digest_size=8)
+        for name in sorted(self.columns):
+            digest.update(self.columns[name].tobytes())
+        return digest.hexdigest()
+
+
+def index_shard(path: Path, name: str) -> Index:
+    """The index of a shard, from its sidecar if that is up to date.
+
+    Args:
+        path: a tar file.
+        name: of the shard in keys and messages.
+    """
+
+    def build() -> tuple[Columns, dict[str, Any]]:
+        findings = Findings()
+        columns = _scan(path, name, findings)
+        return columns, {"counts": findings.counts, "examples": findings.examples}
+
+    columns, information = load_or_build(path, stamp_of_file(path), build)
+    return Index(columns, Findings(Counter(information["counts"]), information["examples"]))
+
+
+def content_hash(data: bytes) -> bytes:
+    """Hash of an image file, 16 bytes."""
+    return blake2b(data, digest_size=16).digest()
+
+
+def _scan(path: Path, name: str, findings: Findings) -> Columns:
+    records: dict[str, dict[str, tarfile.TarInfo]] = {}
+    for member in _members(path, name, findings):
+        key, extension = _split(member.name)
+        kind = "image" if extension in EXTENSIONS else extension
+        if kind in ("image", *CAPTIONS):
+            if kind in records.setdefault(key, {}):
+                findings.add(BrokenRecord("duplicate key", f"{name}/{member.name}"))
+            else:
+                records[key][kind] = member
+    rows: dict[str, list] = {"image": [], "text": [], "json": [], "size": [], "hash": []}
+    names = []
+    with open(path, "rb") as file:
+        for key, members in records.items():
+            try:
+                size, digest = _inspect(file, f"{name}/{key}", members)
+            except BrokenRecord as broken:
+                findings.add(broken)
+                continue
+            names.append(key)
+            rows["size"].append(size)
+            rows["hash"].append(np.frombuffer(digest, np.uint8))
+            for column, kind in (("image", "image"), ("text", "txt"), ("json", "json")):
+                member = members.get(kind)
+                rows[column].append((member.offset_data, member.size) if member else (0, 0))
+    shapes = {
+        "image": ("int64", 2),
+        "text": ("int64", 2),
+        "json": ("int64", 2),
+        "size": ("int32", 2),
+        "hash": ("uint8", 16),
+    }
+    columns = {column: np.array(rows[column], dtype).reshape(-1, width) for column, (dtype, width) in shapes.items()}
+    return {**columns, **pack_names(names)}
+
+
+def _members(path: Path, name: str, findings: Findings) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar archive with safe names, as far as the archive can be read."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isdir():
+                    continue
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    findings.add(BrokenRecord("link", f"{name}/{member.name}"))
+                elif PurePosixPath(member.name).is_absolute() or ".." in PurePosixPath(member.name).parts:
+                    findings.add(BrokenRecord("unsafe name", f"{name}/{member.name}"))
+                else:
+                    yield member
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        findings.add(BrokenRecord("bad shard", name, str(error)))
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and lower-case extension: the name up to the first dot of its last part, and the rest (webdataset layout)."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def _inspect(file, key: str, members: dict[str, tarfile.TarInfo]) -> tuple[tuple[int, int], bytes]:
+    """Size and hash of a record's image, after checking its caption."""
+    if "image" not in members:
+        raise BrokenRecord("no image", key)
+    text, record = (
+        read_part(file, members[kind].offset_data, min(members[kind].size, MAX_BYTES + 1), key)
+        if kind in members
+        else None
+        for kind in CAPTIONS
+    )
+    parse_caption(text, record, key)
+    if members["image"].size > MAX_IMAGE_BYTES:
+        raise BrokenRecord("huge", key, f"the file has {members['image'].size} bytes, more than {MAX_IMAGE_BYTES}")
+    image = read_part(file, members["image"].offset_data, members["image"].size, key)
+    return read_size(image, key), content_hash(image)
+
+
+def read_part(file, offset: int, size: int, key: str) -> bytes:
+    """`size` bytes of an open file at `offset`.
+
+    Raises:
+        BrokenRecord: the file ends before.
+    """
+    file.seek(offset)
+    data = file.read(size)
+    if len(data) < size:
+        raise BrokenRecord("truncated", key, "the shard ends before the record")
+    return data

@@ -1,0 +1,239 @@
+"""Folders with several views of each instance (MVImgNet layout) as a source.
+
+mvimgnet/categories.json               {"7": "teapot", ...}; optional, for folders that are not named by a word
+mvimgnet/7/000a1b/images/001.jpg       a view
+mvimgnet/7/000a1b/images/001.txt       its caption; optional, also .json
+mvimgnet/7/000a1b/caption.txt          caption of all views of the instance; optional, also .json
+"""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .caption import parse_caption
+from .decode import EXTENSIONS, Limits, decode, read_size
+from .index import CAPTIONS, Findings, Index, content_hash
+from .sample import BrokenRecord, Record
+from .sidecar import VERSION, Columns, load_or_build, pack_names, unpack_name
+
+log = logging.getLogger(__name__)
+
+CATEGORIES_FILE = "categories.json"
+
+
+class MultiviewSource:
+    """The views of all instances below a folder; see `Source`. Each view is a record.
+
+    The reference is another view of the same instance. Without a text-image source in the mixture, the source also
+    gives records whose reference is the target image itself. An instance without a caption gets "a photo of a
+    CATEGORY". The target phrase is the category if the caption contains it.
+
+    Args:
+        path: folder with the layout CATEGORY/INSTANCE/images/*.jpg.
+        name: prefix of the keys; default: the name of the folder.
+        limits: which images are used.
+        may_flip: samples may be mirrored.
+    Attributes:
+        findings: what is broken, as far as the index can tell.
+        fingerprint: hash of the records and their order.
+    Raises:
+        ValueError: there is no view, or no instance with two usable views.
+    """
+
+    shows_views = True
+    shows_originals = False
+
+    def __init__(
+        self, path: Path | str, name: str | None = None, *, limits: Limits | None = None, may_flip: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self.name = name or self.path.name
+        self.limits, self.may_flip = limits or Limits(), may_flip
+        if not self.path.is_dir():
+            raise ValueError(
+                f"{self.path} is not a folder; give a folder CATEGORY/INSTANCE/images. See docs/training_data.md."
+            )
+        self.categories = _read_categories(self.path / CATEGORIES_FILE)
+        index = index_views(self.path)
+        self.findings = index.findings
+        self._columns = index.columns
+        self._rows, self._first, self._count = self._usable(index)
+        if not len(self._rows):
+            raise ValueError(
+                f"{self.path} has no instance with two usable views in CATEGORY/INSTANCE/images ({self.findings}). "
+                f"Run `python -m train.data check {self.path}` for the details."
+            )
+        self.sizes = index.columns["size"][self._rows]
+        digest = blake2b(repr((self.limits, self.categories)).encode(), digest_size=8)
+        digest.update(index.columns["hash"][self._rows].tobytes())
+        self.fingerprint = digest.hexdigest()
+        instances = len(np.unique(self._first))
+        log.info("%s: %d views of %d instances; %s.", self.name, len(self._rows), instances, self.findings)
+
+    def load(self, number: int, other_view: bool, rng: np.random.Generator) -> Record:
+        """The view of a number, with another view as the reference; see `Source.load`.
+
+        If the other view that was drawn is broken, the next one of the instance is used.
+        """
+        image, key, content = self._read(number)
+        caption, target_phrase = self._caption(number, key)
+        reference, reference_content, skipped = image, content, []
+        if other_view:
+            reference, reference_content = self._other_view(number, rng, key, skipped)
+        return Record(
+            image=image, reference=reference, caption=caption, target_phrase=target_phrase, key=key,
+            content=(content, reference_content), may_flip=self.may_flip, skipped=tuple(skipped),
+        )  # fmt: skip
+
+    def hashes(self) -> Iterator[tuple[str, str]]:
+        """Content hash and key of each view of the index, also of those beyond the limits."""
+        for row, value in enumerate(self._columns["hash"]):
+            yield value.tobytes().hex(), f"{self.name}:{unpack_name(self._columns, row)}"
+
+    def _other_view(
+        self, number: int, rng: np.random.Generator, key: str, skipped: list[tuple[str, str]]
+    ) -> tuple[Image.Image, str]:
+        """Another view of the instance and its hash; broken ones are added to `skipped`."""
+        first, count = int(self._first[number]), int(self._count[number])
+        start = int(rng.integers(count - 1))
+        for offset in range(count - 1):
+            other = first + (number - first + 1 + (start + offset) % (count - 1)) % count
+            try:
+                image, _, content = self._read(other)
+                return image, content
+            except BrokenRecord as broken:
+                skipped.append((broken.key, broken.reason))
+        raise BrokenRecord("no other view", key)
+
+    def _read(self, number: int) -> tuple[Image.Image, str, str]:
+        """The image of a number, its key and its hash."""
+        row = int(self._rows[number])
+        name = unpack_name(self._columns, row)
+        key = f"{self.name}:{name}"
+        data = _read_file(self.path / name)
+        if content_hash(data) != self._columns["hash"][row].tobytes():
+            raise BrokenRecord("changed", key)
+        return decode(data, key, self.limits), key, content_hash(data).hex()
+
+    def _caption(self, number: int, key: str) -> tuple[str, str]:
+        name = Path(unpack_name(self._columns, int(self._rows[number])))
+        folder = name.parts[0]
+        category = self.categories.get(folder, folder.replace("_", " "))
+        instance = self.path / name.parent.parent
+        for stem in (self.path / name.with_suffix(""), instance / "caption"):
+            files = [stem.with_name(f"{stem.name}.{kind}") for kind in CAPTIONS]
+            text, record = (_read_file(file) if _is_regular(file) else None for file in files)
+            if text is not None or record is not None:
+                return parse_caption(text, record, key, subject=category)
+        article = "an" if category[0].lower() in "aeiou" else "a"
+        return f"a photo of {article} {category}", category
+
+    def _usable(self, index: Index) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows within the limits of instances with two of them; first number and number of views of their instance."""
+        sizes, names = index.columns["size"].tolist(), index.columns
+        instances: dict[str, list[int]] = {}
+        for row, (height, width) in enumerate(sizes):
+            name = unpack_name(names, row)
+            try:
+                self.limits.check((height, width), name)
+            except BrokenRecord as broken:
+                self.findings.add(broken)
+                continue
+            instances.setdefault(name.rsplit("/", 2)[0], []).append(row)
+        rows: list[int] = []
+        first: list[int] = []
+        count: list[int] = []
+        for instance, views in instances.items():
+            if len(views) < 2:
+                self.findings.add(BrokenRecord("no other view", instance))
+                continue
+            first += [len(rows)] * len(views)
+            count += [len(views)] * len(views)
+            rows += views
+        return np.array(rows, np.int64), np.array(first, np.int64), np.array(count, np.int32)
+
+
+def index_views(path: Path) -> Index:
+    """The index of a folder of views, from its sidecar if no file was added, removed or changed."""
+    findings = Findings()
+    views = sorted(_find_views(path, findings))
+    listing = blake2b(repr(views).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+    def build() -> tuple[Columns, dict[str, Any]]:
+        broken = Findings()
+        names, sizes, hashes = [], [], []
+        for name, *_ in views:
+            try:
+                data = _read_file(path / name)
+                sizes.append(read_size(data, name))
+            except BrokenRecord as error:
+                broken.add(error)
+                continue
+            names.append(name)
+            hashes.append(np.frombuffer(content_hash(data), np.uint8))
+        columns = {
+            "size": np.array(sizes, np.int32).reshape(-1, 2),
+            "hash": np.array(hashes, np.uint8).reshape(-1, 16),
+            **pack_names(names),
+        }
+        return columns, {"counts": broken.counts, "examples": broken.examples}
+
+    columns, information = load_or_build(path / "views", {"version": VERSION, "listing": listing}, build)
+    findings.merge(Findings(Counter(information["counts"]), information["examples"]))
+    return Index(columns, findings)
+
+
+def _find_views(path: Path, findings: Findings) -> Iterator[tuple[str, int, int]]:
+    """Relative path, size and modification time of each view; links are counted and not followed."""
+
+    def entries(folder: str) -> list[os.DirEntry]:
+        kept = []
+        for entry in os.scandir(folder):
+            if entry.is_symlink():
+                findings.add(BrokenRecord("link", Path(entry.path).relative_to(path).as_posix()))
+            else:
+                kept.append(entry)
+        return kept
+
+    for category in entries(str(path)):
+        if not category.is_dir():
+            continue
+        for instance in entries(category.path):
+            images = Path(instance.path) / "images"
+            if images.is_symlink() or not images.is_dir():
+                continue
+            for entry in entries(str(images)):
+                if entry.is_file() and entry.name.rpartition(".")[2].lower() in EXTENSIONS:
+                    status = entry.stat()
+                    name = f"{category.name}/{instance.name}/images/{entry.name}"
+                    yield name, status.st_size, status.st_mtime_ns
+
+
+def _read_categories(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); write an object, folder name -> category.") from None
+    if not isinstance(values, dict) or not all(isinstance(v, str) and v.strip() for v in values.values()):
+        raise ValueError(f"{path} must be an object that maps folder names to categories, such as {{'7': 'teapot'}}.")
+    return values
+
+
+def _is_regular(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _read_file(path: Path) -> bytes:
+    """Content of a regular file; a link could lead out of the source."""
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        return file.read()
