@@ -50,6 +50,17 @@ class Findings:
         return ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common()) or "nothing broken"
 
 
+class NoUsableRecord(ValueError):
+    """A source whose records are all broken, or that has none."""
+
+    def __init__(self, path: Path, what: str, findings: Findings) -> None:
+        super().__init__(
+            f"{path} has no {what} ({findings}). Run `python -m train.data check {path}` for the details; "
+            "docs/training_data.md describes the layout."
+        )
+        self.findings = findings
+
+
 @dataclass(frozen=True)
 class Index:
     """An index as columns, and what is broken.

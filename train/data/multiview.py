@@ -20,7 +20,7 @@ from PIL import Image
 
 from .caption import parse_caption
 from .decode import EXTENSIONS, Limits, decode, read_size
-from .index import CAPTIONS, Findings, Index, content_hash
+from .index import CAPTIONS, Findings, Index, NoUsableRecord, content_hash
 from .sample import BrokenRecord, Record
 from .sidecar import VERSION, Columns, load_or_build, pack_names, unpack_name
 
@@ -67,16 +67,14 @@ class MultiviewSource:
         self._columns = index.columns
         self._rows, self._first, self._count = self._usable(index)
         if not len(self._rows):
-            raise ValueError(
-                f"{self.path} has no instance with two usable views in CATEGORY/INSTANCE/images ({self.findings}). "
-                f"Run `python -m train.data check {self.path}` for the details."
-            )
+            what = "instance with two usable views in CATEGORY/INSTANCE/images"
+            raise NoUsableRecord(self.path, what, self.findings)
         self.sizes = index.columns["size"][self._rows]
         digest = blake2b(repr((self.limits, self.categories)).encode(), digest_size=8)
         digest.update(index.columns["hash"][self._rows].tobytes())
         self.fingerprint = digest.hexdigest()
-        instances = len(np.unique(self._first))
-        log.info("%s: %d views of %d instances; %s.", self.name, len(self._rows), instances, self.findings)
+        self.num_instances = len(np.unique(self._first))
+        log.info("%s: %d views of %d instances; %s.", self.name, len(self._rows), self.num_instances, self.findings)
 
     def load(self, number: int, other_view: bool, rng: np.random.Generator) -> Record:
         """The view of a number, with another view as the reference; see `Source.load`.
@@ -159,6 +157,11 @@ class MultiviewSource:
             count += [len(views)] * len(views)
             rows += views
         return np.array(rows, np.int64), np.array(first, np.int64), np.array(count, np.int32)
+
+
+def has_views(path: Path) -> bool:
+    """Whether a folder contains CATEGORY/INSTANCE/images."""
+    return path.is_dir() and any(entry.is_dir() for entry in path.glob("*/*/images"))
 
 
 def index_views(path: Path) -> Index:

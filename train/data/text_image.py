@@ -16,7 +16,7 @@ import numpy as np
 
 from .caption import parse_caption
 from .decode import Limits, decode
-from .index import Findings, Index, content_hash, index_shard, read_part
+from .index import Findings, Index, NoUsableRecord, content_hash, index_shard, read_part
 from .sample import BrokenRecord, Record
 from .sidecar import Columns, unpack_name
 
@@ -72,10 +72,7 @@ class TextImageSource:
         self.sizes = np.concatenate(sizes)
         self._rows, self._ends = np.concatenate(rows), np.cumsum(counts)
         if not len(self.sizes):
-            raise ValueError(
-                f"{self.path} has no usable record in {len(self.shards)} shards ({self.findings}). "
-                f"Run `python -m train.data check {self.path}` for the details."
-            )
+            raise NoUsableRecord(self.path, f"usable record in {len(self.shards)} shards", self.findings)
         log.info("%s: %d records in %d shards; %s.", self.name, len(self.sizes), len(self.shards), self.findings)
 
     def load(self, number: int, other_view: bool, rng: np.random.Generator) -> Record:
