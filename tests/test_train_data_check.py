@@ -128,10 +128,7 @@ def test_command_line_runs_as_a_module(mixed):
     code = "import runpy, sys; sys.argv[1:] = ['check', sys.argv[1], '--workers', '0', '--min-side', '16']\n"
     code += "try: runpy.run_module('train.data', run_name='__main__')\n"
     code += "except SystemExit as done: sys.exit('torch' if 'torch' in sys.modules else done.code)"
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, mixed], capture_output=True, text=True, env=environment, cwd=root
-    )
+    done = subprocess.run([sys.executable, "-c", code, mixed], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "usable records" in done.stdout
 

@@ -73,8 +73,8 @@ def perceptual_hash(image: Image.Image) -> np.ndarray:
     """Difference hash of an RGB image: whether each pixel of a small gray version is brighter than its neighbors."""
     gray = image.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
     values = np.asarray(gray, np.int16)
-    brighter = [(np.diff(values, axis=axis) > 0).ravel() for axis in (0, 1)]
-    return np.packbits(np.concatenate(brighter).astype(np.uint8))
+    brighter = np.concatenate([(np.diff(values, axis=axis) > 0).ravel() for axis in (0, 1)])
+    return np.packbits(brighter.astype(np.uint8))
 
 
 def find_identical(source: Hashed, evaluation: EvaluationImages) -> list[tuple[str, str]]:
