@@ -42,13 +42,21 @@ class LatentDecoder:
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """Convert latents from the diffusion model's scale to the autoencoder's own."""
-        config = self.vae.config
-        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        latents = latents / config.scaling_factor
-        if mean is not None and std is not None:
-            mean, std = (latents.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
-            latents = latents * std + mean
-        return latents
+        mean, std = self._mean_std(latents)
+        return latents / self.vae.config.scaling_factor * std + mean
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Convert latents from the autoencoder's own scale to the diffusion model's; the inverse of `unscaled`."""
+        mean, std = self._mean_std(latents)
+        return (latents - mean) / std * self.vae.config.scaling_factor
+
+    def _mean_std(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation per channel, [C, 1, 1], of autoencoders that declare them; otherwise 0 and 1."""
+        mean = getattr(self.vae.config, "latents_mean", None)
+        std = getattr(self.vae.config, "latents_std", None)
+        if mean is None or std is None:
+            mean, std = (0.0,), (1.0,)
+        return latents.new_tensor(mean).view(-1, 1, 1), latents.new_tensor(std).view(-1, 1, 1)
 
     def to_output(self, pixels: Tensor, output_type: str) -> Any:
         """Convert pixels [1, 3, H, W] in [-1, 1] to one image of `output_type`, see `decode`."""

@@ -48,16 +48,20 @@ class TextEncoders:
         self.pooled_projection = pooled_projection
         self._release = release
 
-    @torch.no_grad()
     def encode(self, text: str) -> TextCondition:
         """Encode a text: penultimate hidden states of two encoders (SDXL), last hidden state of one encoder (SD1.5).
 
         Tokens beyond the limit of the tokenizers are truncated.
         """
+        return self.encode_batch([text])[0]
+
+    @torch.no_grad()
+    def encode_batch(self, texts: Sequence[str]) -> list[TextCondition]:
+        """Encode several texts together; see `encode`."""
         embeds, pooled = [], None
         for tokenizer, encoder in self.pairs:
             ids = tokenizer(
-                text,
+                list(texts),
                 padding="max_length",
                 max_length=tokenizer.model_max_length,
                 truncation=True,
@@ -68,7 +72,8 @@ class TextEncoders:
             if len(self.pairs) > 1:
                 pooled = self._pool(encoder, ids, out)  # the pooled text of the last encoder is used, as in SDXL
         self._release()
-        return TextCondition(embeds=torch.cat(embeds, dim=-1)[0], pooled=None if pooled is None else pooled[0])
+        pooled_texts = [None] * len(texts) if pooled is None else pooled
+        return [TextCondition(embeds=e, pooled=p) for e, p in zip(torch.cat(embeds, dim=-1), pooled_texts, strict=True)]
 
     def warn_if_truncated(self, text: str) -> None:
         """Log a warning with the part of a text that is beyond the text encoder's limit."""

@@ -56,13 +56,11 @@ class SourceConfig:
         kind: "text_image" for tar shards, "multiview" for folders of views, "sprite_world" for the procedural world.
         path: folder of the data; None for the sprite world.
         weight: relative frequency among the sources of the same role.
-        records: number of distinct records of the sprite world.
     """
 
     kind: Literal["text_image", "multiview", "sprite_world"]
     path: Path | None = None
     weight: float = 1.0
-    records: int = 100_000
 
     def __post_init__(self) -> None:
         _require(self.weight > 0, f"weight of source {self.kind!r} is {self.weight}; it must be positive.")
@@ -83,6 +81,7 @@ class DataConfig:
         aspect_buckets: also train at other aspect ratios; otherwise images are cropped to a square.
         workers: loader processes; 0 loads in the training process. The number does not change the samples.
         features: folder of precomputed features (`python -m train.data precompute`); None computes all in the run.
+        validation: source of samples that are not trained on; their loss is logged with each preview.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -90,6 +89,7 @@ class DataConfig:
     aspect_buckets: bool = False
     workers: int = 4
     features: Path | None = None
+    validation: SourceConfig | None = None
 
     def __post_init__(self) -> None:
         _require(len(self.sources) > 0, "data.sources is empty; add at least one source.")
@@ -214,7 +214,7 @@ class PreviewConfig:
     """Images of fixed subjects, which are not training data, generated with the EMA weights.
 
     Attributes:
-        every_steps: steps between previews; they are also written at the end. 0 disables them.
+        every_steps: steps between previews, and between validations; both also run at the end. 0 disables them.
         subjects: see `PreviewSubject`.
         seed: of each image.
         num_inference_steps, height, width: of the images; None for the pipeline's default.

@@ -27,8 +27,30 @@ class MetricWindow:
 
     def summary(self) -> dict[str, float]:
         """Mean of each metric over the steps that reported a finite value, and `skipped_steps` if there are any."""
-        means = {name: round(total / self._counts[name], 5) for name, total in self._sums.items()}
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
         return {**means, "skipped_steps": self.skipped_steps} if self.skipped_steps else means
+
+    def state(self) -> dict[str, Any]:
+        """JSON values from which `restored` makes the same window."""
+        return {"skipped_steps": self.skipped_steps, "sums": dict(self._sums), "counts": dict(self._counts)}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> "MetricWindow":
+        """The window whose `state` was saved in a checkpoint."""
+        window = cls()
+        window.skipped_steps, window._sums, window._counts = state["skipped_steps"], state["sums"], state["counts"]
+        return window
+
+
+def remove_later_steps(path: Path, step: int) -> None:
+    """Remove the lines of `log.jsonl` after a step, which a resumed run will write again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if kept != lines:
+            new = path.with_name(path.name + ".new")
+            new.write_text("".join(kept))
+            new.replace(path)
 
 
 def append_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -44,3 +66,8 @@ def json_value(value: Any) -> Any:
     if isinstance(value, list):
         return [json_value(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with numbers rounded for people."""
+    return {name: round(value, 5) if isinstance(value, float) else value for name, value in values.items()}

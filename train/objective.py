@@ -172,6 +172,11 @@ class Objective:
         self._empty_embeds, self._empty_pooled = empty_text
         self._uses_pooled_text = unet.config["addition_embed_type"] == "text_time"
 
+    @property
+    def num_timesteps(self) -> int:
+        """Training timesteps of the noise schedule."""
+        return len(self.scheduler.alphas_cumprod)
+
     @contextmanager
     def attending(self, keys_values: KeysValues, keep_vision: Tensor) -> Iterator[None]:
         """Add unmasked visual attention to every cross-attention layer (Eq. 4) inside the context.

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,8 +21,14 @@ def prefers_bfloat16(device_type: str) -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
+def frozen_dtype(precision: Literal["auto", "bf16", "fp32"], device_type: str) -> torch.dtype:
+    """Type of the frozen models; see `TrainConfig.precision`."""
+    bfloat16 = prefers_bfloat16(device_type) if precision == "auto" else precision == "bf16"
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
 def autocast(device: str) -> torch.autocast:
-    """Context of the forward passes of every stage. Weights stay in float32."""
+    """Context of the forward passes of pretraining. Weights stay in float32."""
     device_type = device.split(":")[0]
     return torch.autocast(device_type, torch.bfloat16, enabled=prefers_bfloat16(device_type))
 

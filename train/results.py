@@ -5,3 +5,5 @@ SUMMARY = "training.json"  # number of steps and samples, and the configuration
 LOG = "log.jsonl"
 CHECKPOINTS = "checkpoints"
 PREVIEWS = "previews"
+CARD = "README.md"  # model card
+TRACKERS = "trackers"

@@ -24,7 +24,7 @@ from ..checkpoint import (
     trained_tensors,
 )
 from ..ema import EMA
-from ..metrics import MetricWindow, append_json
+from ..metrics import MetricWindow, append_json, rounded
 from ..schedule import learning_rate
 from ..stop import StopSignal
 
@@ -136,7 +136,7 @@ def _run_loop(
     def write(metrics: Mapping[str, Any]) -> None:
         line = {"step": step, "samples": step * config.batch_size, "time": round(time.time(), 1), **metrics}
         append_json(config.out / "log.jsonl", line)
-        log.info("%s", line)
+        log.info("%s", rounded(line))
 
     start = saved = previewed = time.monotonic()
     window, window_start, window_step = MetricWindow(), start, step

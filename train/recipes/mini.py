@@ -35,7 +35,12 @@ def mini() -> TrainConfig:
         batch_size=64,
         micro_batch_size=64,
         model=ModelConfig(base=str(MINI_MODEL), gradient_checkpointing=False),
-        data=DataConfig(sources=(SourceConfig(kind="sprite_world"),), resolution=128, workers=1),
+        data=DataConfig(
+            sources=(SourceConfig(kind="sprite_world"),),
+            resolution=128,
+            workers=1,
+            validation=SourceConfig(kind="sprite_world"),
+        ),
         objective=ObjectiveConfig(min_snr_gamma=5.0, timestep_exponent=0.7, outside_weight=0.3),
         optimizer=OptimizerConfig(
             learning_rate=1e-3, betas=(0.9, 0.99), warmup_steps=200, decay_fraction=0.3, ema_decay=0.999

@@ -1,0 +1,65 @@
+"""The results of a run: the trained adapter with a description, and their upload to the Hugging Face Hub."""
+
+import json
+import logging
+from pathlib import Path
+
+from realcustom import RealCustomAdapter
+from realcustom.weights import save_adapter
+
+from .config import HubConfig, TrainConfig
+from .results import ADAPTER, CARD, SUMMARY
+
+logger = logging.getLogger(__name__)
+
+_CARD = """---
+base_model: {base}
+library_name: diffusers
+tags: [text-to-image, image-customization, realcustom]
+---
+# RealCustom++ adapter
+
+Trained with recipe `{name}`: {steps} steps of {batch_size} samples at {resolution} px. `training.json` contains the
+complete configuration.
+
+```python
+from realcustom import RealCustomPipeline
+
+pipeline = RealCustomPipeline.from_parts("{base}", "adapter.safetensors")
+```
+"""
+
+
+def write_results(config: TrainConfig, adapter: RealCustomAdapter, steps: int) -> None:
+    """Write the adapter, the summary and a model card to `config.out`.
+
+    Args:
+        adapter: with the EMA weights.
+        steps: number of steps done.
+    """
+    save_adapter(adapter, config.out / ADAPTER)
+    summary = {"steps": steps, "samples": steps * config.batch_size, "config": config.to_dict()}
+    (config.out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    card = _CARD.format(
+        base=config.model.base,
+        name=config.name,
+        steps=steps,
+        batch_size=config.batch_size,
+        resolution=config.data.resolution,
+    )
+    (config.out / CARD).write_text(card)
+
+
+def push_to_hub(out: Path, hub: HubConfig) -> None:
+    """Upload the results in `out`; without a `repo_id`, does nothing.
+
+    The repository is created if it does not exist. The token is that of `hf auth login` or `HF_TOKEN`.
+    """
+    if hub.repo_id is None:
+        return
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(hub.repo_id, private=hub.private, exist_ok=True)
+    api.upload_folder(repo_id=hub.repo_id, folder_path=out, allow_patterns=[ADAPTER, SUMMARY, CARD])
+    logger.info("Uploaded the adapter to %s.", hub.repo_id)

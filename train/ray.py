@@ -1,0 +1,147 @@
+"""Training on a Ray cluster with Ray Train (v2): `python -m train RECIPE --ray N`.
+
+Checkpoints stay in the run's own folder `out`, which all nodes must share; Ray receives a pointer to each. After a
+failure or a change of the number of workers, Ray starts the workers again, and they resume from the newest checkpoint.
+Ray runs the training function in a thread, so that signals do not reach it; instead, Ray announces that a machine will
+be taken away, and the run writes a checkpoint at once.
+"""
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+    ValidationConfig,
+    get_preemption_info,
+    report,
+)
+from ray.train.torch import TorchTrainer
+
+from .checkpoint import Checkpoint as SavedCheckpoint
+from .config import TrainConfig
+from .monitor import Monitor
+
+POINTER = "checkpoint.json"  # in a checkpoint of Ray: the path of the checkpoint in `out`
+PREEMPTION_CHECK_STEPS = 10  # each check waits for all workers
+MAX_FAILURES = 3  # failures of workers after which the run ends; lost machines do not count
+
+
+def parse_workers(text: str) -> int | tuple[int, int]:
+    """Parse "4", or "1:8" for an elastic number of workers.
+
+    Raises:
+        ValueError: something else.
+    """
+    parts = text.split(":")
+    if not all(part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 2:
+        raise ValueError(f"--ray {text}: write the number of workers, such as 4, or a range, such as 1:8.")
+    low, high = int(parts[0]), int(parts[-1])
+    if low > high:
+        raise ValueError(f"--ray {text}: the minimum is larger than the maximum.")
+    return low if len(parts) == 1 else (low, high)
+
+
+def run_on_ray(
+    config: TrainConfig,
+    *,
+    num_workers: int | tuple[int, int],
+    resume: bool = False,
+    resources_per_worker: dict[str, float] | None = None,
+) -> Result:
+    """Run a recipe on the cluster that `ray.init` connects to, one GPU per worker if the cluster has any.
+
+    Args:
+        config: `out` must be on storage that all nodes share.
+        num_workers: a number, or a minimum and maximum between which Ray resizes the run.
+        resume: continue from the newest checkpoint in `out`.
+        resources_per_worker: see `ray.train.ScalingConfig`.
+    Returns:
+        Ray's result with the metrics of the last checkpoint.
+    """
+    if not ray.is_initialized():
+        ray.init()
+    config = replace(config, out=config.out.resolve())
+    use_gpu = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+    validation = None
+    if config.data.validation is not None and config.preview.every_steps:
+        validation = ValidationConfig(fn=_validate, ray_remote_kwargs={"num_gpus": 1 if use_gpu else 0})
+    trainer = TorchTrainer(
+        _train,
+        train_loop_config={"config": config, "resume": resume},
+        scaling_config=ScalingConfig(
+            num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources_per_worker
+        ),
+        run_config=RunConfig(
+            name=config.name,
+            storage_path=str(config.out / "ray"),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+        ),
+        validation_config=validation,
+    )
+    return trainer.fit()
+
+
+class RayMonitor(Monitor):
+    """Reports checkpoints to Ray and asks it whether machines will be taken away."""
+
+    def __init__(self, validates: bool) -> None:
+        self.validates = validates
+        self._announced = False
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether a machine will be taken away; true once."""
+        if self._announced or step % PREEMPTION_CHECK_STEPS:
+            return False
+        self._announced = get_preemption_info() is not None
+        return self._announced
+
+    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        if checkpoint is None:
+            report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / POINTER).write_text(json.dumps(str(checkpoint)))
+            report(metrics, checkpoint=Checkpoint.from_directory(folder), validation=self.validates)
+
+
+def _train(settings: dict[str, Any]) -> None:
+    """The function of each worker."""
+    from .trainer import run
+
+    config: TrainConfig = settings["config"]
+    restarted = get_checkpoint() is not None
+    validates = config.data.validation is not None and config.preview.every_steps > 0
+    run(config, resume=settings["resume"] or restarted, monitor=RayMonitor(validates))
+
+
+def _validate(checkpoint: Checkpoint, **_: Any) -> dict[str, float]:
+    """Validation of a checkpoint as a task of its own, beside the training."""
+    from .config import from_json
+    from .frozen import FrozenModels, load_pipeline, start_adapter
+    from .objective import Objective
+    from .precision import frozen_dtype
+    from .preview import adapter_with
+    from .validation import Validation
+
+    with checkpoint.as_directory() as folder:
+        saved = SavedCheckpoint.verified(Path(json.loads((Path(folder) / POINTER).read_text())))
+    config = from_json(TrainConfig, saved.state["config"], "config")
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    pipeline = load_pipeline(config.model, frozen_dtype(config.precision, device.type))
+    adapter = start_adapter(replace(config.model, adapter="new"), pipeline, config.seed)
+    frozen = FrozenModels(pipeline, device)
+    objective = Objective(pipeline.unet, pipeline.scheduler, frozen.empty_text(), config.objective, device)
+    weights = {name: value.to(device) for name, value in saved.tensors("ema").items()}
+    averaged = adapter_with(weights, adapter, torch.float32)
+    return {"step": saved.step, **Validation(config, frozen, objective)(averaged)}
