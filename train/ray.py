@@ -28,8 +28,14 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from .checkpoint import Checkpoint as SavedCheckpoint
-from .config import TrainConfig
+from .config import TrainConfig, from_json
+from .frozen import FrozenModels, load_pipeline, start_adapter
 from .monitor import Monitor
+from .objective import Objective
+from .precision import frozen_dtype
+from .preview import adapter_with
+from .trainer import check_folder, run
+from .validation import Validation
 
 POINTER = "checkpoint.json"  # in a checkpoint of Ray: the path of the checkpoint in `out`
 PREEMPTION_CHECK_STEPS = 10  # each check waits for all workers
@@ -67,17 +73,20 @@ def run_on_ray(
         resources_per_worker: see `ray.train.ScalingConfig`.
     Returns:
         Ray's result with the metrics of the last checkpoint.
+    Raises:
+        ValueError: `out` contains checkpoints and `resume` is false.
     """
+    config = replace(config, out=config.out.resolve())
+    check_folder(config, resume)
     if not ray.is_initialized():
         ray.init()
-    config = replace(config, out=config.out.resolve())
     use_gpu = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     validation = None
     if config.data.validation is not None and config.preview.every_steps:
         validation = ValidationConfig(fn=_validate, ray_remote_kwargs={"num_gpus": 1 if use_gpu else 0})
     trainer = TorchTrainer(
         _train,
-        train_loop_config={"config": config, "resume": resume},
+        train_loop_config={"config": config},
         scaling_config=ScalingConfig(
             num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources_per_worker
         ),
@@ -116,24 +125,14 @@ class RayMonitor(Monitor):
 
 
 def _train(settings: dict[str, Any]) -> None:
-    """The function of each worker."""
-    from .trainer import run
-
+    """The function of each worker, which Ray calls again after a failure."""
     config: TrainConfig = settings["config"]
-    restarted = get_checkpoint() is not None
     validates = config.data.validation is not None and config.preview.every_steps > 0
-    run(config, resume=settings["resume"] or restarted, monitor=RayMonitor(validates))
+    run(config, resume=True, monitor=RayMonitor(validates))
 
 
 def _validate(checkpoint: Checkpoint, **_: Any) -> dict[str, float]:
     """Validation of a checkpoint as a task of its own, beside the training."""
-    from .config import from_json
-    from .frozen import FrozenModels, load_pipeline, start_adapter
-    from .objective import Objective
-    from .precision import frozen_dtype
-    from .preview import adapter_with
-    from .validation import Validation
-
     with checkpoint.as_directory() as folder:
         saved = SavedCheckpoint.verified(Path(json.loads((Path(folder) / POINTER).read_text())))
     config = from_json(TrainConfig, saved.state["config"], "config")

@@ -78,7 +78,9 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
     )
     is_main, device = accelerator.is_main_process, accelerator.device
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    found = _find_checkpoint(config, resume, is_main)
+    check_folder(config, resume)
+    accelerator.wait_for_everyone()  # all have looked at the folder before anything is written
+    found = _find_checkpoint(config, accelerator)
     if is_main:
         remove_later_steps(config.out / LOG, 0 if found is None else found.step)
     accelerator.init_trackers(config.name, config={key: str(value) for key, value in config.to_dict().items()})
@@ -292,22 +294,24 @@ def _trackers(config: TrainConfig) -> list[Any]:
     return list(config.log.trackers)
 
 
-def _find_checkpoint(config: TrainConfig, resume: bool, is_main: bool) -> Checkpoint | None:
-    """The checkpoint to continue from. The main process selects it for all."""
+def check_folder(config: TrainConfig, resume: bool) -> None:
+    """Refuse to start a new run in the folder of another one.
+
+    Raises:
+        ValueError: `config.out` contains checkpoints and `resume` is false.
+    """
     folder = config.out / CHECKPOINTS
-    answer: list[Any] = [None]
-    if is_main and not resume and has_checkpoint(folder):
-        answer = [
-            ValueError(
-                f"{folder} already contains checkpoints; add --resume to continue that run, or choose another folder "
-                "with --set out=FOLDER."
-            )
-        ]
-    elif is_main:
-        answer = [newest_checkpoint(folder)]
+    if not resume and has_checkpoint(folder):
+        raise ValueError(
+            f"{folder} already contains checkpoints; add --resume to continue that run, or choose another folder "
+            "with --set out=FOLDER."
+        )
+
+
+def _find_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Checkpoint | None:
+    """The newest undamaged checkpoint. The main process selects it for all."""
+    answer = [newest_checkpoint(config.out / CHECKPOINTS) if accelerator.is_main_process else None]
     broadcast_object_list(answer)
-    if isinstance(answer[0], ValueError):
-        raise answer[0]
     return answer[0]
 
 
