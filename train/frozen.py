@@ -108,7 +108,7 @@ class FrozenModels:
     def empty_text(self) -> tuple[Tensor, Tensor | None]:
         """Text condition of a dropped caption, as the pipeline encodes an empty negative prompt: embeds [T, D] and
         pooled text."""
-        ((embeds, *rest),) = self._encode_texts([""])
+        ((embeds, *rest),) = self.encode_texts([""])
         pooled = rest[0] if rest else None
         if self.pipeline.config["force_zeros_for_empty_prompt"]:
             return torch.zeros_like(embeds), None if pooled is None else torch.zeros_like(pooled)
@@ -129,10 +129,10 @@ class FrozenModels:
             ]
             return [torch.stack(values) for values in zip(*rows, strict=True)]
 
-        (latents,) = complete(("latents",), self._encode_images)
+        (latents,) = complete(("latents",), self.encode_images)
         text_names = ("embeds", "pooled") if self._has_pooled_text else ("embeds",)
-        embeds, *pooled = complete(text_names, lambda missing: self._encode_texts([s.caption for s in missing]))
-        shallow, deep, local = complete(("shallow", "deep", "local"), self._encode_references)
+        embeds, *pooled = complete(text_names, lambda missing: self.encode_texts([s.caption for s in missing]))
+        shallow, deep, local = complete(("shallow", "deep", "local"), self.encode_references)
         inside = None
         if all("inside" in sample.extras for sample in samples):
             maps = torch.from_numpy(np.stack([sample.extras["inside"] for sample in samples]))
@@ -163,12 +163,12 @@ class FrozenModels:
             pairs = tuple(pair[::-1] for pair in pairs)
         return tuple(int(side) for pair in pairs for side in pair)
 
-    def _encode_images(self, samples: Sequence[Sample]) -> list[tuple[Tensor, ...]]:
+    def encode_images(self, samples: Sequence[Sample]) -> list[tuple[Tensor, ...]]:
         pixels = torch.from_numpy(np.stack([sample.image for sample in samples])).to(self.device)
         pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         return [(latents,) for latents in self._decoder.scaled(self._decoder.encode(pixels))]
 
-    def _encode_texts(self, texts: Sequence[str]) -> list[tuple[Tensor, ...]]:
+    def encode_texts(self, texts: Sequence[str]) -> list[tuple[Tensor, ...]]:
         """Embeds, and the pooled text if the model takes one; the last texts are cached."""
         if new := sorted(set(texts) - self._texts.keys()):
             for text, condition in zip(new, self.pipeline.text_encoders.encode_batch(new), strict=True):
@@ -181,7 +181,7 @@ class FrozenModels:
             self._texts.popitem(last=False)
         return [(embeds,) if pooled is None else (embeds, pooled) for embeds, pooled in found]
 
-    def _encode_references(self, samples: Sequence[Sample]) -> list[tuple[Tensor, ...]]:
+    def encode_references(self, samples: Sequence[Sample]) -> list[tuple[Tensor, ...]]:
         encoders = self.pipeline.vision_encoders
         assert encoders is not None
         features = encoders.encode([sample.reference for sample in samples])
