@@ -1,4 +1,7 @@
-"""Command line of the training data: `python -m train.data check PATH`. See docs/training_data.md."""
+"""Command line of the training data: `python -m train.data check PATH` and `python -m train.data precompute RECIPE`.
+
+See docs/training_data.md. Imports are inside the functions that need them: `check` does not load torch.
+"""
 
 import argparse
 import logging
@@ -6,7 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..recipes import RECIPES
 from .decode import Limits
+from .kinds import KINDS, Kind
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,6 +33,25 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of evaluation images that must not be in the training data; may be repeated",
     )  # fmt: skip
     check.add_argument("--workers", type=int, help="number of processes (default: one per core)")
+
+    features = commands.add_parser(
+        "precompute",
+        help="store the features of the frozen models that a run will need",
+        description="Store the features of the frozen models that the samples of a run will need. An interrupted call "
+        "is continued by the next one. Train with `--set data.features=FOLDER`.",
+    )
+    features.add_argument("recipe", choices=RECIPES, help="as for `python -m train`")
+    features.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for `python -m train`")
+    features.add_argument("--out", type=Path, required=True, help="folder of the features")
+    features.add_argument("--steps", type=int, help="number of steps (default: all steps of the run)")
+    features.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to store (default: all; vision is the largest)"
+    )
+    features.add_argument("--device", help="torch device (default: cuda if available, else cpu)")
+    features.add_argument("--rank", type=int, default=0, help="of this process (default: %(default)s)")
+    features.add_argument(
+        "--world-size", type=int, default=1, help="number of processes that share the work (default: %(default)s)"
+    )
     return parser
 
 
@@ -35,8 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; `argv` defaults to the command line. Returns the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    return run_check(args)
+    if args.command == "check":
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        return run_check(args)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    return run_precompute(args)
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -58,6 +85,44 @@ def run_check(args: argparse.Namespace) -> int:
     if not report.contents.usable:
         print(f"{args.path} has no usable record; the reasons are above.", file=sys.stderr)
     return 0 if report.contents.usable else 1
+
+
+def run_precompute(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..config import override
+    from ..frozen import FrozenModels, load_pipeline
+    from ..precision import frozen_dtype
+    from ..sources import open_mixture
+    from .features import FeatureStore, encoder_revisions
+    from .precompute import Encode, precompute
+
+    try:
+        config = override(RECIPES[args.recipe](), args.set)
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        pipeline = load_pipeline(config.model, frozen_dtype(config.precision, device.type))
+        store = FeatureStore(args.out, encoder_revisions(pipeline))
+        frozen = FrozenModels(pipeline, device)
+        encoders: dict[Kind, Encode] = {
+            "latents": frozen.encode_images,
+            "text": lambda samples: frozen.encode_texts([sample.caption for sample in samples]),
+            "vision": frozen.encode_references,
+        }
+        with torch.inference_mode():
+            summary = precompute(
+                open_mixture(config, frozen.reference_size),
+                store,
+                {kind: encoders[kind] for kind in args.kinds},
+                num_steps=config.steps if args.steps is None else args.steps,
+                rank=args.rank,
+                world_size=args.world_size,
+                workers=config.data.workers,
+            )
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(summary)
+    return 0
 
 
 if __name__ == "__main__":

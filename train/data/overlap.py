@@ -58,23 +58,22 @@ class EvaluationImages:
                     hashes.append(perceptual_hash(to_rgb(image)))
                 names.append(name)
         self.names = names
-        self._perceptual = np.stack(hashes) if hashes else np.zeros((0, 1), np.uint8)
+        self._perceptual = np.stack(hashes) if hashes else np.zeros((0, 1), bool)
 
     def similar(self, image: Image.Image) -> str | None:
         """Name of the evaluation image that an RGB image is a copy of, also if it was resized or compressed again."""
         if not self.names:
             return None
-        distance = np.unpackbits(self._perceptual ^ perceptual_hash(image), axis=1).sum(1)
+        distance = (self._perceptual != perceptual_hash(image)).sum(1)
         nearest = int(distance.argmin())
         return self.names[nearest] if distance[nearest] <= MAX_DISTANCE else None
 
 
 def perceptual_hash(image: Image.Image) -> np.ndarray:
-    """Difference hash of an RGB image: whether each pixel of a small gray version is brighter than its neighbors."""
+    """Difference hash of an RGB image: where a small gray version becomes brighter, bool [480]."""
     gray = image.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
     values = np.asarray(gray, np.int16)
-    brighter = np.concatenate([(np.diff(values, axis=axis) > 0).ravel() for axis in (0, 1)])
-    return np.packbits(brighter.astype(np.uint8))
+    return np.concatenate([(np.diff(values, axis=axis) > 0).ravel() for axis in (0, 1)])
 
 
 def find_identical(source: Hashed, evaluation: EvaluationImages) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """The sprite world as a source of training samples: pairs that are rendered on demand."""
 
 from collections.abc import Sequence
+from hashlib import blake2b
 
 import numpy as np
 from PIL import Image
@@ -38,14 +39,20 @@ class SpriteSource:
         pair = self._world.pair(number)
         sample = pair.sample
         shown = [box for s, box in zip(sample.subjects, sample.boxes) if s.category in pair.target_phrases]
+        reference = pair.reference if other_view else sample.image
         return Record(
             image=sample.image,
-            reference=pair.reference if other_view else sample.image,
+            reference=reference,
+            content=(_content(sample.image), _content(reference)),
             caption=sample.caption,
             target_phrase=pair.target_phrases[0],
             key=f"{self.name}:{number}",
             masks={"inside": _inside(shown)},
         )
+
+
+def _content(image: Image.Image) -> str:
+    return blake2b(image.tobytes(), digest_size=16).hexdigest()
 
 
 def _inside(boxes: Sequence[Box]) -> Image.Image:
