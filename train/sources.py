@@ -42,8 +42,3 @@ def open_mixture(config: TrainConfig, reference_size: int) -> Mixture:
         curriculum=config.curriculum,
         reference_size=reference_size,
     )
-
-
-def fingerprints(mixture: Mixture) -> dict[str, str]:
-    """Name of each source -> hash of its records and their order, if it has one."""
-    return {source.name: source.fingerprint for source in mixture.sources if hasattr(source, "fingerprint")}

@@ -28,6 +28,7 @@ from .checkpoint import (
     trained_tensors,
 )
 from .config import TrainConfig, changed_fields
+from .data.features import open_features
 from .data.loader import batches, count_skipped
 from .ema import EMA
 from .frozen import FrozenModels, load_pipeline, start_adapter
@@ -39,14 +40,16 @@ from .preview import adapter_with, render_previews
 from .publish import push_to_hub, write_results
 from .results import CHECKPOINTS, LOG, PREVIEWS, TRACKERS
 from .schedule import learning_rate
-from .sources import fingerprints, open_mixture
+from .sources import open_mixture
 from .stop import StopSignal
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
 # Fields that a resumed run may change without changing its results.
-_FREE_FIELDS = ("out", "max_seconds", "device", "checkpoint.", "log.", "preview.", "hub.", "data.workers")
+_FREE_FIELDS = (
+    "out", "max_seconds", "device", "checkpoint.", "log.", "preview.", "hub.", "data.workers", "data.validation",
+)  # fmt: skip
 
 
 def run(config: TrainConfig, *, resume: bool = False, monitor: Monitor | None = None) -> int:
@@ -89,7 +92,7 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
     pipeline = load_pipeline(config.model, frozen_dtype(config.precision, device.type))
     pipeline.set_progress_bar_config(disable=True)
     adapter = start_adapter(config.model, pipeline, config.seed)
-    frozen = FrozenModels(pipeline, device)
+    frozen = FrozenModels(pipeline, device, open_features(config.data.features, pipeline))
     if config.model.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     if config.model.compile_blocks:
@@ -120,7 +123,7 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
         step = saved_step = found.step
         window = MetricWindow.restored(found.state["window"])
         if is_main:
-            _warn_about_changes(found, config, fingerprints(mixture))
+            _warn_about_changes(found, config, mixture.fingerprint)
             logger.info("Resuming at step %d from %s.", step, found.path)
 
     def any_process(flag: bool) -> bool:
@@ -139,7 +142,7 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
             state = {
                 "step": step,
                 "config": config.to_dict(),
-                "data": fingerprints(mixture),
+                "data": mixture.fingerprint,
                 "window": window.state(),
             }
             path = save_checkpoint(config.out / CHECKPOINTS, tensors, state, keep=config.checkpoint.keep)
@@ -315,10 +318,11 @@ def _find_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Checkpoin
     return answer[0]
 
 
-def _warn_about_changes(found: Checkpoint, config: TrainConfig, data: dict[str, str]) -> None:
+def _warn_about_changes(found: Checkpoint, config: TrainConfig, fingerprint: str) -> None:
     """Warn if the resumed run will differ from an unbroken one."""
     changes = changed_fields(found.state["config"], config.to_dict())
     changes = [change for change in changes if not change.startswith(_FREE_FIELDS)]
-    changes += [f"records of source {change}" for change in changed_fields(found.state["data"], data)]
+    if found.state["data"] != fingerprint:
+        changes.append("the records of the data have changed")
     if changes:
         logger.warning("The resumed run will differ from an unbroken one: %s.", "; ".join(changes))

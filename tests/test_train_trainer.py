@@ -1,0 +1,223 @@
+"""The trainer's behavior around the loop: stopping, resuming, logging, validation and publishing."""
+
+import json
+import logging
+import math
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_training import losses, toy_config, write_base
+
+from train import trainer
+from train.data import loader
+from train.monitor import Monitor
+from train.trainer import run
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return [*write_base(tmp_path_factory.mktemp("base"), "mini"), "data.validation=none"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(base, tmp_path_factory):
+    """An unbroken run of four steps."""
+    out = tmp_path_factory.mktemp("unbroken")
+    assert run(toy_config("mini", out, base)) == 4
+    return out
+
+
+def log_of(out):
+    """Lines of the log. NaN and Infinity, which are not JSON, raise."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_result(one, other):
+    assert losses(one) == losses(other)
+    first, second = (load_file(out / "adapter.safetensors") for out in (one, other))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_the_run_with_a_checkpoint(base, unbroken, tmp_path, monkeypatch, number):
+    """A signal during a step lets the step finish; a signal while the run waits for data ends the wait at once. In
+    both cases the run writes a checkpoint, restores the handlers, and a resumed run equals an unbroken one."""
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    draw = trainer.draw
+
+    def in_the_step(*args, step, **options):
+        if step == 0:
+            os.kill(os.getpid(), number)
+        return draw(*args, step=step, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "draw", in_the_step)
+        assert run(toy_config("mini", tmp_path, base)) == 1
+
+    samples = loader.Mixture.samples
+
+    def while_waiting(self, step, positions):
+        if step == 2:
+            threading.Timer(0.2, lambda: os.kill(os.getpid(), number)).start()
+            time.sleep(30)
+        return samples(self, step, positions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader.Mixture, "samples", while_waiting)
+        start = time.monotonic()
+        assert run(toy_config("mini", tmp_path, base), resume=True) == 2
+        assert time.monotonic() - start < 20
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    assert run(toy_config("mini", tmp_path, base), resume=True) == 4
+    assert_same_result(tmp_path, unbroken)
+
+
+def test_damaged_checkpoint_is_not_resumed(base, unbroken, tmp_path, caplog):
+    """The run continues from the one before and equals an unbroken one."""
+    config = toy_config("mini", tmp_path, [*base, "checkpoint.every_steps=1", "max_seconds=0"])
+    assert run(toy_config("mini", tmp_path, [*base, "checkpoint.every_steps=1", "steps=3"])) == 3
+    damaged = tmp_path / "checkpoints" / "step_00000003" / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with caplog.at_level(logging.INFO):
+        assert run(config, resume=True) == 2
+    assert "step_00000003 is damaged" in caplog.text and "Resuming at step 2" in caplog.text
+    assert run(toy_config("mini", tmp_path, base), resume=True) == 4
+    assert_same_result(tmp_path, unbroken)
+
+
+def test_folder_of_another_run_is_refused(base, unbroken):
+    with pytest.raises(ValueError, match="already contains checkpoints; add --resume"):
+        run(toy_config("mini", unbroken, base))
+
+
+def test_finished_run_is_not_trained_further(base, unbroken):
+    before = (unbroken / "adapter.safetensors").read_bytes()
+    assert run(toy_config("mini", unbroken, base), resume=True) == 4
+    assert (unbroken / "adapter.safetensors").read_bytes() == before and len(losses(unbroken)) == 4
+
+
+def test_changed_settings_are_named_on_resume(base, tmp_path, caplog):
+    """Settings that change the results are named; others, such as the number of workers, are not."""
+    run(toy_config("mini", tmp_path, [*base, "steps=1"]))
+    changed = [*base, "steps=1", "seed=4", "optimizer.learning_rate=0.5", "data.workers=1", "checkpoint.keep=1"]
+    with caplog.at_level(logging.WARNING):
+        run(toy_config("mini", tmp_path, changed), resume=True)
+    (warning,) = [r.getMessage() for r in caplog.records if "will differ from an unbroken one" in r.getMessage()]
+    assert "seed was 0, is 4" in warning and "optimizer.learning_rate was 0.001, is 0.5" in warning
+    assert "workers" not in warning and "keep" not in warning
+
+
+def test_number_of_micro_batches_does_not_change_the_loss(base, unbroken, tmp_path):
+    """Accumulated gradients equal those of one large batch, up to rounding."""
+    run(toy_config("mini", tmp_path, [*base, "micro_batch_size=2"]))
+    assert losses(tmp_path) == pytest.approx(losses(unbroken), rel=1e-4)
+
+
+def test_step_without_finite_gradient_is_skipped_and_counted(base, tmp_path, monkeypatch):
+    """The log stays valid JSON, and the weights stay finite."""
+    compute = trainer.Objective.losses
+    calls = []
+
+    def failing(self, encoded, draws):
+        calls.append(None)
+        return compute(self, encoded, draws) * (math.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(trainer.Objective, "losses", failing)
+    run(toy_config("mini", tmp_path, [*base, "log.every_steps=2"]))
+    first, second = log_of(tmp_path)
+    assert first["skipped_steps"] == 1 and "skipped_steps" not in second and math.isfinite(first["loss"])
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "adapter.safetensors").values())
+
+
+def test_log_contains_the_curriculum(unbroken):
+    """The values of Eq. 10 and 12 at each step, and the share of other views that was drawn."""
+    lines = log_of(unbroken)
+    assert [line["other_view_probability"] for line in lines] == [0, 1 / 8, 2 / 8, 3 / 8]
+    assert [line["r_cur"] for line in lines] == pytest.approx([1, 1.075, 1.15, 1.225])
+    assert lines[0]["other_views"] == 0 and all(line["other_views"] in (0, 0.5, 1) for line in lines)
+    assert [line["samples"] for line in lines] == [2, 4, 6, 8] and all(line["grad_norm"] > 0 for line in lines)
+
+
+def test_time_limit_and_validation(base, tmp_path):
+    """A run that has no time left stops before the next step, with a checkpoint and the result. Validation compares
+    the loss with the reference and without; it does not change what a resumed run computes."""
+    settings = [
+        *base,
+        'data.validation={"kind": "sprite_world"}',
+        "preview.every_steps=1",
+        "preview.subjects=[]",
+        "micro_batch_size=64",
+    ]
+    assert run(toy_config("mini", tmp_path, [*settings, "max_seconds=0"])) == 0
+    assert (tmp_path / "checkpoints" / "step_00000000").is_dir() and (tmp_path / "adapter.safetensors").is_file()
+    assert run(toy_config("mini", tmp_path, [*settings, "steps=1"]), resume=True) == 1
+    lines = [line for line in log_of(tmp_path) if "validation_loss" in line]
+    assert [line["step"] for line in lines] == [0, 1]
+    assert lines[0]["validation_loss"] != lines[0]["validation_loss_without_reference"]
+    assert lines[0]["validation_loss"] != lines[1]["validation_loss"]
+    assert lines[0]["validation_loss_without_reference"] == lines[1]["validation_loss_without_reference"]
+
+
+def test_monitor_can_ask_for_a_checkpoint(base, tmp_path):
+    """A machine that is about to be taken away: a checkpoint is written after that step, and the run goes on."""
+    reported = []
+
+    class Announcement(Monitor):
+        def wants_checkpoint(self, step):
+            return step == 1
+
+        def report(self, metrics, checkpoint):
+            reported.append((checkpoint.name, metrics["loss"]))
+
+    run(toy_config("mini", tmp_path, [*base, "checkpoint.every_steps=100", "steps=2"]), monitor=Announcement())
+    assert reported == [(f"step_0000000{step}", losses(tmp_path)[step - 1]) for step in (1, 2)]
+
+
+def test_tensorboard_shows_the_metrics(base, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(toy_config("mini", tmp_path, [*base, "steps=2", "log.trackers=tensorboard"]))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "trackers" / "mini"))
+    events.Reload()
+    values = events.Scalars("loss")
+    assert [value.step for value in values] == [1, 2]
+    assert [value.value for value in values] == pytest.approx(losses(tmp_path), rel=1e-6)
+
+
+def test_tracker_that_is_not_installed_is_refused(base, tmp_path):
+    with pytest.raises(ValueError, match="'no_such_tracker', which is not installed"):
+        run(toy_config("mini", tmp_path, [*base, "log.trackers=no_such_tracker"]))
+
+
+def test_finished_run_is_uploaded(base, tmp_path, monkeypatch):
+    """The adapter, the summary and the model card; nothing is uploaded before the last step."""
+    import huggingface_hub
+
+    calls = []
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            calls.append((repo_id, private, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            calls.append((repo_id, folder_path, sorted(allow_patterns)))
+            assert all((folder_path / name).is_file() for name in allow_patterns)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    settings = [*base, "steps=1", "hub.repo_id=me/adapter", "hub.private=false"]
+    run(toy_config("mini", tmp_path, [*settings, "max_seconds=0"]))
+    assert not calls
+    run(toy_config("mini", tmp_path, settings), resume=True)
+    assert calls == [
+        ("me/adapter", False, True),
+        ("me/adapter", tmp_path, ["README.md", "adapter.safetensors", "training.json"]),
+    ]
+    assert "recipe `mini`: 1 steps of 2 samples" in (tmp_path / "README.md").read_text()
