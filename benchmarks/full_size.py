@@ -93,8 +93,14 @@ def default_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if torch.device(device).type != "cpu" or has_bfloat16 else torch.float32
 
 
-def random_pipeline(family: ModelFamily, device: str = "cpu", dtype: torch.dtype | None = None) -> RealCustomPipeline:
-    """A complete pipeline with random weights. On device "meta" it allocates no memory."""
+def random_pipeline(
+    family: ModelFamily, device: str = "cpu", dtype: torch.dtype | None = None, *, repeat_all: bool = False
+) -> RealCustomPipeline:
+    """A complete pipeline with random weights. On device "meta" it allocates no memory.
+
+    Args:
+        repeat_all: UNet, VAE and adapter share weights among their layers too, to check shapes in little memory.
+    """
     dtype = dtype or default_dtype(device)
     with torch.device("meta"):
         unet = UNet2DConditionModel(**(SDXL_UNET if family == "sdxl" else SD15_UNET))
@@ -105,7 +111,7 @@ def random_pipeline(family: ModelFamily, device: str = "cpu", dtype: torch.dtype
         }
         encoders = {**_text_encoders(family), **_vision_encoders()}
     for name, module in {**models, **encoders}.items():
-        _materialize(module.to(dtype), device, repeated=name in encoders)
+        _materialize(module.to(dtype), device, repeated=repeat_all or name in encoders)
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=TEXT_LENGTH)
     pipeline = RealCustomPipeline(
         **models,

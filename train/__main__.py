@@ -43,14 +43,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = override(RECIPES[args.recipe](), args.set)
     except ValueError as error:
         parser.error(str(error))
-    if args.ray is not None:
-        from .ray import parse_workers, run_on_ray
+    try:
+        if args.ray is not None:
+            from .ray import parse_workers, run_on_ray
 
-        run_on_ray(config, num_workers=parse_workers(args.ray), resume=args.resume)
-    else:
-        from .trainer import run
+            run_on_ray(config, num_workers=parse_workers(args.ray), resume=args.resume)
+        else:
+            from .trainer import run
 
-        run(config, resume=args.resume)
+            run(config, resume=args.resume)
+    except ValueError as error:  # a mistake in the configuration, the data or the models
+        logging.debug("Traceback:", exc_info=True)
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 # Fields that a resumed run may change without changing its results.
 _FREE_FIELDS = (
     "out", "max_seconds", "device", "checkpoint.", "log.", "preview.", "hub.", "data.workers", "data.validation",
+    "data.features", "data.evaluation",
 )  # fmt: skip
 
 
@@ -141,6 +142,7 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
             }
             state = {
                 "step": step,
+                "processes": world_size,
                 "config": config.to_dict(),
                 "data": mixture.fingerprint,
                 "window": window.state(),

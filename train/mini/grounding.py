@@ -1,6 +1,6 @@
 """Grounding loss on the cross-attention of subject words, after TokenCompose (CVPR 2024).
 
-docs/training.md explains why the embedded model needs it.
+docs/mini.md explains why the embedded model needs it.
 
 Legend: B images, S subjects, T text tokens, h x w latent size, Q positions of a layer.
 """

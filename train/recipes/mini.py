@@ -22,7 +22,7 @@ STEPS = 16_000
 def mini() -> TrainConfig:
     """The embedded model's adapter at 128 px, 16k steps of 64 samples of the sprite world.
 
-    Hardware: two CPU cores or any GPU. Memory: 2 GB. docs/training.md states the measured time.
+    Hardware: two CPU cores or any GPU. Memory: 2 GB. docs/mini.md states the measured time.
 
     Because the training is short, it differs from the paper: noisy timesteps, which determine the appearance, are more
     frequent, and positions inside the reference's subjects have a higher weight. References are cropped less, because
