@@ -82,6 +82,8 @@ class DataConfig:
         workers: loader processes; 0 loads in the training process. The number does not change the samples.
         features: folder of precomputed features (`python -m train.data precompute`); None computes all in the run.
         validation: source of samples that are not trained on; their loss is logged with each preview.
+        crop: part of an image that is longer than its bucket; "random" is for models with a crop condition (SDXL).
+        evaluation: folders of images that must not be in the sources; a warning names those that are.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -90,6 +92,8 @@ class DataConfig:
     workers: int = 4
     features: Path | None = None
     validation: SourceConfig | None = None
+    crop: Literal["random", "center"] = "random"
+    evaluation: tuple[Path, ...] = (EXAMPLE_IMAGES,)
 
     def __post_init__(self) -> None:
         _require(len(self.sources) > 0, "data.sources is empty; add at least one source.")

@@ -5,25 +5,28 @@ from typing import Literal
 from .config import SourceConfig, TrainConfig
 from .data.mixture import Mixture
 from .data.multiview import MultiviewSource
+from .data.overlap import warn_if_overlapping
 from .data.sample import Source
 from .data.sprite_world.source import SpriteSource
 from .data.text_image import TextImageSource
 from .data.transforms import aspect_buckets
 
 
-def open_source(config: SourceConfig, split: Literal["train", "held_out"] = "train") -> Source:
+def open_source(config: SourceConfig, split: Literal["train", "held_out"] = "train", name: str | None = None) -> Source:
     """Open a source; the first time, its records are indexed.
 
     Args:
         split: of the sprite world: instances for training, or those that training never uses.
-
+        name: prefix of the keys of its records; default: the name of its path.
     Raises:
         ValueError: the path has no usable record.
     """
     if config.kind == "sprite_world":
-        return SpriteSource(split=split)
+        return SpriteSource(split=split, name=name or config.kind)
     assert config.path is not None
-    return TextImageSource(config.path) if config.kind == "text_image" else MultiviewSource(config.path)
+    if config.kind == "text_image":
+        return TextImageSource(config.path, name)
+    return MultiviewSource(config.path, name)
 
 
 def open_mixture(config: TrainConfig, reference_size: int) -> Mixture:
@@ -33,12 +36,22 @@ def open_mixture(config: TrainConfig, reference_size: int) -> Mixture:
         reference_size: side of the references in px.
     """
     resolution = config.data.resolution
+    names = [source.kind if source.path is None else source.path.stem for source in config.data.sources]
+    distinct = len(set(names)) == len(names)
+    sources = [
+        open_source(source, name=name if distinct else f"{number}-{name}")
+        for number, (source, name) in enumerate(zip(config.data.sources, names))
+    ]
+    if config.data.evaluation:
+        folders = [source for source in sources if isinstance(source, TextImageSource | MultiviewSource)]
+        warn_if_overlapping(folders, config.data.evaluation)
     return Mixture(
-        [open_source(source) for source in config.data.sources],
+        sources,
         [source.weight for source in config.data.sources],
         buckets=aspect_buckets(resolution) if config.data.aspect_buckets else ((resolution, resolution),),
         batch_size=config.batch_size,
         seed=config.seed,
         curriculum=config.curriculum,
         reference_size=reference_size,
+        crop=config.data.crop,
     )

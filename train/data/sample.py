@@ -119,11 +119,20 @@ class Source(Protocol):
         fingerprint: hash of the records and their order; a run can be resumed exactly only with the same one.
     """
 
-    name: str
-    sizes: np.ndarray | None
-    shows_views: bool
-    shows_originals: bool
-    fingerprint: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sizes(self) -> np.ndarray | None: ...
+
+    @property
+    def shows_views(self) -> bool: ...
+
+    @property
+    def shows_originals(self) -> bool: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def load(self, number: int, other_view: bool, rng: np.random.Generator) -> Record:
         """The record of a number in [0, N).
