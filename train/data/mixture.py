@@ -171,15 +171,17 @@ class Mixture:
 
 @dataclass(frozen=True)
 class _StreamWeights:
-    """Step -> weight of each stream: the curriculum's probability of its group times its part of the group."""
+    """Steps -> weights of the streams: the curriculum's probability of a stream's group times its part of the group."""
 
     curriculum: Curriculum | None  # None: there are no other views
     is_view: np.ndarray
     relative: np.ndarray
 
-    def __call__(self, step: int) -> np.ndarray:
-        probability = self.curriculum.other_view_probability(step) if self.curriculum else 0.0
-        return np.where(self.is_view, probability, 1 - probability) * self.relative
+    def __call__(self, steps: np.ndarray) -> np.ndarray:
+        views = np.zeros(len(steps))
+        if self.curriculum is not None:
+            views = np.array([self.curriculum.other_view_probability(step) for step in steps.tolist()])
+        return np.where(self.is_view, views[:, None], 1 - views[:, None]) * self.relative
 
 
 def _assign_buckets(sources: Sequence[Source], buckets: Sequence[Size], batch_size: int) -> list[np.ndarray | None]:

@@ -31,7 +31,7 @@ class Plan:
     """The plans of all steps.
 
     Args:
-        weights: step -> weight of each stream, [R]; not all are 0.
+        weights: steps [S] -> weight of each stream at each step, [S, R]; no row is 0.
         shares: distribution of each stream's records over the buckets, [R, K]; each row sums to 1.
         source_of_stream: number of the source of each stream, [R].
         batch_size: of the global batch.
@@ -40,7 +40,7 @@ class Plan:
 
     def __init__(
         self,
-        weights: Callable[[int], np.ndarray],
+        weights: Callable[[np.ndarray], np.ndarray],
         shares: np.ndarray,
         source_of_stream: Sequence[int],
         *,
@@ -83,8 +83,7 @@ class Plan:
 
     def _compute(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         steps = np.arange(block * BLOCK, (block + 1) * BLOCK)
-        weights = np.array([self._weights(step) for step in steps.tolist()], np.float64)  # [BLOCK, R]
-        joint = weights[:, :, None] * self._shares  # [BLOCK, R, K]
+        joint = self._weights(steps)[:, :, None] * self._shares  # [BLOCK, R, K]
         ends = joint.sum(1).cumsum(1)  # [BLOCK, K]
         draw = uniforms(derive_key(self._seed, "bucket"), steps) * ends[:, -1]
         buckets = (draw[:, None] >= ends).sum(1)
