@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from realcustom import RealCustomAdapter, RealCustomPipeline
 from realcustom.decoder import LatentDecoder
@@ -68,8 +68,8 @@ def start_adapter(model: ModelConfig, pipeline: RealCustomPipeline, seed: int) -
     else:
         adapter, plain = load_adapter(model.adapter, pipeline.unet, vision_dim=encoders.num_channels)
         assert not plain
-    module: torch.nn.Module = adapter
-    module.float().requires_grad_(True).train()
+    nn.Module.float(adapter)  # without the warning of diffusers
+    nn.Module.requires_grad_(adapter, True).train()
     return adapter
 
 
@@ -93,10 +93,9 @@ class FrozenModels:
         pipeline.adapter = None  # the trained adapter is apart
         pipeline.to(device)
         for module in pipeline.components.values():
-            if isinstance(module, torch.nn.Module):
+            if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
-        vae: torch.nn.Module = pipeline.vae
-        vae.float()  # latents in bfloat16 would have visible rounding errors
+        nn.Module.float(pipeline.vae)  # latents in bfloat16 would have visible rounding errors
         self.pipeline, self.device = pipeline, device
         self._lookup = lookup
         self._decoder = LatentDecoder(pipeline.vae)

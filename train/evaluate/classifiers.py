@@ -30,6 +30,8 @@ from ..mini.render import pixels_of
 from ..precision import autocast
 from .cases import crop_subject
 
+BATCH_SIZE = 64
+NUM_HELD_OUT = 256
 GROUP = 8  # instances of one category per group of a batch: the networks must distinguish instances, not categories
 
 
@@ -127,7 +129,9 @@ def classifiers_loss(
 
 def train_classifiers(out: Path, device: str = "cpu", **options) -> None:
     """Train the classifiers; checkpoints and logs go to `out`. `options` are fields of `LoopConfig`."""
-    config = LoopConfig(out=out, batch_size=64, learning_rate=1e-3, ema_decay=0.99, preview_every_s=60, **options)
+    config = LoopConfig(
+        out=out, batch_size=BATCH_SIZE, learning_rate=1e-3, ema_decay=0.99, preview_every_s=60, **options
+    )
     torch.manual_seed(2)
     model = Classifiers().to(device)
     fields = {
@@ -149,7 +153,7 @@ def train_classifiers(out: Path, device: str = "cpu", **options) -> None:
         with autocast(device):
             return classifiers_loss(model, entry, generator)
 
-    held_out = tensors(RenderLabeled(split="held_out")(range(256)))
+    held_out = tensors(RenderLabeled(split="held_out")(range(NUM_HELD_OUT)))
 
     def preview(step: int) -> dict[str, float]:
         similarity = model.embed(held_out["image"]) @ model.embed(held_out["reference"]).T

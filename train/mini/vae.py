@@ -23,6 +23,7 @@ from .pool import SamplePool
 from .render import RenderImages
 
 BATCH_SIZE = 32
+NUM_HELD_OUT = 32
 CROP = 64  # px
 LATENT_NOISE = 0.05  # makes the decoder robust to the errors of generated latents
 
@@ -77,7 +78,7 @@ def train_vae(out: Path, device: str = "cpu", **options) -> None:
         with autocast(device):
             return vae_loss(vae, pixels, generator)
 
-    held_out = to_signed(RenderImages(seed=99)(range(32))["pixels"]).to(device)
+    held_out = to_signed(RenderImages(seed=99)(range(NUM_HELD_OUT))["pixels"]).to(device)
 
     def preview(step: int) -> dict[str, Any]:
         latents = vae.encode(held_out, return_dict=False)[0]

@@ -46,6 +46,7 @@ from .pool import Entry, SamplePool
 from .render import pixels_of
 
 BATCH_SIZE = 24
+NUM_HELD_OUT = 64
 GROUP = 8  # instances of one category per group of a batch: the model must distinguish instances, not categories
 THUMBNAIL = 32  # px
 TEMPERATURE = 0.1
@@ -214,7 +215,7 @@ def train_vision(out: Path, device: str = "cpu", **options) -> None:
         with autocast(device):
             return vision_loss(model, entry, generator)
 
-    held_out = views_as_tensors(RenderViews(split="held_out")(range(64)), device)
+    held_out = views_as_tensors(RenderViews(split="held_out")(range(NUM_HELD_OUT)), device)
 
     def preview(step: int) -> dict[str, float]:
         loss, metrics = vision_loss(model, held_out, torch.Generator().manual_seed(0))
