@@ -66,7 +66,7 @@ class Mixture:
         if not views:
             log.warning("No source has other views: every reference is the target image, without Eq. 10-11.")
         self._streams = [(i, False) for i in originals] + [(i, True) for i in views]
-        assigned = _assign_buckets(sources, buckets, batch_size)
+        assigned = [_assign_buckets(source, buckets, batch_size) for source in sources]
         self.buckets = tuple(buckets)
         self._records = [
             None if numbers is None else [np.flatnonzero(numbers == bucket) for bucket in range(len(buckets))]
@@ -184,28 +184,19 @@ class _StreamWeights:
         return np.where(self.is_view, views[:, None], 1 - views[:, None]) * self.relative
 
 
-def _assign_buckets(sources: Sequence[Source], buckets: Sequence[Size], batch_size: int) -> list[np.ndarray | None]:
-    """The bucket of each record of each source.
+def _assign_buckets(source: Source, buckets: Sequence[Size], batch_size: int) -> np.ndarray | None:
+    """The bucket of each record of a source; None if it is unlimited.
 
     A bucket with fewer records than a batch would repeat images within one step; its records go to the nearest bucket
     that has enough.
     """
-    sizes = [source.sizes for source in sources]
-    assigned = [None if s is None else nearest_bucket(s, buckets) for s in sizes]
-    counts = np.zeros(len(buckets), np.int64)
-    for numbers in assigned:
-        if numbers is not None:
-            counts += np.bincount(numbers, minlength=len(buckets))
-    for source in sources:
-        if source.sizes is None:
-            counts[nearest_bucket(np.ones((1, 2)), buckets)] += batch_size
+    if source.sizes is None:
+        return None
+    counts = np.bincount(nearest_bucket(source.sizes, buckets), minlength=len(buckets))
     large: np.ndarray = np.flatnonzero(counts >= min(batch_size, counts.max()))
-    small = [buckets[i] for i in np.flatnonzero(counts).tolist() if i not in large]
-    if small:
-        moved = int(counts.sum() - counts[large].sum())
-        log.info("%d records of %d rare aspect buckets use the nearest bucket: %s.", moved, len(small), small)
-    kept = [buckets[i] for i in large.tolist()]
-    return [None if s is None else large[nearest_bucket(s, kept)] for s in sizes]
+    if moved := int(counts.sum() - counts[large].sum()):
+        log.info("%s: %d records of rare aspect ratios use the nearest frequent bucket.", source.name, moved)
+    return large[nearest_bucket(source.sizes, [buckets[i] for i in large.tolist()])]
 
 
 def _check(sources: Sequence[Source], weights: Sequence[float], buckets: Sequence[Size], batch_size: int) -> None:
