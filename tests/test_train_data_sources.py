@@ -387,6 +387,26 @@ def test_curriculum_moves_from_shards_to_views(shards, views):
     assert names == {0: {("data", False)}, 4: {("data", False), ("mv", True)}, 8: {("mv", True)}}
 
 
+def test_half_of_the_samples_are_mirrored_where_it_is_allowed(tmp_path):
+    """Image and reference together; the crop is that of the mirrored image. A caption that names a side forbids it."""
+    pixels = np.zeros((24, 40, 3), np.uint8) + np.arange(40, dtype=np.uint8)[:, None] * 6
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    files = {f"{i}.png": buffer.getvalue() for i in range(2)}
+    path = write_shard(tmp_path / "a.tar", {**files, "0.txt": b"a dog", "1.txt": b"a dog on the left"})
+    source = TextImageSource(path, limits=LIMITS, may_flip=True)
+    mixed = mixture(source, batch_size=40, buckets=((24, 24),), total=1000)
+    taken = mixed.samples(0, range(40))
+    sides = [s for s in taken if s.key.endswith("1")]
+    assert len(sides) == 20 and not any(s.flipped for s in sides)
+    assert 4 < sum(s.flipped for s in taken) < 16
+    for sample in taken:
+        shown = pixels[:, ::-1] if sample.flipped else pixels
+        top, left = sample.crop
+        assert (sample.image == shown[top : top + 24, left : left + 24]).all()
+        assert (sample.reference[0, 0, 0] > sample.reference[0, -1, 0]) == sample.flipped
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sources_give_the_same_samples_in_workers(shards, views, workers):
     mixed = mixture(TextImageSource(shards, limits=LIMITS), MultiviewSource(views, limits=LIMITS), batch_size=3)

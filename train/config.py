@@ -56,18 +56,27 @@ class SourceConfig:
         kind: "text_image" for tar shards, "multiview" for folders of views, "sprite_world" for the procedural world.
         path: folder of the data; None for the sprite world.
         weight: relative frequency among the sources of the same role.
+        min_side: smallest height and width of an image in px; smaller ones are not used.
+        flip: mirror half of the samples, except those whose caption names left or right; not for images of text.
     """
 
     kind: Literal["text_image", "multiview", "sprite_world"]
     path: Path | None = None
     weight: float = 1.0
+    min_side: int = 256
+    flip: bool = False
 
     def __post_init__(self) -> None:
+        _require(self.min_side >= 1, f"min_side of source {self.kind!r} is {self.min_side}; it must be at least 1.")
         _require(self.weight > 0, f"weight of source {self.kind!r} is {self.weight}; it must be positive.")
         needs_path = self.kind != "sprite_world"
         _require(
             not needs_path or self.path is not None,
             f"source {self.kind!r} has no path; set data.sources.N.path to its folder.",
+        )
+        _require(
+            needs_path or (self.path is None and not self.flip),
+            "source 'sprite_world' has a path or flip; its images are rendered, so remove both.",
         )
 
 

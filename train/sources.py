@@ -3,6 +3,7 @@
 from typing import Literal
 
 from .config import SourceConfig, TrainConfig
+from .data.decode import Limits
 from .data.mixture import Mixture
 from .data.multiview import MultiviewSource
 from .data.overlap import warn_if_overlapping
@@ -24,9 +25,10 @@ def open_source(config: SourceConfig, split: Literal["train", "held_out"] = "tra
     if config.kind == "sprite_world":
         return SpriteSource(split=split, name=name or config.kind)
     assert config.path is not None
-    if config.kind == "text_image":
-        return TextImageSource(config.path, name)
-    return MultiviewSource(config.path, name)
+    source = TextImageSource if config.kind == "text_image" else MultiviewSource
+    limits = Limits(min_side=config.min_side)
+    opened: Source = source(config.path, name, limits=limits, may_flip=config.flip)
+    return opened
 
 
 def open_mixture(config: TrainConfig, reference_size: int) -> Mixture:

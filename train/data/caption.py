@@ -59,6 +59,11 @@ def _problem(caption: str, phrase: str) -> str | None:
     return None
 
 
+def names_sides(caption: str) -> bool:
+    """Whether a caption would be wrong for the mirrored image."""
+    return not {"left", "right"}.isdisjoint(word.casefold() for word in words_of(caption))
+
+
 def guess_target_phrase(caption: str) -> str:
     """The word that probably names the subject: the last word of the first noun phrase, for example "dog" in "a photo
     of a brown dog sitting on a bench".

@@ -33,7 +33,6 @@ class Mixture:
         curriculum: probability of another view and resize ratio of the references at each step.
         reference_size: S, twice the input size of the vision encoders.
         crop: how an image that is longer than its bucket is cropped.
-        flip_probability: of mirroring a sample whose record allows it.
     Attributes:
         fingerprint: hash of everything that the samples depend on; a run can be resumed exactly only with the same one.
     """
@@ -49,17 +48,15 @@ class Mixture:
         curriculum: Curriculum,
         reference_size: int,
         crop: CropMode = "random",
-        flip_probability: float = 0.0,
     ) -> None:
         weights = [1.0] * len(sources) if weights is None else list(weights)
         _check(sources, weights, buckets, batch_size)
         self.sources, self.curriculum, self.seed = tuple(sources), curriculum, seed
         described = [(source.name, source.fingerprint, weight) for source, weight in zip(sources, weights)]
-        options = (tuple(buckets), batch_size, seed, curriculum, reference_size, crop, flip_probability)
+        options = (tuple(buckets), batch_size, seed, curriculum, reference_size, crop)
         self.fingerprint = f"{derive_key(repr(described), repr(options)):016x}"
         self.batch_size, self.reference_size = batch_size, reference_size
         self.crop: CropMode = crop
-        self.flip_probability = flip_probability
 
         views = [i for i, source in enumerate(sources) if source.shows_views]
         originals = [i for i, source in enumerate(sources) if source.shows_originals] or views
@@ -135,7 +132,7 @@ class Mixture:
     ) -> Sample:
         bucket = self.buckets[bucket_number]
         down, right, flip, ratio_draw, reference_down, reference_right = rng.random(6).tolist()
-        flipped = record.may_flip and flip < self.flip_probability
+        flipped = record.may_flip and flip < 0.5
         size = record.image.height, record.image.width
         resized, crop = fit(size, bucket, self.crop, (down, right))
         start = crop[0], resized[1] - bucket[1] - crop[1] if flipped else crop[1]  # in the image before mirroring

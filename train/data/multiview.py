@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .caption import parse_caption
+from .caption import names_sides, parse_caption
 from .decode import EXTENSIONS, Limits, decode, read_size
 from .index import CAPTIONS, Findings, Index, NoUsableRecord, content_hash
 from .sample import BrokenRecord, Record
@@ -40,7 +40,7 @@ class MultiviewSource:
         path: folder with the layout CATEGORY/INSTANCE/images/*.jpg.
         name: prefix of the keys; default: the name of the folder.
         limits: which images are used.
-        may_flip: samples may be mirrored.
+        may_flip: mirror half of the samples, except those whose caption names left or right.
     Attributes:
         findings: what is broken, as far as the index can tell.
         fingerprint: hash of the records and their order.
@@ -88,7 +88,8 @@ class MultiviewSource:
             reference, reference_content = self._other_view(number, rng, key, skipped)
         return Record(
             image=image, reference=reference, caption=caption, target_phrase=target_phrase, key=key,
-            content=(content, reference_content), may_flip=self.may_flip, skipped=tuple(skipped),
+            content=(content, reference_content), skipped=tuple(skipped),
+            may_flip=self.may_flip and not names_sides(caption),
         )  # fmt: skip
 
     def hashes(self) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .caption import parse_caption
+from .caption import names_sides, parse_caption
 from .decode import Limits, decode
 from .index import Findings, Index, NoUsableRecord, content_hash, index_shard, read_part
 from .sample import BrokenRecord, Record
@@ -34,7 +34,7 @@ class TextImageSource:
         path: folder or tar file.
         name: prefix of the keys; default: the name of the path.
         limits: which images are used.
-        may_flip: samples may be mirrored; not if images contain text or captions name left and right.
+        may_flip: mirror half of the samples, except those whose caption names left or right. Not for images of text.
     Attributes:
         findings: what is broken, as far as the index can tell. Images are decoded only when they are loaded.
         fingerprint: hash of the records and their order; a run can be resumed exactly only with the same one.
@@ -94,7 +94,7 @@ class TextImageSource:
         content = content_hash(image).hex()
         return Record(
             image=pixels, reference=pixels, caption=caption, target_phrase=target_phrase, key=key,
-            content=(content, content), may_flip=self.may_flip,
+            content=(content, content), may_flip=self.may_flip and not names_sides(caption),
         )  # fmt: skip
 
     def hashes(self) -> Iterator[tuple[str, str]]:
