@@ -1,8 +1,8 @@
-"""Trains a toy run and kills it again and again: `python kill_driver.py SETTINGS`, for test_train_kills.py.
+"""Trains toy runs and kills them again and again: `python kill_driver.py SETTINGS`, for test_train_kills.py.
 
 A process of its own, because it forks: the libraries are imported once, and each attempt is a fork that resumes the
 run. An attempt kills itself with SIGKILL at a random moment: in the middle of a step, in the middle of a file of a
-checkpoint, or just before the checkpoint gets its final name.
+checkpoint, or just before the checkpoint gets its final name. The random numbers differ from attempt to attempt.
 """
 
 import json
@@ -63,32 +63,34 @@ def kill_before_rename(number: int) -> None:
 
 
 def main() -> None:
-    settings = json.loads(sys.argv[1])
-    out, rng = Path(settings["out"]), random.Random(settings["seed"])
-
     from toy_training import toy_config
 
     from train.trainer import run
 
-    config = toy_config("mini", out, settings["assignments"])
     kills = [(kill_in_step, 4), (kill_in_file, 5), (kill_before_rename, 1)]  # and the largest argument of each
-    killed = 0
-    while True:
-        pid = os.fork()
-        if pid == 0:
-            if killed < settings["kills"]:
-                arrange, largest = kills[killed % len(kills)]
-                arrange(rng.randint(0, largest))
-            run(config, resume=True)
-            os._exit(0)
-        _, status = os.waitpid(pid, 0)
-        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-            killed += 1
-        elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
-            break
-        else:
-            sys.exit(f"an attempt ended with status {status}")
-    print(json.dumps({"killed": killed}))
+    for settings in json.loads(sys.argv[1]):
+        config, rng = (
+            toy_config("mini", Path(settings["out"]), settings["assignments"]),
+            random.Random(settings["seed"]),
+        )
+        killed = 0
+        while True:
+            arrange, largest = kills[killed % len(kills)]
+            argument = rng.randint(0, largest)
+            pid = os.fork()
+            if pid == 0:
+                if killed < settings["kills"]:
+                    arrange(argument)
+                run(config, resume=True)
+                os._exit(0)
+            _, status = os.waitpid(pid, 0)
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+                killed += 1
+            elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
+                break
+            else:
+                sys.exit(f"an attempt ended with status {status}")
+        print(json.dumps({"killed": killed}))
 
 
 if __name__ == "__main__":
