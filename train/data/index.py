@@ -7,7 +7,7 @@ Legend: N records of the shard.
 
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
@@ -101,6 +101,15 @@ def index_shard(path: Path, name: str) -> Index:
 def content_hash(data: bytes) -> bytes:
     """Hash of an image file, 16 bytes."""
     return blake2b(data, digest_size=16).digest()
+
+
+def rows_with_hash(columns: Columns, hashes: Collection[bytes]) -> list[int]:
+    """Rows of an index whose image file has one of these hashes."""
+    if not hashes:
+        return []
+    first = np.frombuffer(b"".join(value[:8] for value in hashes), np.uint64)
+    candidates = np.flatnonzero(np.isin(np.ascontiguousarray(columns["hash"][:, :8]).view(np.uint64)[:, 0], first))
+    return [row for row in candidates.tolist() if columns["hash"][row].tobytes() in hashes]
 
 
 def _scan(path: Path, name: str, findings: Findings) -> Columns:

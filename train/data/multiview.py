@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from PIL import Image
 
 from .caption import names_sides, parse_caption
 from .decode import EXTENSIONS, Limits, decode, read_size
-from .index import CAPTIONS, Findings, Index, NoUsableRecord, content_hash
+from .index import CAPTIONS, Findings, Index, NoUsableRecord, content_hash, rows_with_hash
 from .sample import BrokenRecord, Record
 from .sidecar import VERSION, Columns, load_or_build, pack_names, unpack_name
 
@@ -92,10 +92,10 @@ class MultiviewSource:
             may_flip=self.may_flip and not names_sides(caption),
         )  # fmt: skip
 
-    def hashes(self) -> Iterator[tuple[str, str]]:
-        """Content hash and key of each view of the index, also of those beyond the limits."""
-        for row, value in enumerate(self._columns["hash"]):
-            yield value.tobytes().hex(), f"{self.name}:{unpack_name(self._columns, row)}"
+    def find_hashes(self, hashes: Collection[bytes]) -> Iterator[tuple[bytes, str]]:
+        """Hash and key of the views in the index that have one of these hashes, also of those beyond the limits."""
+        for row in rows_with_hash(self._columns, hashes):
+            yield self._columns["hash"][row].tobytes(), f"{self.name}:{unpack_name(self._columns, row)}"
 
     def _other_view(
         self, number: int, rng: np.random.Generator, key: str, skipped: list[tuple[str, str]]

@@ -5,7 +5,7 @@ were resized or compressed again are found by a perceptual hash of the decoded i
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -27,10 +27,11 @@ MAX_NAMED = 10
 class Hashed(Protocol):
     """A source with hashes of its image files."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
-    def hashes(self) -> Iterable[tuple[str, str]]:
-        """Content hash and key of each record."""
+    def find_hashes(self, hashes: Collection[bytes]) -> Iterable[tuple[bytes, str]]:
+        """Hash and key of each record that has one of these hashes."""
         ...
 
 
@@ -44,7 +45,7 @@ class EvaluationImages:
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        self.by_hash: dict[str, str] = {}
+        self.by_hash: dict[bytes, str] = {}
         names, hashes = [], []
         for folder in folders:
             paths = [folder] if folder.is_file() else sorted(folder.rglob("*"))
@@ -53,7 +54,7 @@ class EvaluationImages:
                 raise ValueError(f"the evaluation set {folder} contains no image; give a folder of image files.")
             for path in paths:
                 name = path.name if path == folder else f"{folder.name}/{path.relative_to(folder).as_posix()}"
-                self.by_hash[content_hash(path.read_bytes()).hex()] = name
+                self.by_hash[content_hash(path.read_bytes())] = name
                 with Image.open(path) as image:
                     hashes.append(perceptual_hash(to_rgb(image)))
                 names.append(name)
@@ -78,7 +79,7 @@ def perceptual_hash(image: Image.Image) -> np.ndarray:
 
 def find_identical(source: Hashed, evaluation: EvaluationImages) -> list[tuple[str, str]]:
     """(key, evaluation image) for each record whose file is an evaluation image."""
-    return [(key, evaluation.by_hash[value]) for value, key in source.hashes() if value in evaluation.by_hash]
+    return [(key, evaluation.by_hash[value]) for value, key in source.find_hashes(evaluation.by_hash)]
 
 
 def warn_if_overlapping(sources: Iterable[Hashed], folders: Sequence[Path]) -> int:

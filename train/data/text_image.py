@@ -7,7 +7,7 @@ laion/00001.tar    ...
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 from .caption import names_sides, parse_caption
 from .decode import Limits, decode
-from .index import Findings, Index, NoUsableRecord, content_hash, index_shard, read_part
+from .index import Findings, Index, NoUsableRecord, content_hash, index_shard, read_part, rows_with_hash
 from .sample import BrokenRecord, Record
 from .sidecar import Columns, unpack_name
 
@@ -97,13 +97,13 @@ class TextImageSource:
             content=(content, content), may_flip=self.may_flip and not names_sides(caption),
         )  # fmt: skip
 
-    def hashes(self) -> Iterator[tuple[str, str]]:
-        """Content hash and key of each record of the index, also of those beyond the limits."""
+    def find_hashes(self, hashes: Collection[bytes]) -> Iterator[tuple[bytes, str]]:
+        """Hash and key of the records in the index that have one of these hashes, also of those beyond the limits."""
         for shard in self.shards:
             name = self._shard_name(shard)
             columns = index_shard(shard, name).columns
-            for row in range(len(columns["size"])):
-                yield columns["hash"][row].tobytes().hex(), f"{self.name}:{name}/{unpack_name(columns, row)}"
+            for row in rows_with_hash(columns, hashes):
+                yield columns["hash"][row].tobytes(), f"{self.name}:{name}/{unpack_name(columns, row)}"
 
     def _columns(self, shard: int) -> Columns:
         """The index of a shard, as it was when the source was created."""
