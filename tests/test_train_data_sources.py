@@ -214,6 +214,19 @@ def test_records_before_the_end_of_a_truncated_shard_are_used(tmp_path):
     assert len(source.sizes) == 4 and source.findings.counts["bad shard"] == 1
 
 
+@pytest.mark.parametrize("size", ["-20480", str(2**62), "1" * 5000])
+def test_archive_with_an_impossible_size_ends_there(tmp_path, size):
+    """A negative size would lead back to the start of the archive, a huge one to an allocation."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, content in good(count=3).items():
+            add(archive, name, content)
+        member = tarfile.TarInfo("x.jpg")
+        member.pax_headers = {"size": size}
+        archive.addfile(member)
+    source = TextImageSource(tmp_path / "a.tar", limits=LIMITS)
+    assert len(source.sizes) == 3 and source.findings.counts.keys() <= {"bad shard", "huge", "captionless"}
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -153,6 +153,8 @@ def _members(path: Path, name: str, findings: Findings) -> Iterator[tarfile.TarI
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
+                if member.size < 0:  # the next member would be an earlier one, for ever
+                    raise tarfile.ReadError(f"{member.name} has the size {member.size}")
                 if member.isdir():
                     continue
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
@@ -161,7 +163,7 @@ def _members(path: Path, name: str, findings: Findings) -> Iterator[tarfile.TarI
                     findings.add(BrokenRecord("unsafe name", f"{name}/{member.name}"))
                 else:
                     yield member
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, MemoryError, OverflowError) as error:
         findings.add(BrokenRecord("bad shard", name, str(error)))
 
 
