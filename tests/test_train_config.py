@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from train.__main__ import main
-from train.config import PreviewSubject, SourceConfig, TrainConfig, changed_fields, from_json, override
+from train.config import PreviewSubject, SourceConfig, TrainConfig
+from train.overrides import changed_fields, from_json, override
 from train.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ from benchmarks.full_size import random_pipeline
 from realcustom import RealCustomConfig
 from realcustom.convert import convert_official
 from train import trainer
-from train.config import override
+from train.overrides import override
 from train.recipes import RECIPES
 
 pytestmark = pytest.mark.slow

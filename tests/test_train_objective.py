@@ -11,10 +11,11 @@ from toy_training import write_base
 
 from realcustom import RealCustomAdapter, Request, Subject
 from realcustom.attention import AttentionLayers
-from train.config import ModelConfig, ObjectiveConfig, override
+from train.config import ModelConfig, ObjectiveConfig
 from train.data.sample import Sample
 from train.frozen import FrozenModels, load_pipeline, start_adapter
 from train.objective import Objective, draw, inside_of_latents, min_snr_weight, noisy_and_target, position_weight
+from train.overrides import override
 from train.recipes import RECIPES
 
 CPU = torch.device("cpu")
@@ -288,9 +289,9 @@ def test_previews_use_the_given_weights(tmp_path, pipeline):
     bare = tiny_pipeline()
     bare.register_modules(adapter=None)
     config = PreviewConfig(subjects=(subject,))
-    assert not render_previews(bare, adapter, config, tmp_path / "no.png", lambda: True)
+    assert not render_previews(bare, adapter, config, 64, tmp_path / "no.png", lambda: True)
     assert not (tmp_path / "no.png").exists()
-    assert render_previews(bare, adapter, config, tmp_path / "grid.png")
+    assert render_previews(bare, adapter, config, 64, tmp_path / "grid.png")
     expected = tiny_pipeline()
     expected.register_modules(adapter=other)
     request = Request(prompt=PROMPT, subjects=(Subject(image=subject_image(), target_phrase="dog"),), seed=0)

@@ -10,7 +10,7 @@ from toy_training import losses, toy_config, write_base, write_data
 
 from realcustom import RealCustomPipeline
 from train import publish
-from train.config import changed_fields
+from train.overrides import changed_fields
 from train.recipes import RECIPES
 from train.trainer import run
 
@@ -39,7 +39,7 @@ def test_recipe_trains_resumes_and_gives_the_recorded_losses(recipe, settings, t
     """Two steps, then a resume to the fourth: each step has the recorded loss, and the adapter has changed. The
     pipeline loads the result."""
     out = tmp_path / "out"
-    preview = ["preview.every_steps=4", "preview.num_inference_steps=1", "preview.height=64", "preview.width=64"]
+    preview = ["preview.every_steps=4", "preview.num_inference_steps=1"]
     config = toy_config(recipe, out, [*settings[recipe], *preview])
     assert run(toy_config(recipe, out, [*settings[recipe], "steps=2"])) == 2
     first = load_file(out / "adapter.safetensors")

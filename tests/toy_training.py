@@ -20,7 +20,8 @@ from tiny import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from train.config import TrainConfig, override
+from train.config import TrainConfig
+from train.overrides import override
 from train.recipes import RECIPES
 
 

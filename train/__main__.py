@@ -7,7 +7,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from .config import override
+from .overrides import override
 from .recipes import RECIPES
 
 

@@ -25,6 +25,7 @@ def render_previews(
     pipeline: RealCustomPipeline,
     adapter: RealCustomAdapter,
     config: PreviewConfig,
+    size: int,
     path: Path,
     stopped: Callable[[], bool] = lambda: False,
 ) -> bool:
@@ -33,6 +34,7 @@ def render_previews(
     Args:
         pipeline: without an adapter.
         adapter: in the type of the UNet.
+        size: height and width of the images in px.
         stopped: checked after each denoising step; if true, nothing is written.
     Returns:
         Whether the file was written.
@@ -47,8 +49,8 @@ def render_previews(
                     prompt=subject.prompt,
                     subjects=(Subject(image=reference, target_phrase=subject.target_phrase),),
                     seed=config.seed,
-                    height=config.height,
-                    width=config.width,
+                    height=size,
+                    width=size,
                     num_inference_steps=config.num_inference_steps,
                 )
             )

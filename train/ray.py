@@ -28,10 +28,11 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from .checkpoint import Checkpoint as SavedCheckpoint
-from .config import TrainConfig, from_json
+from .config import TrainConfig
 from .frozen import FrozenModels, load_pipeline, start_adapter
 from .monitor import Monitor
 from .objective import Objective
+from .overrides import from_json
 from .precision import frozen_dtype
 from .preview import adapter_with
 from .trainer import check_folder, run

@@ -27,7 +27,7 @@ from .checkpoint import (
     save_checkpoint,
     trained_tensors,
 )
-from .config import TrainConfig, changed_fields
+from .config import TrainConfig
 from .data.features import open_features
 from .data.loader import batches, count_skipped
 from .ema import EMA
@@ -35,6 +35,7 @@ from .frozen import FrozenModels, load_pipeline, start_adapter
 from .metrics import MetricWindow, append_json, remove_later_steps, rounded
 from .monitor import Monitor
 from .objective import Objective, draw
+from .overrides import changed_fields
 from .precision import differentiable_attention, frozen_dtype
 from .preview import adapter_with, render_previews
 from .publish import push_to_hub, write_results
@@ -167,7 +168,8 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
         if config.preview.subjects:
             averaged = adapter_with(ema.values, adapter, pipeline.unet.dtype)
             path = config.out / PREVIEWS / f"{step:08d}.png"
-            render_previews(pipeline, averaged, config.preview, path, lambda: stop.requested)
+            size = config.data.resolution
+            render_previews(pipeline, averaged, config.preview, size, path, lambda: stop.requested)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
     metrics: dict[str, Any] = {}

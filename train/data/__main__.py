@@ -90,8 +90,8 @@ def run_check(args: argparse.Namespace) -> int:
 def run_precompute(args: argparse.Namespace) -> int:
     import torch
 
-    from ..config import override
     from ..frozen import FrozenModels, load_pipeline
+    from ..overrides import override
     from ..precision import frozen_dtype
     from ..sources import open_mixture
     from .features import FeatureStore, encoder_revisions
