@@ -362,14 +362,17 @@ def test_broken_views_are_counted(views, caplog):
     (images / "0.jpg").write_bytes(b"nothing")
     (images / "1.jpg").write_bytes(encoded(hash_of("a", 1), (64, 64))[:-200])
     (images / "9.jpg").symlink_to(images / "2.jpg")
+    (images / "5.jpg").write_bytes(single_color())
     lonely = views / "teapot" / "c" / "images"
     lonely.mkdir(parents=True)
     (lonely / "0.jpg").write_bytes(encoded(5))
     source = MultiviewSource(views, limits=LIMITS)
     assert source.findings.counts == {"broken image": 1, "link": 1, "no other view": 1}
-    assert len(source.sizes) == 7
-    list(batches(mixture(source, total=1), first_step=1, last_step=8))
+    assert len(source.sizes) == 8
+    list(batches(mixture(source, total=1), first_step=1, last_step=9))
     assert caplog.text.count("mv:teapot/a/images/1.jpg (truncated)") == 1
+    assert caplog.text.count("mv:teapot/a/images/5.jpg (gray)") == 1
+    assert "'truncated': 1, 'gray': 1" in caplog.text or "'gray': 1, 'truncated': 1" in caplog.text
 
 
 def test_views_are_indexed_again_after_a_change(views, monkeypatch):

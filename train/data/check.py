@@ -16,7 +16,7 @@ from .multiview import MultiviewSource, has_views
 from .overlap import EvaluationImages, find_identical
 from .sample import REASONS, BrokenRecord
 from .text_image import TextImageSource, find_shards
-from .transforms import aspect_buckets, is_gray, nearest_bucket
+from .transforms import aspect_buckets, nearest_bucket
 
 CHUNK = 64
 
@@ -135,8 +135,6 @@ def _examine(source: Folder, evaluation: EvaluationImages, numbers: range) -> Co
     for number in numbers:
         try:
             record = source.load(number, False, np.random.default_rng(0))
-            if is_gray(np.asarray(record.image)):
-                raise BrokenRecord("gray", record.key)
         except BrokenRecord as broken:
             contents.findings.add(broken)
             continue

@@ -4,6 +4,7 @@ import io
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, ImageFile
 
 from realcustom.reference_image import to_rgb
@@ -12,6 +13,7 @@ from .sample import BrokenRecord, Size
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+GRAY_TOLERANCE = 6
 _ORIENTATION, _ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF
 
 
@@ -49,12 +51,23 @@ def decode(data: bytes, key: str, limits: Limits) -> Image.Image:
     """The image as upright 8-bit RGB.
 
     Raises:
-        BrokenRecord: it cannot be decoded completely, or is beyond the limits.
+        BrokenRecord: it cannot be decoded completely, is beyond the limits, or has a single color.
     """
     with _broken_if_it_fails(key, data) as image:
         limits.check((image.height, image.width), key)
         image.load()
-        return to_rgb(image)
+        image = to_rgb(image)
+        if _has_one_color(image):
+            raise BrokenRecord("gray", key)
+        return image
+
+
+def _has_one_color(image: Image.Image) -> bool:
+    """Whether an RGB image has a single color, up to compression noise."""
+    for part in (image.resize((16, 16), Image.Resampling.NEAREST), image):  # a few pixels usually show that it has more
+        if np.ptp(np.reshape(part.getextrema(), (-1, 2)), axis=1).max() > GRAY_TOLERANCE:
+            return False
+    return True
 
 
 class _broken_if_it_fails:

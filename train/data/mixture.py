@@ -10,7 +10,7 @@ from ..curriculum import Curriculum
 from .order import derive_key, generator, record_of_draw
 from .plan import Draw, Plan
 from .sample import BrokenRecord, Record, Sample, Size, Source
-from .transforms import CropMode, crop_reference, fit, is_gray, nearest_bucket, reference_box, resize_and_crop
+from .transforms import CropMode, crop_reference, fit, nearest_bucket, reference_box, resize_and_crop
 
 log = logging.getLogger(__name__)
 
@@ -146,11 +146,8 @@ class Mixture:
         if flipped:
             arrays = {name: np.ascontiguousarray(values[:, ::-1]) for name, values in arrays.items()}
             reference = np.ascontiguousarray(reference[:, ::-1])
-        image = arrays.pop("")
-        if is_gray(image):
-            raise BrokenRecord("gray", record.key)
         return Sample(
-            image=image, caption=record.caption, target_phrase=record.target_phrase, reference=reference,
+            image=arrays.pop(""), caption=record.caption, target_phrase=record.target_phrase, reference=reference,
             original_size=size, crop=crop, key=record.key, other_view=other_view, flipped=flipped,
             content=record.content, reference_box=box, extras=arrays, skipped=skipped + record.skipped,
         )  # fmt: skip

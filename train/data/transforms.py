@@ -91,14 +91,5 @@ def crop_reference(image: Image.Image, box: Box, size: int) -> np.ndarray:
     return np.array(image.resize((size, size), _filter(image), box=pixels))
 
 
-def is_gray(pixels: np.ndarray, tolerance: int = 6) -> bool:
-    """Whether uint8 [H, W, 3] has a single color, up to compression noise."""
-    for values in (pixels[::16, ::16], pixels):  # a few pixels are usually enough to see that it has more
-        values = values.reshape(-1, values.shape[-1])
-        if (values.max(0).astype(int) - values.min(0) > tolerance).any():
-            return False
-    return True
-
-
 def _filter(image: Image.Image) -> Image.Resampling:
     return Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.BICUBIC  # as in inference
