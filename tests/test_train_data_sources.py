@@ -375,6 +375,21 @@ def test_broken_views_are_counted(views, caplog):
     assert "'truncated': 1, 'gray': 1" in caplog.text or "'gray': 1, 'truncated': 1" in caplog.text
 
 
+def test_view_that_disappears_during_the_run_is_skipped(views):
+    """Also one that is replaced by a link, which is not followed."""
+    source = MultiviewSource(views, limits=LIMITS)
+    numbers = {load(source, i).key.split("/", 1)[1]: i for i in range(8)}
+    images = views / "teapot" / "a" / "images"
+    (images / "0.jpg").unlink()
+    (images / "1.jpg").unlink()
+    (images / "1.jpg").symlink_to(images / "2.jpg")
+    for name in ("a/images/0.jpg", "a/images/1.jpg"):
+        with pytest.raises(BrokenRecord, match="changed"):
+            load(source, numbers[name])
+    record = load(source, numbers["a/images/2.jpg"], other_view=True)
+    assert record.content[1] == content_hash(encoded(hash_of("a", 3))).hex()
+
+
 def test_views_are_indexed_again_after_a_change(views, monkeypatch):
     first = MultiviewSource(views, limits=LIMITS)
     with monkeypatch.context() as patch:

@@ -6,6 +6,7 @@ mvimgnet/7/000a1b/images/001.txt       its caption; optional, also .json
 mvimgnet/7/000a1b/caption.txt          caption of all views of the instance; optional, also .json
 """
 
+import errno
 import json
 import logging
 import os
@@ -117,7 +118,7 @@ class MultiviewSource:
         row = int(self._rows[number])
         name = unpack_name(self._columns, row)
         key = f"{self.name}:{name}"
-        data = _read_file(self.path / name)
+        data = _read_view(self.path / name, key)
         if content_hash(data) != self._columns["hash"][row].tobytes():
             raise BrokenRecord("changed", key)
         return decode(data, key, self.limits), key, content_hash(data).hex()
@@ -176,7 +177,7 @@ def index_views(path: Path) -> Index:
         names, sizes, hashes = [], [], []
         for name, *_ in views:
             try:
-                data = _read_file(path / name)
+                data = _read_view(path / name, name)
                 sizes.append(read_size(data, name))
             except BrokenRecord as error:
                 broken.add(error)
@@ -235,6 +236,18 @@ def _read_categories(path: Path) -> dict[str, str]:
 
 def _is_regular(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
+
+
+def _read_view(path: Path, key: str) -> bytes:
+    """Content of a view."""
+    try:
+        return _read_file(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):  # removed or replaced by a link
+            raise BrokenRecord("changed", key, str(error)) from error
+        if error.errno == errno.EACCES:
+            raise BrokenRecord("broken image", key, str(error)) from error
+        raise  # a failing disk is not a property of the record
 
 
 def _read_file(path: Path) -> bytes:
