@@ -1,5 +1,6 @@
 """`python -m train.data check`, and the search for evaluation images in the training data."""
 
+import gzip
 import io
 import logging
 import subprocess
@@ -101,6 +102,13 @@ def test_source_of_broken_records_only_has_exit_status_1(tmp_path, capsys):
     assert main(["check", str(tmp_path / "b.tar"), *OPTIONS]) == 1
     output = capsys.readouterr()
     assert "1 truncated" in output.out and "b.tar has no usable record" in output.err
+
+
+def test_compressed_shard_names_the_remedy(tmp_path, capsys):
+    write_shard(tmp_path / "a.tar", [("0.jpg", jpeg(photo(0))), ("0.txt", b"a dog")])
+    (tmp_path / "a.tar").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    assert main(["check", str(tmp_path), *OPTIONS]) == 1
+    assert "it is compressed; decompress it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from realcustom.reference_image import to_rgb
 
@@ -95,5 +95,7 @@ class _broken_if_it_fails:
             raise error
         if isinstance(error, Image.DecompressionBombError):
             return BrokenRecord("huge", self.key, str(error))
+        if isinstance(error, UnidentifiedImageError):
+            return BrokenRecord("broken image", self.key, f"not a {', '.join(FORMATS)} file")
         text = f"{type(error).__name__}: {error}"
         return BrokenRecord("truncated" if "truncated" in text.lower() else "broken image", self.key, text)

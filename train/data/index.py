@@ -23,6 +23,7 @@ from .sidecar import Columns, load_or_build, pack_names, stamp_of_file
 MAX_EXAMPLES = 20  # names per reason that the index keeps
 CAPTIONS = ("txt", "json")
 MAX_IMAGE_BYTES = 2**28
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
 @dataclass
@@ -164,7 +165,12 @@ def _members(path: Path, name: str, findings: Findings) -> Iterator[tarfile.TarI
                 else:
                     yield member
     except (tarfile.TarError, OSError, EOFError, ValueError, MemoryError, OverflowError) as error:
-        findings.add(BrokenRecord("bad shard", name, str(error)))
+        with open(path, "rb") as file:
+            compressed = file.read(4).startswith(COMPRESSED)
+        detail = (
+            "it is compressed; decompress it, because records are read by their position" if compressed else str(error)
+        )
+        findings.add(BrokenRecord("bad shard", name, detail))
 
 
 def _split(name: str) -> tuple[str, str]:
