@@ -161,7 +161,8 @@ def markdown(report: dict) -> str:
     lines = [
         f"A training step of {setup['batch']} samples of the recipe `mini` on {setup['cpu']} ({setup['threads']} "
         f"threads, float32, torch {setup['torch']}), CPU time, median of {setup['rounds']} alternating rounds. The "
-        f"features need {size / 1e3:.0f} kB per sample. The texts of the samples are encoded once and cached in all variants.",
+        f"features need {size / 1e3:.0f} kB per sample. In all variants, the texts are encoded once "
+        "and cached.",
         "",
         "| found in the store | step, relative to computing all |",
         "|---|---|",
