@@ -71,7 +71,7 @@ def test_two_processes_train_on_the_same_samples_and_noise(base, tmp_path):
 
 def test_ray_train_gives_the_same_losses(base, tmp_path):
     """Ray Train with an elastic number of workers, of which two fit; checkpoints are reported, and validation runs as
-    a task of its own. A later run resumes."""
+    a task of its own. One process resumes the run."""
     pytest.importorskip("pyarrow")
     ray = pytest.importorskip("ray")
 
@@ -90,9 +90,9 @@ def test_ray_train_gives_the_same_losses(base, tmp_path):
         assert json.loads((two / "checkpoints/step_00000002/state.json").read_text())["processes"] == 2
         with pytest.raises(ValueError, match="already contains checkpoints"):
             run_on_ray(toy_config("mini", two, base), num_workers=1)
-        run_on_ray(toy_config("mini", two, base), num_workers=1, resume=True)
     finally:
         ray.shutdown()
+    run(toy_config("mini", two, base), resume=True)
     assert_similar(tmp_path / "one", tmp_path / "two")
 
 
@@ -111,3 +111,20 @@ def test_wrong_number_of_workers_is_explained(text):
 
     with pytest.raises(ValueError, match=f"--ray {text}"):
         parse_workers(text)
+
+
+def test_announced_loss_of_a_machine_asks_for_one_checkpoint(monkeypatch):
+    """Ray is asked every tenth step, because all workers wait for each other to answer."""
+    pytest.importorskip("pyarrow")
+    from train import ray as ray_training
+
+    asked = []
+
+    def announcement():
+        asked.append(None)
+        return "a machine" if len(asked) == 2 else None
+
+    monkeypatch.setattr(ray_training, "get_preemption_info", announcement)
+    monitor = ray_training.RayMonitor(validates=False)
+    assert [step for step in range(1, 60) if monitor.wants_checkpoint(step)] == [20]
+    assert len(asked) == 2

@@ -8,18 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
-from realcustom.adapter import RealCustomAdapter
+from realcustom.assets import MINI_MODEL
 from realcustom.attention import AttentionLayers
 from realcustom.recorder import AttentionRecorder
-from realcustom.visual_attention import VisualAttention
 from train.mini.__main__ import STAGES
 from train.mini.captions import CaptionCache
 from train.mini.diffusion import diffusion_loss, sample_timesteps, size_condition
 from train.mini.grounding import grounding_loss, subject_maps, subject_token_masks
-from train.mini.networks import build_scheduler, build_unet, build_vae
+from train.mini.networks import build_scheduler, build_vae
 from train.mini.text_to_image import FULL_SIZE_EVERY, PREVIEW_PROMPTS, TextToImage, resolution_of_step
-from train.mini.tokenizer import load_tokenizer
 from train.mini.vae import vae_loss
 from train.mini.vision_encoders import MINI_VISION, VIEWS, RenderViews, VisionPretrainer, views_as_tensors, vision_loss
 from train.precision import differentiable_attention
@@ -28,8 +27,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return load_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+def tokenizer():
+    """The shipped one; test_train_mini_stages.py trains it again."""
+    return CLIPTokenizer.from_pretrained(MINI_MODEL / "tokenizer")
 
 
 def test_help_is_printed_without_heavy_imports():
@@ -141,24 +141,6 @@ def test_portrait_depends_on_the_tokens_of_the_instance_only():
     portrait = model.portrait(deep, inside)
     assert torch.allclose(portrait, model.portrait(deep + ~inside[..., None] * torch.randn(192), inside), atol=1e-6)
     assert not torch.allclose(portrait, model.portrait(deep + inside[..., None] * torch.randn(192), inside), atol=1e-2)
-
-
-def test_compiled_unet_does_not_recompile_for_another_batch():
-    """As in the stage with `--compile`: each batch has its own attention context, and the UNet is compiled once."""
-    torch.compiler.reset()
-    unet = build_unet()
-    attention = AttentionLayers(unet)
-    adapter = RealCustomAdapter.for_unet(unet, vision_dim=192)
-    compiled = torch.compile(unet, backend="eager", fullgraph=True, dynamic=False)
-    added = {"text_embeds": torch.randn(2, 64), "time_ids": torch.randn(2, 6)}
-    for stance in ("default", "fail_on_recompile"):
-        keys_values = {name: tuple(torch.randn(2, 2, 9, width)) for name, width in adapter.config.layers.items()}
-        with (
-            torch.compiler.set_stance(stance),
-            attention.attention_context(vision=VisualAttention(keys_values=(keys_values,), masks=None)),
-            torch.no_grad(),
-        ):
-            compiled(torch.randn(2, 4, 16, 16), 500, torch.randn(2, 8, 128), added_cond_kwargs=added)
 
 
 @pytest.mark.parametrize("full_size_from", [None, 17, 20])
