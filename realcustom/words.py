@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from dataclasses import dataclass
 from functools import lru_cache
 
 # Scripts that are written without spaces between words: Thai, Lao, Khmer, Hiragana, Katakana, Han.
@@ -91,6 +92,44 @@ def encode_offsets(tokenizer, prompt: str) -> list[tuple[int, int]]:
     """Character span of each token of `prompt`, truncated at the tokenizer's limit; special tokens have (0, 0)."""
     encoded = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True)
     return [tuple(span) for span in encoded["offset_mapping"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptLength:
+    """How much of a prompt the text encoder reads.
+
+    Attributes:
+        num_tokens: tokens of the whole prompt, including the start and end tokens.
+        max_tokens: tokens that the text encoder reads.
+        num_chars_read: characters of the prompt that are read; the rest is ignored.
+    """
+
+    num_tokens: int
+    max_tokens: int
+    num_chars_read: int
+
+    def warning(self, name: str, prompt: str) -> str | None:
+        """The sentence that names where the limit falls in the field `name`; None if the prompt is within it."""
+        rest = prompt[self.num_chars_read :].strip()
+        if not rest:
+            return None
+        words = words_of(prompt[: self.num_chars_read])
+        if words and _is_word_char(prompt[self.num_chars_read - 1 : self.num_chars_read + 1]):
+            words.pop()  # read in part
+        last = f"up to the word {shorten(words[-1])}" if words else "not a whole word"
+        return (
+            f"{name} has {self.num_tokens} tokens; the text encoder reads {self.max_tokens}, {last}. Shorten it; this "
+            f"part is ignored: {shorten(rest)}."
+        )
+
+
+def prompt_length(tokenizer, prompt: str) -> PromptLength:
+    """How much of `prompt` is within the limit of a fast tokenizer of transformers."""
+    return PromptLength(
+        num_tokens=len(tokenizer(prompt, truncation=False, verbose=False).input_ids),
+        max_tokens=tokenizer.model_max_length,
+        num_chars_read=max((end for _, end in encode_offsets(tokenizer, prompt)), default=0),
+    )
 
 
 def shorten(text: str, max_chars: int = 100) -> str:

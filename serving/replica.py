@@ -3,7 +3,7 @@
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from realcustom import MethodConfig, RealCustomPipeline, Request, apply_memory_tier
 from realcustom.request import ResolvedRequest
+from realcustom.words import PromptLength
 
 from .engine.engine import Engine
 from .engine.memory import MemoryBudget, available, measure
@@ -143,6 +144,15 @@ class Replica:
         """The loaded model."""
         return self._info
 
+    async def prompt_length(self, prompt: str) -> PromptLength:
+        """How much of a prompt the text encoder reads.
+
+        Raises:
+            InvalidRequest: the prompt has more than `max_prompt_chars` characters.
+        """
+        self._info.limits.check_text("prompt", prompt)
+        return self._pipeline.text_encoders.prompt_length(prompt)
+
     async def stats(self) -> dict[str, float]:
         """See `Engine.stats`."""
         return self._engine.stats()
@@ -166,6 +176,10 @@ class Replica:
         events = self._engine.stream(request, previews, limits.timeout_s(timeout_s), current_request_id())
         async with aclosing(events):
             async for event in events:
+                if isinstance(event, Result):
+                    encoders = self._pipeline.text_encoders
+                    warnings = encoders.truncation_warnings(request.prompt, request.negative_prompt)
+                    event = replace(event, warnings=warnings)
                 yield event
 
     async def events(

@@ -460,6 +460,33 @@ def test_progress_events_on_request(api):
     assert steps == list(range(1, 10)) and events[0] == {"type": "image_edit.queued", "position": 0, "image_index": 0}
 
 
+LONG_PROMPT = "a dog on a mat and a very red kite"  # 27 tokens; the tiny text encoder reads 24
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_truncated_prompts_are_reported(api, stream):
+    """The response, or the last event of a stream, names the last word of each text that the text encoder reads."""
+    response = edit(api, prompt=LONG_PROMPT, negative_prompt="x " * 40, stream=stream)
+    image = events_of(response)[-1] if stream == "true" else response.json()["data"][0]
+    prompt, negative = image["warnings"]
+    assert prompt.startswith("prompt has 27 tokens; the text encoder reads 24, up to the word 'red'"), prompt
+    assert negative.startswith("negative_prompt has 42 tokens") and len(negative) < 300
+    assert edit(api).json()["data"][0]["warnings"] == []
+
+
+def test_prompt_length(api):
+    """The length of a prompt is available without generating an image; invalid input is 422."""
+    ask = lambda **options: call(api, "POST", "/v1/prompt_length", **options)
+    length = ask(json={"prompt": LONG_PROMPT}).json()
+    assert length == {"num_tokens": 27, "max_tokens": 24, "num_chars_read": LONG_PROMPT.index("ite")}
+    assert ask(json={"prompt": ""}).json()["num_chars_read"] == 0
+    bad = [{"json": {"prompt": "a" * 5000}}, {"json": {}}, {"json": {"prompt": 5}}, {"content": b"{" * 9999}]
+    bad += [{"content": b'{"prompt": "\\ud800"}'}, {"content": b'{"prompt": 1' + b"0" * 5000 + b"}"}]
+    for options in bad:
+        response = ask(**options)
+        assert response.status_code == 422 and len(response.text) < 600, (options, response.text)
+
+
 def test_models_health_and_description(api, settings):
     model = call(api, "GET", "/v1/models").json()["data"][0]
     assert model["id"] == "tiny" and model["preset"] == "paper" and model["vocabulary"]["subjects"] == ["dog"]
@@ -537,6 +564,8 @@ def test_http_client_matches_the_interface(api, replica):
 
     async def run():
         assert (await client.model()) == (await replica.model())
+        assert (await client.prompt_length(LONG_PROMPT)) == (await replica.prompt_length(LONG_PROMPT))
+        assert (await client.generate(Request(prompt=LONG_PROMPT, seed=0))).warnings[0].startswith("prompt has 27 ")
         direct, over_http = await replica.generate(request), await client.generate(request)
         assert direct.image.tobytes() == over_http.image.tobytes() and direct.seed == over_http.seed == 2**62
         assert [m.tobytes() for m in direct.masks] == [m.tobytes() for m in over_http.masks]

@@ -3,7 +3,7 @@
 import pytest
 from tiny import TEXT_LENGTH, tiny_tokenizer
 
-from realcustom.words import find_phrase, target_token_positions, words_of
+from realcustom.words import find_phrase, prompt_length, target_token_positions, words_of
 
 HINDI = "\u0939\u093f\u0928\u094d\u0926\u0940"  # combining marks that have no composed form
 
@@ -50,6 +50,25 @@ def test_phrase_beyond_the_token_limit_raises():
     prompt = "abcdefghij klmnopqrst uvwxyz dog"
     with pytest.raises(ValueError, match=rf"'dog' is beyond the {TEXT_LENGTH} tokens"):
         target_token_positions(tiny_tokenizer(), prompt, "dog")
+
+
+@pytest.mark.parametrize(
+    "prompt,num_tokens,read,last",
+    [
+        ("a dog", 6, "a dog", None),
+        ("a dog on a mat and a very red kite", 27, "a dog on a mat and a very red k", "the word 'red'"),
+        ("a dog on a mat and a very old dog too", 29, "a dog on a mat and a very old d", "the word 'old'"),
+        ("x" * 60, 62, "x" * 22, "not a whole word"),
+        ("  ", 2, "", None),
+    ],
+)
+def test_where_the_token_limit_falls(prompt, num_tokens, read, last):
+    """The length of a prompt counts all tokens and names the last whole word that the text encoder reads."""
+    length = prompt_length(tiny_tokenizer(), prompt)
+    assert length.num_tokens == num_tokens and length.max_tokens == TEXT_LENGTH
+    assert prompt[: length.num_chars_read] == read
+    warning = length.warning("prompt", prompt)
+    assert (warning is None) if last is None else (warning is not None and last in warning)
 
 
 @pytest.mark.parametrize("phrase", ["c++", "(dog)", "a.b", "[x]"])

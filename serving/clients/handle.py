@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from realcustom.request import Request, ResolvedRequest
+from realcustom.words import PromptLength
 
 from ..protocol.errors import DeadlineExceeded, QueueFull, Unavailable
 from ..protocol.events import Event, Queued, Result, result_of
@@ -77,7 +78,12 @@ class HandleClient:
         self._queue_length = 0  # of a replica, when it answered the latest request
 
     async def model(self) -> ModelInfo:
-        response = self._handle.model.remote()
+        return await self._call(self._handle.model.remote())
+
+    async def prompt_length(self, prompt: str) -> PromptLength:
+        return await self._call(self._handle.prompt_length.remote(prompt))
+
+    async def _call(self, response: Any) -> Any:
         try:
             with translate_ray_errors():
                 return await asyncio.wait_for(response, self._timeout_s)

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any, Protocol
 
-from fastapi import Depends, FastAPI, Form
+from fastapi import Body, Depends, FastAPI, Form
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -14,6 +14,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from realcustom.request import ResolvedRequest, seed_variations
+from realcustom.words import PromptLength
 
 from ..clients.merge import merge_streams
 from ..protocol.errors import EXPECTED_ERRORS, QueueFull, ServerError, Unavailable
@@ -39,6 +40,8 @@ class Backend(Protocol):
     """Computes resolved requests: `HandleClient`, or a `Replica` in the same process. Errors as in `Client`."""
 
     async def model(self) -> ModelInfo: ...
+
+    async def prompt_length(self, prompt: str) -> PromptLength: ...
 
     def stream(
         self, request: ResolvedRequest, *, previews: bool | int = True, timeout_s: float | None = None
@@ -99,6 +102,13 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
     async def list_models() -> Models:
         """The loaded model: defaults, limits, vocabulary."""
         return Models(data=[Model(**(await model_info()).to_dict())])
+
+    @api.post("/v1/prompt_length", dependencies=dependencies, responses=errors())
+    async def prompt_length(prompt: Annotated[str, Body(embed=True)]) -> PromptLength:
+        """How many tokens a prompt has, and how many of its characters the text encoder reads; the rest is ignored."""
+        info = await model_info()
+        info.limits.check_text("prompt", prompt)
+        return await backend.prompt_length(prompt)
 
     @api.get("/healthz", responses=errors(503))
     async def health() -> Health:

@@ -31,11 +31,15 @@ logger = logging.getLogger("ray.serve.realcustom")  # below Ray Serve's logger, 
 
 
 class ImageState(BaseModel):
-    """An image and its guidance masks (gray PNG, one per subject) as base64; `seed` reproduces it."""
+    """An image and its guidance masks (gray PNG, one per subject) as base64; `seed` reproduces it.
+
+    `warnings` are sentences about parts of the request that had no effect, such as a prompt beyond the token limit.
+    """
 
     b64_json: str
     seed: int
     masks: list[str]
+    warnings: list[str]
 
 
 class ImagesState(BaseModel):
@@ -117,6 +121,7 @@ def image_data(result: Result, output_format: str) -> dict[str, Any]:
         "b64_json": to_base64(result.image, output_format),
         "seed": result.seed,
         "masks": [to_base64(mask) for mask in result.masks],
+        "warnings": list(result.warnings),
     }
 
 

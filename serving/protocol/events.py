@@ -34,11 +34,19 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """The finished image, its final guidance masks (mode "L", one per subject) and the seed that reproduces it."""
+    """The finished image.
+
+    Attributes:
+        image: the image.
+        masks: its final guidance masks, mode "L", one per subject.
+        seed: reproduces it.
+        warnings: sentences about parts of the request that had no effect, such as a truncated prompt.
+    """
 
     image: Image.Image
     masks: tuple[Image.Image, ...]
     seed: int
+    warnings: tuple[str, ...] = ()
 
 
 Event = Queued | Progress | Result
