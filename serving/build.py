@@ -11,6 +11,7 @@ from .replica import Replica
 from .settings import PROJECT_ROOT, REPLICA, Settings
 
 HEALTH_CHECK_PERIOD_S = 2  # longest time until a dead process is detected
+HEALTH_CHECK_TIMEOUT_S = 8  # Ray Serve stops a process that does not answer three times in a row
 MAX_CONNECTIONS = 1000  # concurrent requests of an ingress; the queues of the replicas are much shorter
 
 
@@ -46,6 +47,7 @@ def app(settings: Settings) -> Application:
         max_queued_requests=settings.max_queued,
         backpressure_config=queue_full,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         logging_config=logs,
     ).bind(settings.model_copy(update={"api_key": None}), metrics=True)  # only the ingress needs the key
@@ -67,6 +69,7 @@ def app(settings: Settings) -> Application:
         num_replicas=settings.num_ingresses,
         ray_actor_options={"num_cpus": 0, "runtime_env": runtime_env},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_ongoing_requests=MAX_CONNECTIONS,
         max_queued_requests=MAX_CONNECTIONS,
         backpressure_config=queue_full,

@@ -13,11 +13,12 @@ from realcustom import MethodConfig, RealCustomPipeline, Request, apply_memory_t
 from realcustom.request import ResolvedRequest
 from realcustom.words import PromptLength
 
+from .clients.merge import merge_streams
 from .engine.engine import Engine
 from .engine.memory import MemoryBudget, available, measure
 from .metrics import RayMetrics
 from .protocol.errors import EXPECTED_ERRORS
-from .protocol.events import Event, Result, result_of
+from .protocol.events import HEARTBEAT_S, Event, Heartbeat, Result, result_of
 from .protocol.model_info import ModelInfo
 from .ray_private import current_request_id
 from .settings import LiveSettings, Settings, resolve_path
@@ -184,15 +185,20 @@ class Replica:
 
     async def events(
         self, request: Request | ResolvedRequest, previews: bool | int = True, timeout_s: float | None = None
-    ) -> AsyncGenerator[Event | Exception, None]:
+    ) -> AsyncGenerator[Event | Heartbeat | Exception, None]:
         """`stream` for Ray Serve handles: an expected error is yielded as the last item instead of raised.
 
-        Ray Serve logs a traceback for each error that a replica raises, including errors of the caller.
+        Ray Serve logs a traceback for each error that a replica raises, including errors of the caller. After
+        `HEARTBEAT_S` seconds without an event, a `Heartbeat` is yielded.
         """
+        events = self.stream(request, previews=previews, timeout_s=timeout_s)
         try:
-            async with aclosing(self.stream(request, previews=previews, timeout_s=timeout_s)) as events:
-                async for event in events:
-                    yield event
+            async with aclosing(merge_streams([events], heartbeat_s=HEARTBEAT_S)) as batches:
+                async for batch in batches:
+                    for _, event in batch:
+                        yield event
+                    if not batch:
+                        yield Heartbeat()
         except EXPECTED_ERRORS as error:
             yield error
 

@@ -29,7 +29,7 @@ from serving.protocol.image_codec import to_base64
 
 REQUEST = Request(prompt="a dog", seed=4)
 RESULT = Result(Image.new("RGB", (8, 8), "red"), (), 4)
-ITEM = {"b64_json": to_base64(RESULT.image), "seed": 4, "masks": []}
+ITEM = {"b64_json": to_base64(RESULT.image), "seed": 4, "masks": [], "warnings": []}
 
 
 class FakeResponse:

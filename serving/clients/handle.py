@@ -12,14 +12,17 @@ from realcustom.request import Request, ResolvedRequest
 from realcustom.words import PromptLength
 
 from ..protocol.errors import DeadlineExceeded, QueueFull, Unavailable
-from ..protocol.events import Event, Queued, Result, result_of
+from ..protocol.events import HEARTBEAT_S, Event, Heartbeat, Queued, Result, result_of
 from ..protocol.model_info import ModelInfo
+from ..ray_private import hung_replicas
 from .ray_errors import translate_ray_errors
 from .retry import RetryPolicy, resume, short_backoff
 
 RETRY_AFTER_S = 5.0  # if the queue is full and no images have been completed
 TIMEOUT_S = 600.0  # default deadline of a request, so that no request waits indefinitely for a replica
 QUEUE_POLL_S = 0.5  # seconds without an event after which the position of a waiting request is updated
+SILENCE_S = 6 * HEARTBEAT_S  # seconds without any item after which a replica is considered hung
+PROBE_S = 3.0  # seconds within which a replica must answer whether it is alive
 
 
 class Completions:
@@ -75,20 +78,33 @@ class HandleClient:
         self._max_images, self._num_images = max_images, 0
         self._completions = Completions()
         self._unanswered: dict[object, None] = {}  # requests that no replica has answered yet, in order of arrival
+        self._hung: frozenset[str] = frozenset()  # replicas that did not answer the latest probe
+        self._probing: asyncio.Future[set[str]] | None = None
         self._queue_length = 0  # of a replica, when it answered the latest request
 
     async def model(self) -> ModelInfo:
-        return await self._call(self._handle.model.remote())
+        return await self._call(self._handle.model)
 
     async def prompt_length(self, prompt: str) -> PromptLength:
-        return await self._call(self._handle.prompt_length.remote(prompt))
+        return await self._call(self._handle.prompt_length, prompt)
 
-    async def _call(self, response: Any) -> Any:
-        try:
-            with translate_ray_errors():
-                return await asyncio.wait_for(response, self._timeout_s)
-        except asyncio.TimeoutError:
-            raise Unavailable(f"no replica answered within {self._timeout_s:.3g} s.", 30.0) from None
+    async def _call(self, method: Any, *args: Any) -> Any:
+        """The answer of a method of any replica. If a replica hangs, the call is repeated."""
+        deadline = time.monotonic() + self._timeout_s
+        while (remaining_s := deadline - time.monotonic()) > 0:
+            hung = self._hung
+            answer = asyncio.ensure_future(_answer(method.remote(*args)))
+            try:
+                while not answer.done() and remaining_s > 0:
+                    await asyncio.wait([answer], timeout=min(SILENCE_S, remaining_s))
+                    if answer.done():
+                        return answer.result()
+                    if not await self._find_hung_replicas() <= hung:
+                        break
+                    remaining_s = deadline - time.monotonic()
+            finally:
+                answer.cancel()
+        raise Unavailable(f"no replica answered within {self._timeout_s:.3g} s.", 30.0)
 
     def close(self) -> None:
         """Stop the background threads of the handle.
@@ -126,20 +142,35 @@ class HandleClient:
             self._num_images -= 1
             await events.aclose()
 
+    async def _find_hung_replicas(self) -> frozenset[str]:
+        """Update `_hung`. Requests that ask at the same time share the answer."""
+        if self._probing is None:
+            self._probing = asyncio.ensure_future(hung_replicas(self._handle, PROBE_S))
+            self._probing.add_done_callback(self._end_probe)
+        await asyncio.wait([self._probing])
+        return self._hung
+
+    def _end_probe(self, probe: asyncio.Future[set[str]]) -> None:
+        self._probing = None
+        if not probe.cancelled():
+            self._hung = frozenset(probe.result())
+
     async def _attempt(
         self, request: Request | ResolvedRequest, previews: bool | int, deadline: float, timeout_s: float
     ) -> AsyncGenerator[Event, None]:
         remaining_s = max(0.0, deadline - time.monotonic())
         response = self._handle.options(stream=True).events.remote(request, previews, remaining_s)
-        ticket, position = object(), None
+        ticket, position, hung = object(), None, self._hung
         self._unanswered[ticket] = None
-        receiving: asyncio.Future[Event | None] | None = None
+        receiving: asyncio.Future[Event | Heartbeat | None] | None = None
+        silent_since = time.monotonic()
         try:
             while True:
                 receiving = receiving or asyncio.ensure_future(_next(response, self._completions.interval_s()))
                 remaining_s = max(0.0, deadline - time.monotonic())
-                wait_s = min(QUEUE_POLL_S, remaining_s) if ticket in self._unanswered else remaining_s
+                wait_s = min(QUEUE_POLL_S if ticket in self._unanswered else SILENCE_S, remaining_s)
                 done, _ = await asyncio.wait([receiving], timeout=wait_s)
+                silent = time.monotonic() - silent_since >= SILENCE_S
                 if done:
                     if receiving.cancelled():  # by Ray; a cancellation of this task raises in the line above
                         raise Unavailable("the replica cancelled the image; try again.", 1.0)
@@ -149,10 +180,20 @@ class HandleClient:
                         self._queue_length = event.position if isinstance(event, Queued) else 0
                     if event is None:
                         return
-                    yield event
+                    if not isinstance(event, Heartbeat):
+                        yield event
+                    silent_since = time.monotonic()
                 elif time.monotonic() >= deadline:
                     raise DeadlineExceeded(f"the image was not finished within {timeout_s:.3g} s.")
-                elif ticket in self._unanswered:
+                elif silent and ticket not in self._unanswered:
+                    response.cancel()
+                    raise Unavailable(f"the replica has not responded for {SILENCE_S:.0f} s; try again.", 1.0)
+                elif silent and not await self._find_hung_replicas() <= hung:
+                    response.cancel()  # Ray may have sent the request to a hung replica, where it would stay
+                    raise Unavailable("a replica does not respond; try again.", 1.0)
+                else:
+                    if silent:
+                        silent_since += HEARTBEAT_S  # until the next probe
                     estimate = self._queue_length + list(self._unanswered).index(ticket)
                     if estimate != position:
                         position = estimate
@@ -168,7 +209,12 @@ class HandleClient:
                     await receiving
 
 
-async def _next(response: Any, retry_after_s: float) -> Event | None:
+async def _answer(response: Any) -> Any:
+    with translate_ray_errors():
+        return await response
+
+
+async def _next(response: Any, retry_after_s: float) -> Event | Heartbeat | None:
     """The next event of a replica; None at the end. Raises the error that the replica reports as its last item."""
     with translate_ray_errors(retry_after_s):
         item = await anext(response, None)

@@ -49,7 +49,13 @@ class Result:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Heartbeat:
+    """The replica is alive, but has no event. Sent from a replica to `HandleClient`, which does not pass it on."""
+
+
 Event = Queued | Progress | Result
+HEARTBEAT_S = 2.0  # seconds between two items from a replica to `HandleClient`, whatever the length of a step
 
 
 async def result_of(events: AsyncGenerator[Event, None]) -> Result:
