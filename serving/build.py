@@ -44,7 +44,8 @@ def app(settings: Settings) -> Application:
         },
         user_config=settings.live.model_dump(),
         max_ongoing_requests=max_ongoing,
-        max_queued_requests=settings.max_queued,
+        # `HandleClient` limits the images of the ingress; several ingresses may fill the replicas at the same time
+        max_queued_requests=max(settings.max_queued, settings.max_replicas * max_ongoing),
         backpressure_config=queue_full,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
@@ -58,8 +59,8 @@ def app(settings: Settings) -> Application:
             handle,
             max_retries=settings.max_retries,
             timeout_s=settings.max_timeout_s,
-            # What Ray Serve accepts: in every replica, and in front of the replicas
-            max_images=settings.max_replicas * max_ongoing + settings.max_queued,
+            images_per_replica=max_ongoing,
+            max_queued=settings.max_queued,
         )
         return create_api(client, settings)
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from realcustom import MethodConfig, RealCustomPipeline, Request, apply_memory_t
 from realcustom.request import ResolvedRequest
 from realcustom.words import PromptLength
 
+from .clients.admission import Reservation
 from .clients.merge import merge_streams
 from .engine.engine import Engine
 from .engine.memory import MemoryBudget, available, measure
@@ -158,8 +159,24 @@ class Replica:
         """See `Engine.stats`."""
         return self._engine.stats()
 
+    def reserve(self, number: int, client: str = "") -> AbstractContextManager[Reservation]:
+        """A place for each of `number` images, for an HTTP interface in the same process. The engine's queue is the
+        only one, so places are checked, but not held.
+
+        Raises:
+            QueueFull: there are not enough places.
+        """
+        self._engine.check_capacity(number)
+        return nullcontext(Reservation(client, number))
+
     async def stream(
-        self, request: Request | ResolvedRequest, *, previews: bool | int = True, timeout_s: float | None = None
+        self,
+        request: Request | ResolvedRequest,
+        *,
+        previews: bool | int = True,
+        timeout_s: float | None = None,
+        client: str = "",
+        reservation: Reservation | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Yield the events of one image. Closing the iterator cancels the image within one step.
 
@@ -167,6 +184,8 @@ class Replica:
             request: a `Request` is resolved and checked against the limits; a `ResolvedRequest` is not checked again.
             previews: True sends one every few steps, False sends none, an int sends this many in total.
             timeout_s: deadline in seconds from now; at most, and by default, the limit `max_timeout_s`.
+            client: name of the sender; senders share the replica equally.
+            reservation: no effect.
         Raises:
             InvalidRequest, QueueFull, ServerError: see `serving.protocol.errors`.
         """
@@ -174,7 +193,7 @@ class Replica:
         if isinstance(request, Request):
             request = request.resolve(self._info.sampling)
             limits.check(request)
-        events = self._engine.stream(request, previews, limits.timeout_s(timeout_s), current_request_id())
+        events = self._engine.stream(request, previews, limits.timeout_s(timeout_s), current_request_id(), client)
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, Result):
@@ -184,14 +203,18 @@ class Replica:
                 yield event
 
     async def events(
-        self, request: Request | ResolvedRequest, previews: bool | int = True, timeout_s: float | None = None
+        self,
+        request: Request | ResolvedRequest,
+        previews: bool | int = True,
+        timeout_s: float | None = None,
+        client: str = "",
     ) -> AsyncGenerator[Event | Heartbeat | Exception, None]:
         """`stream` for Ray Serve handles: an expected error is yielded as the last item instead of raised.
 
         Ray Serve logs a traceback for each error that a replica raises, including errors of the caller. After
         `HEARTBEAT_S` seconds without an event, a `Heartbeat` is yielded.
         """
-        events = self.stream(request, previews=previews, timeout_s=timeout_s)
+        events = self.stream(request, previews=previews, timeout_s=timeout_s, client=client)
         try:
             async with aclosing(merge_streams([events], heartbeat_s=HEARTBEAT_S)) as batches:
                 async for batch in batches:

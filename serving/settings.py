@@ -64,6 +64,8 @@ class Settings(LiveSettings):
         body_timeout_s: seconds within which the body of an HTTP request must arrive; otherwise the response is 408.
         max_unread_bodies: bodies that a process of the HTTP interface receives at the same time; further requests
             receive 503.
+        client_header: header with the address of the client, such as X-Forwarded-For, if a trusted proxy sets it.
+            Clients share the queue equally; without it, the address of the connection identifies a client.
         target_backlog_s: seconds of queued work per replica; the target of autoscaling.
         upscale_delay_s, downscale_delay_s: seconds for which more (fewer) replicas must be required before replicas are
             added (removed).
@@ -96,6 +98,7 @@ class Settings(LiveSettings):
     num_ingresses: int = Field(default=1, ge=1)
     body_timeout_s: float = Field(default=60, gt=0)
     max_unread_bodies: int = Field(default=256, ge=1)
+    client_header: str | None = None
     target_backlog_s: float = Field(default=10, gt=0)
     upscale_delay_s: float = Field(default=3, ge=0)
     downscale_delay_s: float = Field(default=120, ge=0)

@@ -224,7 +224,7 @@ def test_the_pixels_of_all_references_are_limited(replica, settings, decoded):
     """Files with too many pixels in total are rejected by their headers, before any of them is decoded."""
 
     class Limited:
-        stream = replica.stream
+        stream, reserve = replica.stream, replica.reserve
 
         async def model(self):
             return (await replica.model()).with_limits(
@@ -528,21 +528,20 @@ def test_a_wrong_api_key_is_rejected_before_the_body_is_read(replica, settings, 
     assert sent[0]["status"] == 401 and json.loads(sent[1]["body"])["error"]["code"] == "invalid_api_key"
 
 
-def test_full_queue_is_429_with_retry_after(replica, settings):
-    """A full queue is status 429 with the delay that the backend requests, streaming or not."""
+def test_full_queue_is_429_with_retry_after(replica, settings, decoded):
+    """A full queue is status 429 with the delay that the backend requests, streaming or not; no image is decoded."""
 
     class Full:
         async def model(self):
             return await replica.model()
 
-        async def stream(self, request, *, previews=True, timeout_s=None):
+        def reserve(self, number, client):
             raise QueueFull("8 images are waiting already.", 7)
-            yield
 
     api = create_api(Full(), settings)
     for stream in ("false", "true"):
-        response = edit(api, stream=stream)
-        assert response.status_code == 429 and response.headers["retry-after"] == "7"
+        response = edit(api, [DOG], target_phrase="dog", stream=stream)
+        assert not decoded and response.status_code == 429 and response.headers["retry-after"] == "7"
         assert response.json()["error"]["code"] == "overloaded"
 
 

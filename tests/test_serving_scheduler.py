@@ -101,6 +101,21 @@ def test_queue_is_first_in_first_out_and_bounded():
     assert scheduler_.admit() is jobs[2]
 
 
+def test_one_image_does_not_wait_behind_a_hundred_of_another_client():
+    """An image that arrives behind 100 of another client is done after the images that had started and one more."""
+    shared = scheduler(ROWS, max_batch_size=4)
+    many = add(shared, 100)
+    step(shared)
+    one = Client().job
+    one.client = "another"
+    shared.add(one)
+    for _ in range(10_000):
+        step(shared)
+        if one.closed:
+            break
+    assert one.closed and sum(job.closed for job in many) <= 4 + 1
+
+
 def test_only_one_image_is_prepared_at_a_time():
     scheduler_ = scheduler()
     add(scheduler_, 2)

@@ -114,6 +114,7 @@ class Engine:
         previews: bool | int = True,
         timeout_s: float | None = None,
         request_id: str = "",
+        client: str = "",
     ) -> AsyncGenerator[Event, None]:
         """Yield the events of one image, `Result` last. Closing the generator removes the image before the next step.
 
@@ -121,6 +122,7 @@ class Engine:
             previews: True sends one every `preview_every` steps, False sends none, an int sends this many in total.
             timeout_s: deadline in seconds from now.
             request_id: for the log.
+            client: name of the sender; senders share the queue equally.
         Raises:
             QueueFull: the queue is full.
             InvalidRequest: the pipeline rejected the request, or the image alone exceeds the memory budget.
@@ -135,6 +137,7 @@ class Engine:
             previews,
             deliver=lambda event: loop.call_soon_threadsafe(events.put_nowait, event),
             request_id=request_id,
+            client=client,
         )
         self._add(job)
         # Not `wait_for`: before Python 3.12 it loses a cancellation that coincides with an event.
@@ -151,6 +154,11 @@ class Engine:
             if deadline is not None:
                 deadline.cancel()
             self._remove(job)
+
+    def check_capacity(self, number: int) -> None:
+        """Raise `QueueFull` if the queue has no place for `number` more images."""
+        with self._condition:
+            self._scheduler.check_capacity(number)
 
     def stats(self) -> dict[str, float]:
         """Images in each state, steps done so far, and `backlog_s`: predicted seconds until all accepted images are

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from typing import Annotated, Any, Protocol
 
 from fastapi import Body, Depends, FastAPI, Form
@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from realcustom.request import ResolvedRequest, seed_variations
 from realcustom.words import PromptLength
 
+from ..clients.admission import Reservation
 from ..clients.merge import merge_streams
 from ..protocol.errors import EXPECTED_ERRORS, QueueFull, ServerError, Unavailable
 from ..protocol.events import Event, Result
@@ -23,6 +24,7 @@ from ..protocol.model_info import ModelInfo
 from ..settings import Settings
 from .authentication import Authentication
 from .body_limit import BodyLimit
+from .client_address import client_address
 from .edit_form import EditForm
 from .responses import Health, ImagesState, Model, Models, error_response, errors, images_json
 from .streaming import HEARTBEAT_S, start_stream
@@ -43,8 +45,16 @@ class Backend(Protocol):
 
     async def prompt_length(self, prompt: str) -> PromptLength: ...
 
+    def reserve(self, number: int, client: str) -> AbstractContextManager[Reservation]: ...
+
     def stream(
-        self, request: ResolvedRequest, *, previews: bool | int = True, timeout_s: float | None = None
+        self,
+        request: ResolvedRequest,
+        *,
+        previews: bool | int = True,
+        timeout_s: float | None = None,
+        client: str = "",
+        reservation: Reservation | None = None,
     ) -> AsyncGenerator[Event, None]: ...
 
 
@@ -75,26 +85,31 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
         response_model=ImagesState,
         responses={200: {"content": EVENT_STREAM}, **errors()},
     )
-    async def edit_image(form: Annotated[EditForm, Form(media_type="multipart/form-data")]) -> Any:
+    async def edit_image(http: HttpRequest, form: Annotated[EditForm, Form(media_type="multipart/form-data")]) -> Any:
         """Generate images in which subjects replace words of the prompt.
 
         With `stream`, the response is a stream of server-sent events: image_edit.partial_image, image_edit.completed,
         and with `progress` also image_edit.queued and image_edit.progress.
         """
         info = await model_info()
-        request = await form.resolve(info)
-        timeout_s = info.limits.timeout_s(form.timeout_s)
-        previews = (form.previews or form.partial_images) if form.stream else False
-        streams = [
-            backend.stream(variation, previews=previews, timeout_s=timeout_s)
-            for variation in seed_variations(request, form.n)
-        ]
-        if form.stream:
-            return await start_stream(merge_streams(streams, heartbeat_s=HEARTBEAT_S), form)
-        results: dict[int, Result] = {}
-        async with aclosing(merge_streams(streams)) as batches:
-            async for batch in batches:
-                results |= {index: event for index, event in batch if isinstance(event, Result)}
+        request, entries = form.resolve(info)
+        client = client_address(http.scope, settings.client_header)
+        with backend.reserve(form.n, client) as reservation:
+            request = await form.with_images(request, entries, info.limits)
+            timeout_s = info.limits.timeout_s(form.timeout_s)
+            previews = (form.previews or form.partial_images) if form.stream else False
+            streams = [
+                backend.stream(
+                    variation, previews=previews, timeout_s=timeout_s, client=client, reservation=reservation
+                )
+                for variation in seed_variations(request, form.n)
+            ]
+            if form.stream:
+                return await start_stream(merge_streams(streams, heartbeat_s=HEARTBEAT_S), form)
+            results: dict[int, Result] = {}
+            async with aclosing(merge_streams(streams)) as batches:
+                async for batch in batches:
+                    results |= {index: event for index, event in batch if isinstance(event, Result)}
         content = await asyncio.to_thread(images_json, [results[i] for i in range(form.n)], form.output_format)
         return Response(content, media_type="application/json")
 

@@ -120,10 +120,8 @@ class EditForm(BaseModel):
         default=None, description="accepted for OpenAI's clients, not used"
     )
 
-    async def resolve(self, info: ModelInfo) -> ResolvedRequest:
-        """Return the request of all `n` images, which differ only in the seed.
-
-        Images are decoded in a thread, after all other fields have been checked.
+    def resolve(self, info: ModelInfo) -> tuple[ResolvedRequest, list[SubjectEntry]]:
+        """Return the request of all `n` images, which differ only in the seed, with placeholders in place of images.
 
         Raises:
             InvalidRequest: the message names the first invalid field.
@@ -142,7 +140,17 @@ class EditForm(BaseModel):
             info.limits.check_text("target_phrase", entry.target_phrase)
         request = self._request(entries).resolve(info.sampling)
         info.limits.check(request, num_images=self.n)
-        images = await asyncio.to_thread(_decode, files, info.limits)
+        return request, entries
+
+    async def with_images(
+        self, request: ResolvedRequest, entries: Sequence[SubjectEntry], limits: Limits
+    ) -> ResolvedRequest:
+        """Return the request with its images, which are decoded in a thread.
+
+        Raises:
+            InvalidRequest: an image is damaged or too large.
+        """
+        images = await asyncio.to_thread(_decode, self._files, limits)
         subjects = [
             replace(subject, image=images[entry.image])
             for subject, entry in zip(request.subjects, entries, strict=True)
