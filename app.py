@@ -30,6 +30,11 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")))
+    parser.add_argument(
+        "--trusted-host",
+        action="append",
+        help="name by which browsers reach the page through a proxy on this machine; may be repeated",
+    )
     flags = parser.parse_args(arguments)
     if sum(map(bool, (flags.url, flags.address, flags.model or flags.memory))) > 1:
         parser.error("--url, --address and --model/--memory exclude each other: a running server has its own model.")
@@ -55,14 +60,18 @@ def connect(flags: argparse.Namespace) -> Client:
 
 def serve_page(client: Client, info: ModelInfo, flags: argparse.Namespace) -> None:
     """Serve the page until SIGINT or SIGTERM."""
+    from starlette.middleware import Middleware
+
     from demo.theme import CSS, THEME
     from demo.ui import build_demo
+    from serving.http.trusted_hosts import TrustedHosts
 
     page = build_demo(client, info)
     try:
         page.launch(
             server_name=flags.host,
             server_port=flags.port,
+            app_kwargs={"middleware": [Middleware(TrustedHosts, hosts=flags.trusted_host)]},
             theme=THEME,
             css=CSS,
             share=False,

@@ -39,7 +39,7 @@ class LiveSettings(Limits):
         return LiveSettings(**{name: getattr(self, name) for name in LiveSettings.model_fields})
 
 
-def _numbers(value: object) -> object:
+def _parts(value: object) -> object:
     """Split text from the command line, such as "1,2,4"; lists from a configuration file are returned unchanged."""
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
@@ -64,6 +64,9 @@ class Settings(LiveSettings):
         body_timeout_s: seconds within which the body of an HTTP request must arrive; otherwise the response is 408.
         max_unread_bodies: bodies that a process of the HTTP interface receives at the same time; further requests
             receive 503.
+        trusted_hosts: names that the Host header of HTTP requests may have; "*" accepts all names, "*.example.com" all
+            subdomains. None accepts all names for connections from other machines, and only the names of this machine
+            and IP addresses for local connections, which protects a local server from DNS rebinding.
         client_header: header with the address of the client, such as X-Forwarded-For, if a trusted proxy sets it.
             Clients share the queue equally; without it, the address of the connection identifies a client.
         target_backlog_s: seconds of queued work per replica; the target of autoscaling.
@@ -98,6 +101,7 @@ class Settings(LiveSettings):
     num_ingresses: int = Field(default=1, ge=1)
     body_timeout_s: float = Field(default=60, gt=0)
     max_unread_bodies: int = Field(default=256, ge=1)
+    trusted_hosts: Annotated[tuple[str, ...] | None, BeforeValidator(_parts)] = None
     client_header: str | None = None
     target_backlog_s: float = Field(default=10, gt=0)
     upscale_delay_s: float = Field(default=3, ge=0)
@@ -107,7 +111,7 @@ class Settings(LiveSettings):
     num_gpus: float | None = Field(default=None, ge=0)
     cpu_threads: int | None = Field(default=None, ge=1)
     compile: Literal["off", "blocks", "whole"] = "off"
-    batch_sizes: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = ()
+    batch_sizes: Annotated[tuple[int, ...], BeforeValidator(_parts)] = ()
     memory_gb: float | None = Field(default=None, gt=0)
     text_cache_gb: float = Field(default=0.25, ge=0)
     reference_cache_gb: float = Field(default=1, ge=0)

@@ -545,6 +545,35 @@ def test_full_queue_is_429_with_retry_after(replica, settings, decoded):
         assert response.json()["error"]["code"] == "overloaded"
 
 
+@pytest.mark.parametrize(
+    "server,host,hosts,trusted",
+    [
+        ("127.0.0.1", "localhost:8000", None, True),
+        ("127.0.0.1", "127.0.0.1:8000", None, True),
+        ("::1", "[::1]:8000", None, True),
+        ("127.0.0.1", "192.168.0.7", None, True),
+        ("127.0.0.1", "LocalHost", None, True),
+        ("127.0.0.1", "rebound.example.com:8000", None, False),
+        ("::ffff:127.0.0.1", "rebound.example.com", None, False),
+        ("127.0.0.1", "localhost.example.com", None, False),
+        ("127.0.0.1", "", None, False),
+        ("10.0.0.5", "service.example.com", None, True),
+        ("10.0.0.5", "other.example.com", ["service.example.com"], False),
+        ("10.0.0.5", "Service.example.com:443", ["service.example.com"], True),
+        ("127.0.0.1", "a.example.com", ["*.example.com"], True),
+        ("127.0.0.1", "example.com", ["*.example.com"], False),
+        ("127.0.0.1", "anything", ["*"], True),
+    ],
+)
+def test_trusted_hosts(replica, settings, server, host, hosts, trusted):
+    """A name that could be rebound to this machine is rejected; `trusted_hosts` replaces the default rule."""
+    api = create_api(replica, settings.model_copy(update={"trusted_hosts": hosts}))
+    url = f"http://[{server}]" if ":" in server else f"http://{server}"
+    response = call(api, "GET", url + "/v1/models", headers={"Host": host})
+    assert response.status_code == (200 if trusted else 403), response.text
+    assert trusted or ("trusted_hosts" in response.text and response.json()["error"]["code"] == "untrusted_host")
+
+
 def test_http_client_matches_the_interface(api, replica):
     """Model, image and stream of HttpClient equal those of the replica; errors keep their type."""
     client = HttpClient("http://test", max_retries=0, transport=httpx.ASGITransport(api))

@@ -199,8 +199,8 @@ def test_closing_the_connection_cancels_the_images(server):
     async def run():
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(
-                b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
-                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+                b"POST /v1/images/edits HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
             )
             for _ in range(200):
                 if (await server.stats())["active"] == 2:
@@ -380,6 +380,16 @@ def test_the_openai_client_works(server):
     assert events[-1] == "image_edit.completed" and set(events[:-1]) <= {"image_edit.partial_image"}
     with pytest.raises(openai.UnprocessableEntityError, match="target_phrase"):
         client.images.edit(image=dog, prompt=PROMPT)
+
+
+def test_a_rebound_name_is_rejected(server):
+    """Over a local connection, the Host header must be a name of this machine."""
+    with httpx.Client(trust_env=False, timeout=30) as plain:
+        statuses = [
+            plain.get(server.url + "/v1/models", headers={"Host": host}).status_code
+            for host in ("rebound.example.com", "localhost")
+        ]
+    assert statuses == [403, 200]
 
 
 def test_join_finds_the_running_server(server):

@@ -28,6 +28,7 @@ from .client_address import client_address
 from .edit_form import EditForm
 from .responses import Health, ImagesState, Model, Models, error_response, errors, images_json
 from .streaming import HEARTBEAT_S, start_stream
+from .trusted_hosts import TrustedHosts
 
 MODEL_INFO_AGE_S = 5.0  # age after which the model information is requested again
 MODEL_INFO_WAIT_S = 1.0  # time to wait for newer model information before the old one is used
@@ -113,7 +114,7 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
         content = await asyncio.to_thread(images_json, [results[i] for i in range(form.n)], form.output_format)
         return Response(content, media_type="application/json")
 
-    @api.get("/v1/models", dependencies=dependencies, responses=errors(401, 500, 503))
+    @api.get("/v1/models", dependencies=dependencies, responses=errors(401, 403, 500, 503))
     async def list_models() -> Models:
         """The loaded model: defaults, limits, vocabulary."""
         return Models(data=[Model(**(await model_info()).to_dict())])
@@ -125,7 +126,7 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
         info.limits.check_text("prompt", prompt)
         return await backend.prompt_length(prompt)
 
-    @api.get("/healthz", responses=errors(503))
+    @api.get("/healthz", responses=errors(403, 503))
     async def health() -> Health:
         """200 if a replica responds. With `min_replicas=0`, always 200, because the check would start a replica."""
         if settings.min_replicas == 0:
@@ -142,8 +143,9 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
         timeout_s=settings.body_timeout_s,
         max_unread=settings.max_unread_bodies,
     )
-    if settings.api_key:  # added last, so that it runs first
+    if settings.api_key:  # the middleware that is added last runs first
         api.add_middleware(Authentication, api_key=settings.api_key)
+    api.add_middleware(TrustedHosts, hosts=settings.trusted_hosts)
     for kind in (*EXPECTED_ERRORS, RequestValidationError, StarletteHTTPException, Exception):
         api.add_exception_handler(kind, _handle_error)
     return api

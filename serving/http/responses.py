@@ -93,6 +93,7 @@ class Error(BaseModel):
 _RETRY_AFTER = {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 0}}}
 _STATUSES = {
     401: "missing or wrong API key",
+    403: "the Host header is not trusted",
     408: "the body did not arrive in time",
     413: "too many bytes or pixels",
     422: "invalid request; the message names the value, the limit and the remedy",
