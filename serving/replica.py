@@ -69,6 +69,7 @@ def model_info(pipeline: RealCustomPipeline, settings: Settings) -> ModelInfo:
         preset=next((name for name in PRESETS if MethodConfig.preset(name) == method), "custom"),
         sampling=pipeline.sampling,
         limits=settings.limits,
+        max_tokens=pipeline.tokenizer.model_max_length,
         vocabulary=json.loads(vocabulary.read_text()) if vocabulary.is_file() else {},
     )
 

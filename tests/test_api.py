@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import starlette.datastructures
-from PIL import Image
+from PIL import Image, features
 from tiny import subject_image, tiny_pipeline
 
 import serving.http.edit_form
@@ -373,6 +373,7 @@ GOOD_FILES = {
     "1 bit": file_of(subject_image().convert("1")),
     "cmyk": file_of(subject_image().convert("CMYK"), "JPEG"),
     "webp": file_of(subject_image(), "WEBP"),
+    **({"avif": file_of(subject_image(), "AVIF")} if features.check("avif") else {}),
     "animation": file_of(subject_image(), "GIF", save_all=True, append_images=[subject_image("blue")]),
     "one pixel": file_of(Image.new("RGB", (1, 1))),
     "a line": file_of(Image.new("RGB", (1, 900))),

@@ -59,6 +59,7 @@ class Model(BaseModel):
     preset: Literal["paper", "release", "custom"]
     sampling: SamplingDefaults
     limits: Limits
+    max_tokens: int
     vocabulary: dict[str, list[str]]
 
 
