@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .visual_attention import KeysValues
-from .words import PromptLength, prompt_length, target_token_positions
+from .words import PromptLength, prompt_length, target_token_positions, tokenize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,8 @@ class TextEncoders:
         """
         embeds, pooled = [], None
         for tokenizer, encoder in self.pairs:
-            ids = tokenizer(
+            ids = tokenize(
+                tokenizer,
                 text,
                 padding="max_length",
                 max_length=tokenizer.model_max_length,

@@ -1,12 +1,14 @@
 """Target phrase -> character spans -> token positions, for all occurrences of the phrase as whole words."""
 
 import re
+import threading
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 
 # Scripts that are written without spaces between words: Thai, Lao, Khmer, Hiragana, Katakana, Han.
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_TOKENIZER_LOCK = threading.Lock()
 _APOSTROPHES = str.maketrans("’‘ʼ＇", "''''")
 
 
@@ -88,9 +90,20 @@ def target_token_positions(tokenizer, prompt: str, phrase: str) -> list[int]:
     return positions
 
 
+def tokenize(tokenizer, text: str, **options):
+    """Call a tokenizer, one thread at a time.
+
+    A fast tokenizer of transformers keeps the options of a call in shared state, so a call of another thread could pad
+    or truncate with the wrong ones.
+    """
+    with _TOKENIZER_LOCK:
+        return tokenizer(text, **options)
+
+
 def encode_offsets(tokenizer, prompt: str) -> list[tuple[int, int]]:
     """Character span of each token of `prompt`, truncated at the tokenizer's limit; special tokens have (0, 0)."""
-    encoded = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True)
+    limit = tokenizer.model_max_length
+    encoded = tokenize(tokenizer, prompt, truncation=True, max_length=limit, return_offsets_mapping=True)
     return [tuple(span) for span in encoded["offset_mapping"]]
 
 
@@ -126,7 +139,7 @@ class PromptLength:
 def prompt_length(tokenizer, prompt: str) -> PromptLength:
     """How much of `prompt` is within the limit of a fast tokenizer of transformers."""
     return PromptLength(
-        num_tokens=len(tokenizer(prompt, truncation=False, verbose=False).input_ids),
+        num_tokens=len(tokenize(tokenizer, prompt, truncation=False, verbose=False).input_ids),
         max_tokens=tokenizer.model_max_length,
         num_chars_read=max((end for _, end in encode_offsets(tokenizer, prompt)), default=0),
     )
