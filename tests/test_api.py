@@ -113,6 +113,8 @@ BAD = {
     "phrase without image": (dict(target_phrase="dog"), "image"),
     "fewer phrases": (dict(images=[DOG, DOG], target_phrase="dog"), "phrase"),
     "same word twice": (dict(images=[DOG, DOG], target_phrase=["dog", "dog"]), "overlaps"),
+    "huge guidance": (dict(guidance_scale="1e308"), "at most 100"),
+    "large guidance": (dict(guidance_scale="1e30"), "at most 100"),
     "subjects not JSON": (dict(images=[DOG], subjects="dog"), "JSON"),
     "subjects deep JSON": (dict(images=[DOG], subjects="[" * 100_000), "JSON"),
     "subjects not a list": (dict(images=[DOG], subjects='{"target_phrase": "dog"}'), "list"),

@@ -95,9 +95,10 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
         info = await model_info()
         request, entries = form.resolve(info)
         client = client_address(http.scope, settings.client_header)
+        deadline = time.monotonic() + info.limits.timeout_s(form.timeout_s)
         with backend.reserve(form.n, client) as reservation:
-            request = await form.with_images(request, entries, info.limits)
-            timeout_s = info.limits.timeout_s(form.timeout_s)
+            request = await form.with_images(request, entries, info.limits, deadline)
+            timeout_s = max(0.0, deadline - time.monotonic())
             previews = (form.previews or form.partial_images) if form.stream else False
             streams = [
                 backend.stream(

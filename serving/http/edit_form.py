@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ from realcustom.reference_image import ReferenceImage
 from realcustom.request import MAX_SEED, Request, ResolvedRequest, Subject
 from realcustom.words import shorten
 
-from ..protocol.errors import InvalidRequest, TooLarge
+from ..protocol.errors import DeadlineExceeded, InvalidRequest, TooLarge
 from ..protocol.image_codec import decode_image, read_header
 from ..protocol.limits import Limits
 from ..protocol.model_info import ModelInfo
@@ -143,14 +144,19 @@ class EditForm(BaseModel):
         return request, entries
 
     async def with_images(
-        self, request: ResolvedRequest, entries: Sequence[SubjectEntry], limits: Limits
+        self, request: ResolvedRequest, entries: Sequence[SubjectEntry], limits: Limits, deadline: float
     ) -> ResolvedRequest:
         """Return the request with its images, which are decoded in a thread.
 
         Raises:
             InvalidRequest: an image is damaged or too large.
+            DeadlineExceeded: the images were not decoded before `deadline` (`time.monotonic()`).
         """
-        images = await asyncio.to_thread(_decode, self._files, limits)
+        decoding = asyncio.to_thread(_decode, self._files, limits)
+        try:
+            images = await asyncio.wait_for(decoding, max(0.0, deadline - time.monotonic()))
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded("the images were not decoded in time; request a longer timeout_s.") from None
         subjects = [
             replace(subject, image=images[entry.image])
             for subject, entry in zip(request.subjects, entries, strict=True)
