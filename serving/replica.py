@@ -1,7 +1,8 @@
 """The deployment `Replica`: one pipeline, one engine, health checks. Ray Serve scales the number of replicas."""
 
 import json
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from .clients.admission import Reservation
 from .clients.merge import merge_streams
 from .engine.engine import Engine
 from .engine.memory import MemoryBudget, available, measure
+from .engine.step_time import StepTimeModel
+from .engine.stepper import step_kind
 from .metrics import RayMetrics
 from .protocol.errors import EXPECTED_ERRORS
 from .protocol.events import HEARTBEAT_S, Event, Heartbeat, Result, result_of
@@ -93,6 +96,19 @@ class MemoryShares:
         return cls(total - scale * (text + reference), scale * text, scale * reference)
 
 
+def first_step_time(pipeline: RealCustomPipeline, synchronize: Callable[[], None]) -> StepTimeModel:
+    """A model of the step time with one measured step, so that the first step of each size has an upper bound."""
+    model = StepTimeModel()
+    generation = pipeline.prepare(Request(prompt="a ball", seed=0))
+    kind = step_kind([generation])
+    start = time.monotonic()
+    pipeline.step([generation])
+    synchronize()
+    model.add(kind.calls, kind.row_pixels, time.monotonic() - start, kind.pixels)
+    pipeline.clear_caches()
+    return model
+
+
 class Replica:
     """One pipeline and its engine. `serving.build` sets how many replicas there are, and their resources.
 
@@ -111,6 +127,7 @@ class Replica:
         if settings.compile != "off":
             self._pipeline.compile(whole=settings.compile == "whole")
             self._pipeline.warm_up()
+        synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
         shares = MemoryShares.of(settings)
         self._pipeline.text_cache.resize(int(shares.text_cache))
         self._pipeline.reference_cache.resize(int(shares.reference_cache))
@@ -122,7 +139,8 @@ class Replica:
             stall_timeout_s=settings.stall_timeout_s,
             batch_sizes=settings.batch_sizes,
             budget=MemoryBudget(memory_model, shares.images),
-            synchronize=torch.cuda.synchronize if settings.device == "cuda" else None,
+            step_time=first_step_time(self._pipeline, synchronize),
+            synchronize=synchronize,
             observer=RayMetrics() if metrics else None,
         )
 

@@ -22,7 +22,8 @@ class LiveSettings(Limits):
         max_batch_size: images that are active at the same time in a replica, if its memory allows.
         max_queued: images that may wait in a replica, and as many in Ray Serve's router; further requests are rejected.
         preview_every: steps between previews.
-        stall_timeout_s: seconds without progress after which a replica is unhealthy.
+        stall_timeout_s: seconds without progress after which a replica is unhealthy. A step of a large image may take
+            longer: up to 10 times the time expected from measured steps.
     """
 
     max_batch_size: int = Field(default=8, ge=1)

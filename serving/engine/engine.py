@@ -22,10 +22,14 @@ from .job import Job
 from .memory import MemoryBudget, is_out_of_memory, release
 from .observer import Observer
 from .scheduler import Scheduler
-from .step_time import StepTimeModel
-from .stepper import Stepper
+from .step_time import Step, StepTimeModel
+from .stepper import Stepper, step_kind
 
 logger = logging.getLogger("ray.serve.realcustom")  # below Ray Serve's logger, so that its handlers and format apply
+
+
+def _kind(batch: Sequence[Job]) -> Step:
+    return step_kind([job.generation for job in batch if job.generation is not None])
 
 
 class Engine:
@@ -298,6 +302,7 @@ class Engine:
             if not self._wait(lambda: self._scheduler.active):
                 return
             batch = self._scheduler.next_batch()
+            self._health.expect(self._scheduler.step_time.upper_bound(*_kind(batch)))
         start = time.monotonic()
         failed = self._stepper.step(batch)
         seconds = time.monotonic() - start
@@ -326,9 +331,9 @@ class Engine:
         with self._condition:
             self._scheduler.shrink_budget()
 
-    def _learn_step_time(self, calls: int, row_pixels: float, seconds: float) -> None:
+    def _learn_step_time(self, kind: Step, seconds: float) -> None:
         with self._condition:
-            self._scheduler.step_time.add(calls, row_pixels, seconds)
+            self._scheduler.step_time.add(kind.calls, kind.row_pixels, seconds, kind.pixels)
 
     def _decode_next(self) -> None:
         with self._condition:
