@@ -82,6 +82,8 @@ class Settings(LiveSettings):
         memory_gb: memory for the active images of a replica, in GiB; None uses most of what is free after loading.
         text_cache_gb, reference_cache_gb: memory for encoded texts and references of earlier requests, in GiB. Not part
             of `memory_gb`. If `memory_gb` is None, the caches take at most half of the memory for images.
+        reference_memory_gb: memory for the decoded references of all requests in a process of the HTTP interface, in
+            GiB; further requests receive 429.
         max_retries: how often an image is restarted on another replica after its replica failed.
         log_format: format of Ray Serve's log files; "JSON" includes the request id as a field.
         api_key: if set, HTTP requests must send it as `Authorization: Bearer <api_key>`. The default is the
@@ -116,6 +118,7 @@ class Settings(LiveSettings):
     memory_gb: float | None = Field(default=None, gt=0)
     text_cache_gb: float = Field(default=0.25, ge=0)
     reference_cache_gb: float = Field(default=1, ge=0)
+    reference_memory_gb: float = Field(default=1, gt=0)
     max_retries: int = Field(default=2, ge=0)
     log_format: Literal["TEXT", "JSON"] = "JSON"
     api_key: SecretStr | None = Field(default_factory=_api_key_of_environment, validate_default=True)

@@ -241,6 +241,31 @@ def test_the_pixels_of_all_references_are_limited(replica, settings, decoded):
     assert response.status_code == 200 and decoded == ["image 0 ('0.png')", "image 1 ('1.png')"]
 
 
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_the_references_of_all_requests_are_limited(replica, settings, decoded, stream):
+    """While a request holds references, another one that would exceed the memory gets 429 before its references are
+    decoded. The memory is free when the request has ended."""
+    api = create_api(replica, settings.model_copy(update={"reference_memory_gb": 1.5 * 3 * 900 * 900 / 2**30}))
+    large = file_of(Image.new("L", (900, 900)))
+
+    async def run():
+        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+
+            def post(steps: str):
+                form = {"prompt": PROMPT, "target_phrase": "dog", "num_inference_steps": steps, "stream": stream}
+                return http.post("/v1/images/edits", data=form, files={"image": ("dog.png", large, "image/png")})
+
+            first = asyncio.create_task(post("50"))
+            while not decoded:
+                await asyncio.sleep(0.001)
+            refused = await post("1")
+            assert refused.status_code == 429 and "references" in refused.text and len(decoded) == 1
+            assert (await first).status_code == 200 and (await post("1")).status_code == 200
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     "fields",
     [

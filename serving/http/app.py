@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import AbstractContextManager, aclosing
+from contextlib import AbstractContextManager, ExitStack, aclosing
 from typing import Annotated, Any, Protocol
 
 from fastapi import Body, Depends, FastAPI, Form
@@ -26,8 +26,9 @@ from .authentication import Authentication
 from .body_limit import BodyLimit
 from .client_address import client_address
 from .edit_form import EditForm
+from .reference_memory import ReferenceMemory
 from .responses import Health, ImagesState, Model, Models, error_response, errors, images_json
-from .streaming import HEARTBEAT_S, start_stream
+from .streaming import HEARTBEAT_S, Batches, start_stream
 from .trusted_hosts import TrustedHosts
 
 MODEL_INFO_AGE_S = 5.0  # age after which the model information is requested again
@@ -65,6 +66,7 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
     # Only describes the key in the OpenAPI schema; `Authentication` checks it
     described_key = [Depends(HTTPBearer(auto_error=False, description="the server's API key"))]
     dependencies = described_key if settings.api_key else []
+    references = ReferenceMemory(settings.reference_memory_gb * 2**30)
     cached: list[tuple[float, ModelInfo]] = []  # at most one: time of the request, and its response
 
     async def model_info() -> ModelInfo:
@@ -96,7 +98,9 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
         request, entries = form.resolve(info)
         client = client_address(http.scope, settings.client_header)
         deadline = time.monotonic() + info.limits.timeout_s(form.timeout_s)
-        with backend.reserve(form.n, client) as reservation:
+        num_pixels = await form.count_pixels(info.limits)
+        with ExitStack() as held, backend.reserve(form.n, client) as reservation:
+            held.enter_context(references.hold(num_pixels))
             request = await form.with_images(request, entries, info.limits, deadline)
             timeout_s = max(0.0, deadline - time.monotonic())
             previews = (form.previews or form.partial_images) if form.stream else False
@@ -107,7 +111,8 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
                 for variation in seed_variations(request, form.n)
             ]
             if form.stream:
-                return await start_stream(merge_streams(streams, heartbeat_s=HEARTBEAT_S), form)
+                batches = merge_streams(streams, heartbeat_s=HEARTBEAT_S)
+                return await start_stream(_holding(batches, held.pop_all()), form)
             results: dict[int, Result] = {}
             async with aclosing(merge_streams(streams)) as batches:
                 async for batch in batches:
@@ -150,6 +155,14 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
     for kind in (*EXPECTED_ERRORS, RequestValidationError, StarletteHTTPException, Exception):
         api.add_exception_handler(kind, _handle_error)
     return api
+
+
+async def _holding(batches: Batches, held: ExitStack) -> Batches:
+    """The batches of a stream; `held` is released at its end."""
+    with held:
+        async with aclosing(batches):
+            async for batch in batches:
+                yield batch
 
 
 async def _handle_error(http: HttpRequest, error: Exception) -> JSONResponse:

@@ -143,13 +143,21 @@ class EditForm(BaseModel):
         info.limits.check(request, num_images=self.n)
         return request, entries
 
+    async def count_pixels(self, limits: Limits) -> int:
+        """Pixels of all files, read from their headers in a thread.
+
+        Raises:
+            InvalidRequest: a file is not an image, or the images have too many bytes or pixels.
+        """
+        return await asyncio.to_thread(_count_pixels, self._files, limits)
+
     async def with_images(
         self, request: ResolvedRequest, entries: Sequence[SubjectEntry], limits: Limits, deadline: float
     ) -> ResolvedRequest:
         """Return the request with its images, which are decoded in a thread.
 
         Raises:
-            InvalidRequest: an image is damaged or too large.
+            InvalidRequest: an image is damaged.
             DeadlineExceeded: the images were not decoded before `deadline` (`time.monotonic()`).
         """
         decoding = asyncio.to_thread(_decode, self._files, limits)
@@ -269,16 +277,23 @@ def _short_form(phrases: list[str], scopes: list[float], num_files: int) -> list
     ]
 
 
-def _decode(files: Sequence[UploadFile], limits: Limits) -> list[ReferenceImage]:
-    """Decode uploaded files, after the headers of all of them have been checked against the limits."""
-    names = [f"image {i} ({shorten(file.filename or '')})" for i, file in enumerate(files)]
-    headers = [read_header(file.file, limits, name) for file, name in zip(files, names, strict=True)]
+def _names(files: Sequence[UploadFile]) -> list[str]:
+    return [f"image {i} ({shorten(file.filename or '')})" for i, file in enumerate(files)]
+
+
+def _count_pixels(files: Sequence[UploadFile], limits: Limits) -> int:
+    """Pixels of all files, after their headers have been checked against the limits."""
+    headers = [read_header(file.file, limits, name) for file, name in zip(files, _names(files), strict=True)]
     if (total := sum(header.width * header.height for header in headers)) > limits.max_reference_pixels_total:
         raise TooLarge(
             f"the images have {total} pixels in total; this server accepts at most "
             f"{limits.max_reference_pixels_total}. Send smaller images."
         )
-    return [decode_image(file.file, limits, name) for file, name in zip(files, names, strict=True)]
+    return total
+
+
+def _decode(files: Sequence[UploadFile], limits: Limits) -> list[ReferenceImage]:
+    return [decode_image(file.file, limits, name) for file, name in zip(files, _names(files), strict=True)]
 
 
 def sentence(errors: Sequence[Any]) -> str:
