@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,7 +31,15 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")))
+    parser.add_argument(
+        "--trusted-host",
+        action="append",
+        help="name by which browsers reach the page through a proxy on this machine; may be repeated",
+    )
+    parser.add_argument("--mcp", action="store_true", help="also serve the tabs as tools for MCP clients")
     flags = parser.parse_args(arguments)
+    if flags.mcp and find_spec("mcp") is None:
+        parser.error("--mcp requires the package mcp; install it: pip install 'mcp>=1.21,<2'")
     if sum(map(bool, (flags.url, flags.address, flags.model or flags.memory))) > 1:
         parser.error("--url, --address and --model/--memory exclude each other: a running server has its own model.")
     return flags
@@ -55,24 +64,16 @@ def connect(flags: argparse.Namespace) -> Client:
 
 def serve_page(client: Client, info: ModelInfo, flags: argparse.Namespace) -> None:
     """Serve the page until SIGINT or SIGTERM."""
-    from demo.theme import CSS, THEME
-    from demo.ui import build_demo
+    from starlette.middleware import Middleware
+
+    from demo.ui import build_demo, launch_demo
+    from serving.http.trusted_hosts import TrustedHosts
 
     page = build_demo(client, info)
+    middleware = [Middleware(TrustedHosts, hosts=flags.trusted_host)]
     try:
-        page.launch(
-            server_name=flags.host,
-            server_port=flags.port,
-            theme=THEME,
-            css=CSS,
-            share=False,
-            quiet=True,
-            max_file_size=info.limits.max_image_bytes,
-            footer_links=["api"],
-            ssr_mode=False,
-            prevent_thread_lock=True,
-        )
-        log.info("Open %s in a browser. Press Ctrl-C to stop.", (page.local_url or "").rstrip("/"))
+        address = launch_demo(page, info.limits, host=flags.host, port=flags.port, middleware=middleware, mcp=flags.mcp)
+        log.info("Open %s in a browser. Press Ctrl-C to stop.", address)
         threading.Event().wait()
     finally:
         page.close(verbose=False)

@@ -12,18 +12,23 @@ from PIL import Image
 from .mask_overlay import SUBJECT_COLORS
 
 
-def progress(text: str, fraction: float, words: Sequence[str] = ()) -> str:
+def progress(text: str, fraction: float, words: Sequence[str] = (), description: str = "") -> str:
     """HTML: a line of text above a thin progress bar, filled to `fraction` in [0, 1].
 
     Args:
-        words: target words, shown at the right in the colors of their masks.
+        words: target words, shown at the right with the colors of their masks.
+        description: alternative text of the image; `page.js` sets it.
     """
     legend = "".join(
-        f'<span style="color: {SUBJECT_COLORS[i % len(SUBJECT_COLORS)]}">● {escape(word)}</span>'
+        f'<span><span style="color: {SUBJECT_COLORS[i % len(SUBJECT_COLORS)]}">●</span> {escape(word)}</span>'
         for i, word in enumerate(words)
     )
+    alt = ""
+    if description:
+        masks = f"Guidance masks of {' and '.join(words)}. {description}" if words else description
+        alt = f' data-description="{escape(description, quote=True)}" data-masks="{escape(masks, quote=True)}"'
     return (
-        f'<div class="status-line"><span role="status">{escape(text)}</span>'
+        f'<div class="status-line"{alt}><span role="status">{escape(text)}</span>'
         f'<span class="status-legend">{legend}</span></div>'
         f'<div class="status-bar"><div style="width: {100 * fraction:.1f}%"></div></div>'
     )

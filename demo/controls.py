@@ -7,7 +7,10 @@ from gradio.components import Component
 
 from serving.clients import ModelInfo
 
+from .sizes import default_size, size_choices
+
 MAX_IMAGES = 4  # per click
+SIZE_SCHEMA = {"type": "string", "title": "Size: <width>x<height> in pixels"}
 MIN_SLIDER_PX = 130  # three sliders fit in one row of the left column
 
 
@@ -23,6 +26,7 @@ class Controls:
     seed: gr.Textbox
     negative_prompt: gr.Textbox
     num_images: gr.Slider
+    size: gr.Dropdown
 
     @property
     def inputs(self) -> list[Component]:
@@ -30,7 +34,7 @@ class Controls:
 
 
 def build_controls(name: str, info: ModelInfo) -> Controls:
-    """The three sliders of the method, visible, and all other settings in an accordion.
+    """The three sliders of the method and the image size, visible, and all other settings in an accordion.
 
     Args:
         name: prefix of the element ids.
@@ -51,14 +55,20 @@ def build_controls(name: str, info: ModelInfo) -> Controls:
             1, 15, sampling.guidance_scale, step=0.5, label="CFG", elem_id=f"{name}-guidance",
             info="Prompt strength", min_width=MIN_SLIDER_PX,
         )  # fmt: skip
+    with gr.Row(elem_classes="method-sliders"):
+        size = gr.Dropdown(
+            size_choices(info), value=default_size(info), label="Size", elem_id=f"{name}-size",
+            info="Width × height in pixels", min_width=MIN_SLIDER_PX,
+        )  # fmt: skip
+        size.api_info = lambda: SIZE_SCHEMA  # by default, an enumeration of the choices
+        num_images = gr.Slider(
+            1, min(MAX_IMAGES, limits.max_images), 1, step=1, label="Images", elem_id=f"{name}-images",
+            info="Per click", min_width=MIN_SLIDER_PX,
+        )  # fmt: skip
     with gr.Accordion("Settings", open=False, elem_id=f"{name}-settings"):
         steps = gr.Slider(
             1, max_steps, sampling.num_inference_steps, step=1, label="Steps", elem_id=f"{name}-steps",
             info="Denoising steps; more steps add detail and take longer",
-        )  # fmt: skip
-        num_images = gr.Slider(
-            1, min(MAX_IMAGES, limits.max_images), 1, step=1, label="Images", elem_id=f"{name}-images",
-            info="Generated together, with consecutive seeds",
         )  # fmt: skip
         # A text box because an empty `gr.Number` becomes 0 when it is first shown.
         seed = gr.Textbox(label="Seed", info="Leave empty for a random seed", max_lines=1, elem_id=f"{name}-seed")
@@ -82,4 +92,5 @@ def build_controls(name: str, info: ModelInfo) -> Controls:
         seed=seed,
         negative_prompt=negative_prompt,
         num_images=num_images,
+        size=size,
     )

@@ -6,6 +6,7 @@ from typing import Any
 from serving.clients import InvalidRequest, Limits, Request, Subject, words_of
 
 from .controls import MAX_IMAGES
+from .sizes import parse_size
 from .task import Task
 from .upload import read_upload
 
@@ -26,9 +27,8 @@ def read_form(task: Task, values: Sequence[Any], limits: Limits) -> tuple[Reques
         InvalidRequest: an input is missing or invalid; the message says which one and what to do.
     """
     prompt = values[0] or ""
-    scope_ratio, early_stop_step, guidance_scale, steps, fast_masks, seed, negative_prompt, num_images = values[
-        1 + NUM_SLOT_VALUES * task.num_slots :
-    ]
+    settings = values[1 + NUM_SLOT_VALUES * task.num_slots :]
+    scope_ratio, early_stop_step, guidance_scale, steps, fast_masks, seed, negative_prompt, num_images, size = settings
     if not prompt.strip():
         raise InvalidRequest("Enter a prompt, for example 'a dog on the beach'.")
     subjects = []
@@ -48,12 +48,15 @@ def read_form(task: Task, values: Sequence[Any], limits: Limits) -> tuple[Reques
         raise InvalidRequest("Upload an image of the subject.")
     try:
         number, num_steps = int(num_images), int(steps)
+        width, height = parse_size(size)
         request = Request(
             prompt=prompt,
             subjects=tuple(
                 Subject(image=image, target_phrase=phrase, scope_ratio=scope_ratio) for image, phrase in subjects
             ),
             negative_prompt=negative_prompt or "",
+            height=height,
+            width=width,
             num_inference_steps=num_steps,
             early_stop_step=min(int(early_stop_step), num_steps),
             guidance_scale=float(guidance_scale),

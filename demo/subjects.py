@@ -7,12 +7,12 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from serving.clients import InvalidRequest, ModelInfo, words_of
+from serving.clients import Client, InvalidRequest, ModelInfo, words_of
 
 from .components import example_card, failure_note
+from .prompt_words import classify_words, prompt_note
 from .task import VISIBLE_SLOTS, Example, Task
 from .upload import read_upload
-from .vocabulary import mark_unknown_words
 
 WORDS_SCHEMA = {"type": "array", "items": {"type": "string"}, "title": "Words of the prompt"}
 CARD_PX = 150  # width of an example
@@ -56,8 +56,9 @@ def build_slots(task: Task, info: ModelInfo) -> list[Slot]:
 
 def _build_slot(task: Task, info: ModelInfo, index: int) -> Slot:
     image = gr.Image(
-        label="Subject" if task.num_slots == 1 else f"Subject {index + 1}", height=260,
-        sources=["upload", "clipboard"], elem_classes="label-above", elem_id=f"{task.name}-image-{index}",
+        label="Subject" if task.num_slots == 1 else f"Subject {index + 1}", height=260, format="png",
+        sources=["upload", "clipboard"], elem_classes=["label-above", "subject-image"],
+        elem_id=f"{task.name}-image-{index}",
     )  # fmt: skip
     note = gr.HTML(visible=False, elem_id=f"{task.name}-note-{index}")
     words = gr.CheckboxGroup(
@@ -94,16 +95,18 @@ def _build_slot(task: Task, info: ModelInfo, index: int) -> Slot:
     return Slot(image=image, note=note, words=words, phrase=phrase)
 
 
-def update_words_with_prompt(task: Task, info: ModelInfo, prompt: gr.Textbox, note: gr.HTML, slots: list[Slot]) -> None:
+def update_words_with_prompt(
+    client: Client, info: ModelInfo, prompt: gr.Textbox, note: gr.HTML, slots: list[Slot]
+) -> None:
     """Show the words of the prompt as chips while it is typed; selected words that are still in it stay selected.
 
     Args:
-        note: shows which words the model does not know.
+        note: shows which words the model does not know or does not read.
     """
 
-    def update(text: str | None, *selected: list[str] | None) -> list:
-        words = _unique_words(text or "")
-        marked = mark_unknown_words(text or "", info)
+    async def update(text: str | None, *selected: list[str] | None) -> list:
+        classified = await classify_words(text or "", client, info)
+        words, marked = classified.words, prompt_note(classified, info)
         updates: list = [gr.HTML(marked, visible=bool(marked))]
         for value in selected:
             kept = [word for word in value or [] if word in words]

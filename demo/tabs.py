@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import fields
 from inspect import Parameter, Signature
+from textwrap import shorten
 from typing import Any
 
 import gradio as gr
@@ -25,6 +26,7 @@ from .task import Task
 log = logging.getLogger(__name__)
 
 MAX_GALLERY_IMAGES = 32  # each result has two: the image and its masks
+MAX_CAPTION_CHARS = 80  # of the prompt in captions and alternative texts
 ERROR_DURATION_S = 10
 
 
@@ -59,12 +61,19 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
                 type="filepath", interactive=False, buttons=["download", "fullscreen"], visible=False,
                 elem_classes=["enlarged", "label-above"], elem_id=f"{task.name}-gallery",
             )  # fmt: skip
-            results, latest, first_seed = gr.State([]), gr.State([]), gr.State(None)
-            reuse_seed = gr.Button(
-                "Reuse the seed of the first image", size="sm", interactive=False, elem_id=f"{task.name}-reuse"
+            # Not states, so that users of the API receive them.
+            results = gr.Gallery(
+                label="Results: each image and its guidance masks", format="png", type="filepath", visible=False
             )
+            first_seed = gr.Textbox(label="Seed of the first image", visible=False)
+            latest = gr.State([])
+            with gr.Row():
+                reuse_seed = gr.Button("Reuse the seed", size="sm", interactive=False, elem_id=f"{task.name}-reuse")
+                use_result = gr.Button(
+                    "Use the image as subject", size="sm", interactive=False, elem_id=f"{task.name}-use"
+                )
     build_examples(task, prompt, slots)
-    update_words_with_prompt(task, info, prompt, prompt_note, slots)
+    update_words_with_prompt(client, info, prompt, prompt_note, slots)
 
     async def handle_generate(*values: Any) -> AsyncGenerator[list, None]:
         async with aclosing(generate_updates(task, client, info.limits, values)) as updates:
@@ -75,6 +84,7 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
     for slot in slots:
         inputs += slot.inputs
     inputs += controls.inputs
+    handle_generate.__name__ = task.name.lower()  # of the tool for MCP clients
     handle_generate.__signature__ = _api_signature(task)  # type: ignore[attr-defined]
     start = gr.on(
         [generate.click, prompt.submit], _archive, [latest, gallery], [latest, gallery, live, masks], queue=False,
@@ -84,10 +94,10 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
     event = start.then(
         handle_generate, inputs, [status, live, masks, results, first_seed, reuse_seed, generate, stop],
         preprocess=False, concurrency_limit=None, show_progress="hidden", api_name=task.name.lower(),
-        api_description=f"{task.text.replace('**', '')} Yields updates of the page; the last one has the result.",
+        api_description=f"{task.text.replace('**', '')} Yields updates of the page; the last one has the results.",
     )  # fmt: skip
     event.success(
-        _add_results, [results, gallery], [latest, gallery], queue=False, show_progress="hidden",
+        _add_results, [results, gallery], [latest, gallery, use_result], queue=False, show_progress="hidden",
         api_visibility="private",
     )  # fmt: skip
     # In a second event, after the first has cancelled the generation: an earlier update could arrive after "Stopped".
@@ -95,7 +105,11 @@ def build_tab(task: Task, client: Client, info: ModelInfo) -> None:
         lambda: [progress("Stopped", 0), *_buttons(running=False)], None, [status, generate, stop], queue=False,
         api_visibility="private",
     )  # fmt: skip
-    reuse_seed.click(str, first_seed, controls.seed, queue=False, api_visibility="private")
+    reuse_seed.click(lambda seed: seed, first_seed, controls.seed, queue=False, api_visibility="private")
+    use_result.click(  # also possible by dragging a result, see `page.js`
+        lambda results: [results[0][0], gr.HTML("", visible=False)], results, [slots[0].image, slots[0].note],
+        queue=False, show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
 
 
 def _api_signature(task: Task) -> Signature:
@@ -121,10 +135,14 @@ def _archive(latest: list, gallery: list | None) -> list:
 
 
 def _add_results(results: list, gallery: list | None) -> list:
-    """Values of latest and gallery. A single result is shown already; several are shown as tiles of one image."""
+    """Values of latest, gallery and the button "Use the image as subject".
+
+    A single result is shown already; several are shown as tiles of one image.
+    """
+    use_result = gr.Button(interactive=True)
     if len(results) <= 2:
-        return [results, gr.skip()]
-    return [[], gr.Gallery([*results, *(gallery or [])][:MAX_GALLERY_IMAGES], visible=True)]
+        return [results, gr.skip(), use_result]
+    return [[], gr.Gallery([*results, *(gallery or [])][:MAX_GALLERY_IMAGES], visible=True), use_result]
 
 
 async def generate_updates(
@@ -166,10 +184,10 @@ async def _updates(client: Client, request: Request, num_images: int) -> AsyncGe
             if state.done or not shown or any(new is not old for new, old in zip(images, shown, strict=True)):
                 live, masks = await asyncio.to_thread(_draw_previews, state)
                 shown = images
-            status = progress(state.status(), state.fraction, words)
+            status = progress(state.status(), state.fraction, words, _description(state, request.prompt))
             if state.done:
-                results = await asyncio.to_thread(_draw_results, state)
-                yield [status, live, masks, results, state.images[0].seed, gr.Button(interactive=True)], True
+                results = await asyncio.to_thread(_draw_results, state, request.prompt, words)
+                yield [status, live, masks, results, str(state.images[0].seed), gr.Button(interactive=True)], True
             else:
                 yield [status, live, masks, *_skip(3)], False
 
@@ -180,12 +198,24 @@ def _draw_previews(state: GenerationState) -> tuple[Image.Image | None, Image.Im
     return tiled([image.image for image in state.images]), tiled(overlays)
 
 
-def _draw_results(state: GenerationState) -> list[tuple[Image.Image, str]]:
-    """Image and masks of each result, with captions, for the gallery."""
+def _description(state: GenerationState, prompt: str) -> str:
+    """Alternative text of the image or of the preview."""
+    text = repr(shorten(prompt, MAX_CAPTION_CHARS, placeholder="…"))
+    if not state.done:
+        return f"Preview for {text}"
+    seeds = [str(image.seed) for image in state.images]
+    return f"Result for {text}, seed {seeds[0]}" if len(seeds) == 1 else f"Results for {text}, seeds {', '.join(seeds)}"
+
+
+def _draw_results(state: GenerationState, prompt: str, words: Sequence[str]) -> list[tuple[Image.Image, str]]:
+    """Image and masks of each result for the gallery, with captions, which are also their alternative texts."""
     results = []
+    text = repr(shorten(prompt, MAX_CAPTION_CHARS, placeholder="…"))
     for image in state.images:
         assert image.image is not None
-        results += [(image.image, f"seed {image.seed}"), (overlay_masks(image.image, image.masks), "masks")]
+        results.append((image.image, f"Result for {text}, seed {image.seed}"))
+        overlay = overlay_masks(image.image, image.masks)
+        results.append((overlay, f"Guidance masks of {' and '.join(words)}, seed {image.seed}"))
     return results
 
 

@@ -1,12 +1,18 @@
 """The page: title, model description, and one tab per task."""
 
-import gradio as gr
+from collections.abc import Sequence
+from pathlib import Path
 
-from serving.clients import Client, ModelInfo
+import gradio as gr
+from starlette.middleware import Middleware
+
+from serving.clients import Client, Limits, ModelInfo
 
 from .tabs import build_tab
-from .task import TASKS
+from .task import EXAMPLES_FOLDER, TASKS
+from .theme import CSS, THEME
 
+SCRIPT = Path(__file__).with_name("page.js")
 CACHE_CHECK_S, CACHE_AGE_S = 600, 3600  # uploads and results are deleted an hour after their creation
 
 INTRODUCTION = """# RealCustom++
@@ -15,7 +21,7 @@ only the part of the image that shows this word; the prompt controls the rest.""
 
 
 def build_demo(client: Client, info: ModelInfo) -> gr.Blocks:
-    """The page for a loaded model. Pass `demo.theme.THEME` and `demo.theme.CSS` to its `launch`."""
+    """The page for a loaded model; `launch_demo` serves it."""
     with gr.Blocks(
         title="RealCustom++", analytics_enabled=False, fill_width=False, delete_cache=(CACHE_CHECK_S, CACHE_AGE_S)
     ) as page:
@@ -29,8 +35,44 @@ def build_demo(client: Client, info: ModelInfo) -> gr.Blocks:
     return page
 
 
+def launch_demo(
+    page: gr.Blocks,
+    limits: Limits,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    middleware: Sequence[Middleware] = (),
+    mcp: bool = False,
+) -> str:
+    """Start to serve the page and return its address. `page.close()` ends it.
+
+    Args:
+        limits: upper bounds on uploaded files.
+        port: None selects a free port.
+        middleware: of the page's web application.
+        mcp: also serve the tabs as tools of the Model Context Protocol, at `/gradio_api/mcp/`.
+    """
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        app_kwargs={"middleware": list(middleware)},
+        theme=THEME,
+        css=CSS,
+        head=f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>",
+        allowed_paths=[str(EXAMPLES_FOLDER)],
+        max_file_size=limits.max_image_bytes,
+        footer_links=["api"],
+        mcp_server=mcp,
+        ssr_mode=False,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    return address.rstrip("/")
+
+
 def _describe(info: ModelInfo) -> str:
     if not info.vocabulary:
         return f"Model: **{info.id}**"
     counts = " and ".join(f"{len(words)} {kind}" for kind, words in info.vocabulary.items())
-    return f"Model: **{info.id}**. It knows only {counts}, and no photographs; see *Compose a prompt*."
+    return f"Model: **{info.id}**. It knows only {counts}; other words are underlined."

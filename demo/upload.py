@@ -8,6 +8,7 @@ from gradio.utils import get_upload_folder
 
 from serving.clients import INPUT_FORMATS, InvalidRequest, Limits, ReferenceImage, decode_image
 
+FILE_ROUTE = "/gradio_api/file="
 _ISO_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
     (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"
 )
@@ -24,14 +25,15 @@ def read_upload(upload: Mapping[str, Any], limits: Limits) -> ReferenceImage:
     """
     if not upload.get("path"):
         raise InvalidRequest("The image has no file; upload one.")
-    # Gradio does not check the path of an API user who omits the field `meta`.
-    path = Path(upload["path"]).resolve()
+    # Clients of the Model Context Protocol send the address of a file that they uploaded. Gradio does not check the
+    # path of an API user who omits the field `meta`.
+    path = Path(upload["path"].partition(FILE_ROUTE)[2] or upload["path"]).resolve()
     if not path.is_relative_to(Path(get_upload_folder()).resolve()):
         raise InvalidRequest("The image was not uploaded to this page; upload it first.")
     name = upload.get("orig_name") or "The image"
     with open(path, "rb") as file:
         header = file.read(12)
         unsupported = _ISO_BRANDS.get(header[8:]) if header[4:8] == b"ftyp" else None
-        if unsupported:
+        if unsupported and unsupported not in INPUT_FORMATS:
             raise InvalidRequest(f"{name} is in the format {unsupported}; upload {', '.join(INPUT_FORMATS)}.")
         return decode_image(file, limits, name)

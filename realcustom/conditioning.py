@@ -3,6 +3,7 @@
 Legend: S subjects, T text tokens.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from .request import ResolvedRequest
 from .text import TextCondition, TextEncoders
 from .vision import VisionEncoders, VisionFeatures
 from .visual_attention import KeysValues
+
+logger = logging.getLogger(__name__)
 
 REFERENCE_CACHE_BYTES = 1 << 30  # two references of SDXL in bf16, or four with the authors' adapter
 TEXT_CACHE_BYTES = 1 << 28  # about ten prompts of SDXL in bf16
@@ -86,8 +89,8 @@ class Conditioner:
             return self._reference(image, vision_encoders, adapter)
 
         target_tokens = text_encoders.target_tokens(request.prompt, [s.target_phrase for s in request.subjects])
-        for prompt in (request.prompt, request.negative_prompt):
-            text_encoders.warn_if_truncated(prompt)
+        for warning in text_encoders.truncation_warnings(request.prompt, request.negative_prompt):
+            logger.warning(warning)
         text = self._text(request.prompt, text_encoders)
         negative_references: tuple[KeysValues, ...] = ()
         black = self._method.unconditional_vision == "black_image"

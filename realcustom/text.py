@@ -3,7 +3,6 @@
 Legend: T tokens, C channels of the cross-attention, S subjects.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,9 +10,7 @@ import torch
 from torch import Tensor
 
 from .visual_attention import KeysValues
-from .words import encode_offsets, shorten, target_token_positions
-
-logger = logging.getLogger(__name__)
+from .words import PromptLength, prompt_length, target_token_positions, tokenize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +57,8 @@ class TextEncoders:
         """Encode several texts together; see `encode`."""
         embeds, pooled = [], None
         for tokenizer, encoder in self.pairs:
-            ids = tokenizer(
+            ids = tokenize(
+                tokenizer,
                 list(texts),
                 padding="max_length",
                 max_length=tokenizer.model_max_length,
@@ -75,13 +73,15 @@ class TextEncoders:
         pooled_texts = [None] * len(texts) if pooled is None else pooled
         return [TextCondition(embeds=e, pooled=p) for e, p in zip(torch.cat(embeds, dim=-1), pooled_texts, strict=True)]
 
-    def warn_if_truncated(self, text: str) -> None:
-        """Log a warning with the part of a text that is beyond the text encoder's limit."""
-        tokenizer = self.pairs[0][0]
-        reach = max((end for _, end in encode_offsets(tokenizer, text)), default=0)
-        if rest := text[reach:].strip():
-            limit = tokenizer.model_max_length
-            logger.warning("the text encoder reads %d tokens; the rest is ignored: %s", limit, shorten(rest))
+    def prompt_length(self, prompt: str) -> PromptLength:
+        """How much of a prompt is read."""
+        return prompt_length(self.pairs[0][0], prompt)
+
+    def truncation_warnings(self, prompt: str, negative_prompt: str) -> tuple[str, ...]:
+        """A sentence for each of the two texts that is beyond the text encoder's limit."""
+        texts = {"prompt": prompt, "negative_prompt": negative_prompt}
+        warnings = (self.prompt_length(text).warning(name, text) for name, text in texts.items())
+        return tuple(warning for warning in warnings if warning)
 
     def _pool(self, encoder, ids: Tensor, out) -> Tensor:
         if not hasattr(out, "text_embeds"):  # an encoder without projection

@@ -1,11 +1,14 @@
 """Target phrase -> character spans -> token positions, for all occurrences of the phrase as whole words."""
 
 import re
+import threading
 import unicodedata
+from dataclasses import dataclass
 from functools import lru_cache
 
 # Scripts that are written without spaces between words: Thai, Lao, Khmer, Hiragana, Katakana, Han.
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_TOKENIZER_LOCK = threading.Lock()
 _APOSTROPHES = str.maketrans("’‘ʼ＇", "''''")
 
 
@@ -87,10 +90,59 @@ def target_token_positions(tokenizer, prompt: str, phrase: str) -> list[int]:
     return positions
 
 
+def tokenize(tokenizer, text: str | list[str], **options):
+    """Call a tokenizer with one text or several, one thread at a time.
+
+    A fast tokenizer of transformers keeps the options of a call in shared state, so a call of another thread could pad
+    or truncate with the wrong ones.
+    """
+    with _TOKENIZER_LOCK:
+        return tokenizer(text, **options)
+
+
 def encode_offsets(tokenizer, prompt: str) -> list[tuple[int, int]]:
     """Character span of each token of `prompt`, truncated at the tokenizer's limit; special tokens have (0, 0)."""
-    encoded = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True)
+    limit = tokenizer.model_max_length
+    encoded = tokenize(tokenizer, prompt, truncation=True, max_length=limit, return_offsets_mapping=True)
     return [tuple(span) for span in encoded["offset_mapping"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptLength:
+    """How much of a prompt the text encoder reads.
+
+    Attributes:
+        num_tokens: tokens of the whole prompt, including the start and end tokens.
+        max_tokens: tokens that the text encoder reads.
+        num_chars_read: characters of the prompt that are read; the rest is ignored.
+    """
+
+    num_tokens: int
+    max_tokens: int
+    num_chars_read: int
+
+    def warning(self, name: str, prompt: str) -> str | None:
+        """The sentence that names where the limit falls in the field `name`; None if the prompt is within it."""
+        rest = prompt[self.num_chars_read :].strip()
+        if not rest:
+            return None
+        words = words_of(prompt[: self.num_chars_read])
+        if words and _is_word_char(prompt[self.num_chars_read - 1 : self.num_chars_read + 1]):
+            words.pop()  # read in part
+        last = f"up to the word {shorten(words[-1])}" if words else "not a whole word"
+        return (
+            f"{name} has {self.num_tokens} tokens; the text encoder reads {self.max_tokens}, {last}. Shorten it; this "
+            f"part is ignored: {shorten(rest)}."
+        )
+
+
+def prompt_length(tokenizer, prompt: str) -> PromptLength:
+    """How much of `prompt` is within the limit of a fast tokenizer of transformers."""
+    return PromptLength(
+        num_tokens=len(tokenize(tokenizer, prompt, truncation=False, verbose=False).input_ids),
+        max_tokens=tokenizer.model_max_length,
+        num_chars_read=max((end for _, end in encode_offsets(tokenizer, prompt)), default=0),
+    )
 
 
 def shorten(text: str, max_chars: int = 100) -> str:

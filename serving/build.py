@@ -11,6 +11,7 @@ from .replica import Replica
 from .settings import PROJECT_ROOT, REPLICA, Settings
 
 HEALTH_CHECK_PERIOD_S = 2  # longest time until a dead process is detected
+HEALTH_CHECK_TIMEOUT_S = 8  # Ray Serve stops a process that does not answer three times in a row
 MAX_CONNECTIONS = 1000  # concurrent requests of an ingress; the queues of the replicas are much shorter
 
 
@@ -43,9 +44,11 @@ def app(settings: Settings) -> Application:
         },
         user_config=settings.live.model_dump(),
         max_ongoing_requests=max_ongoing,
-        max_queued_requests=settings.max_queued,
+        # `HandleClient` limits the images of the ingress; several ingresses may fill the replicas at the same time
+        max_queued_requests=max(settings.max_queued, settings.max_replicas * max_ongoing),
         backpressure_config=queue_full,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         logging_config=logs,
     ).bind(settings.model_copy(update={"api_key": None}), metrics=True)  # only the ingress needs the key
@@ -56,8 +59,8 @@ def app(settings: Settings) -> Application:
             handle,
             max_retries=settings.max_retries,
             timeout_s=settings.max_timeout_s,
-            # What Ray Serve accepts: in every replica, and in front of the replicas
-            max_images=settings.max_replicas * max_ongoing + settings.max_queued,
+            images_per_replica=max_ongoing,
+            max_queued=settings.max_queued,
         )
         return create_api(client, settings)
 
@@ -67,6 +70,7 @@ def app(settings: Settings) -> Application:
         num_replicas=settings.num_ingresses,
         ray_actor_options={"num_cpus": 0, "runtime_env": runtime_env},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_ongoing_requests=MAX_CONNECTIONS,
         max_queued_requests=MAX_CONNECTIONS,
         backpressure_config=queue_full,

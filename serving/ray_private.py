@@ -1,5 +1,6 @@
 """The private APIs of Ray that this project uses. `tests/test_ray_private.py` fails if Ray changes one of them."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,32 @@ def current_request_id() -> str:
     from ray.serve.context import _get_serve_request_context
 
     return _get_serve_request_context().request_id
+
+
+def running_replicas(handle: Any) -> dict[str, Any]:
+    """The running replicas that a handle may call, by id; empty before its first call."""
+    router = getattr(handle._router, "_asyncio_router", None)
+    if router is None or router.request_router is None:
+        return {}
+    return {replica_id.unique_id: replica for replica_id, replica in router.request_router.curr_replicas.items()}
+
+
+async def hung_replicas(handle: Any, timeout_s: float) -> set[str]:
+    """Ids of the running replicas whose process does not answer within `timeout_s` seconds.
+
+    A process that has died is not among them: Ray reports an error to its callers.
+    """
+    probes = {
+        name: asyncio.ensure_future(replica.get_queue_len(deadline_s=timeout_s))
+        for name, replica in running_replicas(handle).items()
+    }
+    if not probes:
+        return set()
+    _, pending = await asyncio.wait(probes.values(), timeout=timeout_s)
+    for probe in probes.values():
+        probe.cancel()
+    await asyncio.gather(*probes.values(), return_exceptions=True)
+    return {name for name, probe in probes.items() if probe in pending}
 
 
 def local_clusters() -> list[str]:

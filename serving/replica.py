@@ -1,9 +1,10 @@
 """The deployment `Replica`: one pipeline, one engine, health checks. Ray Serve scales the number of replicas."""
 
 import json
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, aclosing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,17 @@ import torch
 
 from realcustom import MethodConfig, RealCustomPipeline, Request, apply_memory_tier
 from realcustom.request import ResolvedRequest
+from realcustom.words import PromptLength
 
+from .clients.admission import Reservation
+from .clients.merge import merge_streams
 from .engine.engine import Engine
 from .engine.memory import MemoryBudget, available, measure
+from .engine.step_time import StepTimeModel
+from .engine.stepper import step_kind
 from .metrics import RayMetrics
 from .protocol.errors import EXPECTED_ERRORS
-from .protocol.events import Event, Result, result_of
+from .protocol.events import HEARTBEAT_S, Event, Heartbeat, Result, result_of
 from .protocol.model_info import ModelInfo
 from .ray_private import current_request_id
 from .settings import LiveSettings, Settings, resolve_path
@@ -66,6 +72,7 @@ def model_info(pipeline: RealCustomPipeline, settings: Settings) -> ModelInfo:
         preset=next((name for name in PRESETS if MethodConfig.preset(name) == method), "custom"),
         sampling=pipeline.sampling,
         limits=settings.limits,
+        max_tokens=pipeline.tokenizer.model_max_length,
         vocabulary=json.loads(vocabulary.read_text()) if vocabulary.is_file() else {},
     )
 
@@ -89,6 +96,19 @@ class MemoryShares:
         return cls(total - scale * (text + reference), scale * text, scale * reference)
 
 
+def first_step_time(pipeline: RealCustomPipeline, synchronize: Callable[[], None]) -> StepTimeModel:
+    """A model of the step time with one measured step, so that the first step of each size has an upper bound."""
+    model = StepTimeModel()
+    generation = pipeline.prepare(Request(prompt="a ball", seed=0))
+    kind = step_kind([generation])
+    start = time.monotonic()
+    pipeline.step([generation])
+    synchronize()
+    model.add(kind.calls, kind.row_pixels, time.monotonic() - start, kind.pixels)
+    pipeline.clear_caches()
+    return model
+
+
 class Replica:
     """One pipeline and its engine. `serving.build` sets how many replicas there are, and their resources.
 
@@ -107,6 +127,7 @@ class Replica:
         if settings.compile != "off":
             self._pipeline.compile(whole=settings.compile == "whole")
             self._pipeline.warm_up()
+        synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
         shares = MemoryShares.of(settings)
         self._pipeline.text_cache.resize(int(shares.text_cache))
         self._pipeline.reference_cache.resize(int(shares.reference_cache))
@@ -118,7 +139,8 @@ class Replica:
             stall_timeout_s=settings.stall_timeout_s,
             batch_sizes=settings.batch_sizes,
             budget=MemoryBudget(memory_model, shares.images),
-            synchronize=torch.cuda.synchronize if settings.device == "cuda" else None,
+            step_time=first_step_time(self._pipeline, synchronize),
+            synchronize=synchronize,
             observer=RayMetrics() if metrics else None,
         )
 
@@ -143,12 +165,37 @@ class Replica:
         """The loaded model."""
         return self._info
 
+    async def prompt_length(self, prompt: str) -> PromptLength:
+        """How much of a prompt the text encoder reads.
+
+        Raises:
+            InvalidRequest: the prompt has more than `max_prompt_chars` characters.
+        """
+        self._info.limits.check_text("prompt", prompt)
+        return self._pipeline.text_encoders.prompt_length(prompt)
+
     async def stats(self) -> dict[str, float]:
         """See `Engine.stats`."""
         return self._engine.stats()
 
+    def reserve(self, number: int, client: str = "") -> AbstractContextManager[Reservation]:
+        """A place for each of `number` images, for an HTTP interface in the same process. The engine's queue is the
+        only one, so places are checked, but not held.
+
+        Raises:
+            QueueFull: there are not enough places.
+        """
+        self._engine.check_capacity(number)
+        return nullcontext(Reservation(client, number))
+
     async def stream(
-        self, request: Request | ResolvedRequest, *, previews: bool | int = True, timeout_s: float | None = None
+        self,
+        request: Request | ResolvedRequest,
+        *,
+        previews: bool | int = True,
+        timeout_s: float | None = None,
+        client: str = "",
+        reservation: Reservation | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Yield the events of one image. Closing the iterator cancels the image within one step.
 
@@ -156,6 +203,8 @@ class Replica:
             request: a `Request` is resolved and checked against the limits; a `ResolvedRequest` is not checked again.
             previews: True sends one every few steps, False sends none, an int sends this many in total.
             timeout_s: deadline in seconds from now; at most, and by default, the limit `max_timeout_s`.
+            client: name of the sender; senders share the replica equally.
+            reservation: no effect.
         Raises:
             InvalidRequest, QueueFull, ServerError: see `serving.protocol.errors`.
         """
@@ -163,22 +212,35 @@ class Replica:
         if isinstance(request, Request):
             request = request.resolve(self._info.sampling)
             limits.check(request)
-        events = self._engine.stream(request, previews, limits.timeout_s(timeout_s), current_request_id())
+        events = self._engine.stream(request, previews, limits.timeout_s(timeout_s), current_request_id(), client)
         async with aclosing(events):
             async for event in events:
+                if isinstance(event, Result):
+                    encoders = self._pipeline.text_encoders
+                    warnings = encoders.truncation_warnings(request.prompt, request.negative_prompt)
+                    event = replace(event, warnings=warnings)
                 yield event
 
     async def events(
-        self, request: Request | ResolvedRequest, previews: bool | int = True, timeout_s: float | None = None
-    ) -> AsyncGenerator[Event | Exception, None]:
+        self,
+        request: Request | ResolvedRequest,
+        previews: bool | int = True,
+        timeout_s: float | None = None,
+        client: str = "",
+    ) -> AsyncGenerator[Event | Heartbeat | Exception, None]:
         """`stream` for Ray Serve handles: an expected error is yielded as the last item instead of raised.
 
-        Ray Serve logs a traceback for each error that a replica raises, including errors of the caller.
+        Ray Serve logs a traceback for each error that a replica raises, including errors of the caller. After
+        `HEARTBEAT_S` seconds without an event, a `Heartbeat` is yielded.
         """
+        events = self.stream(request, previews=previews, timeout_s=timeout_s, client=client)
         try:
-            async with aclosing(self.stream(request, previews=previews, timeout_s=timeout_s)) as events:
-                async for event in events:
-                    yield event
+            async with aclosing(merge_streams([events], heartbeat_s=HEARTBEAT_S)) as batches:
+                async for batch in batches:
+                    for _, event in batch:
+                        yield event
+                    if not batch:
+                        yield Heartbeat()
         except EXPECTED_ERRORS as error:
             yield error
 

@@ -22,7 +22,8 @@ class LiveSettings(Limits):
         max_batch_size: images that are active at the same time in a replica, if its memory allows.
         max_queued: images that may wait in a replica, and as many in Ray Serve's router; further requests are rejected.
         preview_every: steps between previews.
-        stall_timeout_s: seconds without progress after which a replica is unhealthy.
+        stall_timeout_s: seconds without progress after which a replica is unhealthy. A step of a large image may take
+            longer: up to 10 times the time expected from measured steps.
     """
 
     max_batch_size: int = Field(default=8, ge=1)
@@ -39,7 +40,7 @@ class LiveSettings(Limits):
         return LiveSettings(**{name: getattr(self, name) for name in LiveSettings.model_fields})
 
 
-def _numbers(value: object) -> object:
+def _parts(value: object) -> object:
     """Split text from the command line, such as "1,2,4"; lists from a configuration file are returned unchanged."""
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
@@ -64,6 +65,11 @@ class Settings(LiveSettings):
         body_timeout_s: seconds within which the body of an HTTP request must arrive; otherwise the response is 408.
         max_unread_bodies: bodies that a process of the HTTP interface receives at the same time; further requests
             receive 503.
+        trusted_hosts: names that the Host header of HTTP requests may have; "*" accepts all names, "*.example.com" all
+            subdomains. None accepts all names for connections from other machines, and only the names of this machine
+            and IP addresses for local connections, which protects a local server from DNS rebinding.
+        client_header: header with the address of the client, such as X-Forwarded-For, if a trusted proxy sets it.
+            Clients share the queue equally; without it, the address of the connection identifies a client.
         target_backlog_s: seconds of queued work per replica; the target of autoscaling.
         upscale_delay_s, downscale_delay_s: seconds for which more (fewer) replicas must be required before replicas are
             added (removed).
@@ -76,6 +82,8 @@ class Settings(LiveSettings):
         memory_gb: memory for the active images of a replica, in GiB; None uses most of what is free after loading.
         text_cache_gb, reference_cache_gb: memory for encoded texts and references of earlier requests, in GiB. Not part
             of `memory_gb`. If `memory_gb` is None, the caches take at most half of the memory for images.
+        reference_memory_gb: memory for the decoded references of all requests in a process of the HTTP interface, in
+            GiB; further requests receive 429.
         max_retries: how often an image is restarted on another replica after its replica failed.
         log_format: format of Ray Serve's log files; "JSON" includes the request id as a field.
         api_key: if set, HTTP requests must send it as `Authorization: Bearer <api_key>`. The default is the
@@ -96,6 +104,8 @@ class Settings(LiveSettings):
     num_ingresses: int = Field(default=1, ge=1)
     body_timeout_s: float = Field(default=60, gt=0)
     max_unread_bodies: int = Field(default=256, ge=1)
+    trusted_hosts: Annotated[tuple[str, ...] | None, BeforeValidator(_parts)] = None
+    client_header: str | None = None
     target_backlog_s: float = Field(default=10, gt=0)
     upscale_delay_s: float = Field(default=3, ge=0)
     downscale_delay_s: float = Field(default=120, ge=0)
@@ -104,10 +114,11 @@ class Settings(LiveSettings):
     num_gpus: float | None = Field(default=None, ge=0)
     cpu_threads: int | None = Field(default=None, ge=1)
     compile: Literal["off", "blocks", "whole"] = "off"
-    batch_sizes: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = ()
+    batch_sizes: Annotated[tuple[int, ...], BeforeValidator(_parts)] = ()
     memory_gb: float | None = Field(default=None, gt=0)
     text_cache_gb: float = Field(default=0.25, ge=0)
     reference_cache_gb: float = Field(default=1, ge=0)
+    reference_memory_gb: float = Field(default=1, gt=0)
     max_retries: int = Field(default=2, ge=0)
     log_format: Literal["TEXT", "JSON"] = "JSON"
     api_key: SecretStr | None = Field(default_factory=_api_key_of_environment, validate_default=True)

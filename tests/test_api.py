@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import starlette.datastructures
-from PIL import Image
+from PIL import Image, features
 from tiny import subject_image, tiny_pipeline
 
 import serving.http.edit_form
@@ -113,6 +113,8 @@ BAD = {
     "phrase without image": (dict(target_phrase="dog"), "image"),
     "fewer phrases": (dict(images=[DOG, DOG], target_phrase="dog"), "phrase"),
     "same word twice": (dict(images=[DOG, DOG], target_phrase=["dog", "dog"]), "overlaps"),
+    "huge guidance": (dict(guidance_scale="1e308"), "at most 100"),
+    "large guidance": (dict(guidance_scale="1e30"), "at most 100"),
     "subjects not JSON": (dict(images=[DOG], subjects="dog"), "JSON"),
     "subjects deep JSON": (dict(images=[DOG], subjects="[" * 100_000), "JSON"),
     "subjects not a list": (dict(images=[DOG], subjects='{"target_phrase": "dog"}'), "list"),
@@ -224,7 +226,7 @@ def test_the_pixels_of_all_references_are_limited(replica, settings, decoded):
     """Files with too many pixels in total are rejected by their headers, before any of them is decoded."""
 
     class Limited:
-        stream = replica.stream
+        stream, reserve = replica.stream, replica.reserve
 
         async def model(self):
             return (await replica.model()).with_limits(
@@ -237,6 +239,31 @@ def test_the_pixels_of_all_references_are_limited(replica, settings, decoded):
     assert response.status_code == 413 and "1530000 pixels in total" in response.text and not decoded
     response = edit(api, [files[0], DOG], target_phrase=["dog", "cat"], num_inference_steps="1")
     assert response.status_code == 200 and decoded == ["image 0 ('0.png')", "image 1 ('1.png')"]
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_the_references_of_all_requests_are_limited(replica, settings, decoded, stream):
+    """While a request holds references, another one that would exceed the memory gets 429 before its references are
+    decoded. The memory is free when the request has ended."""
+    api = create_api(replica, settings.model_copy(update={"reference_memory_gb": 1.5 * 3 * 900 * 900 / 2**30}))
+    large = file_of(Image.new("L", (900, 900)))
+
+    async def run():
+        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+
+            def post(steps: str):
+                form = {"prompt": PROMPT, "target_phrase": "dog", "num_inference_steps": steps, "stream": stream}
+                return http.post("/v1/images/edits", data=form, files={"image": ("dog.png", large, "image/png")})
+
+            first = asyncio.create_task(post("50"))
+            while not decoded:
+                await asyncio.sleep(0.001)
+            refused = await post("1")
+            assert refused.status_code == 429 and "references" in refused.text and len(decoded) == 1
+            assert (await first).status_code == 200 and (await post("1")).status_code == 200
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(
@@ -373,6 +400,7 @@ GOOD_FILES = {
     "1 bit": file_of(subject_image().convert("1")),
     "cmyk": file_of(subject_image().convert("CMYK"), "JPEG"),
     "webp": file_of(subject_image(), "WEBP"),
+    **({"avif": file_of(subject_image(), "AVIF")} if features.check("avif") else {}),
     "animation": file_of(subject_image(), "GIF", save_all=True, append_images=[subject_image("blue")]),
     "one pixel": file_of(Image.new("RGB", (1, 1))),
     "a line": file_of(Image.new("RGB", (1, 900))),
@@ -460,6 +488,33 @@ def test_progress_events_on_request(api):
     assert steps == list(range(1, 10)) and events[0] == {"type": "image_edit.queued", "position": 0, "image_index": 0}
 
 
+LONG_PROMPT = "a dog on a mat and a very red kite"  # 27 tokens; the tiny text encoder reads 24
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_truncated_prompts_are_reported(api, stream):
+    """The response, or the last event of a stream, names the last word of each text that the text encoder reads."""
+    response = edit(api, prompt=LONG_PROMPT, negative_prompt="x " * 40, stream=stream)
+    image = events_of(response)[-1] if stream == "true" else response.json()["data"][0]
+    prompt, negative = image["warnings"]
+    assert prompt.startswith("prompt has 27 tokens; the text encoder reads 24, up to the word 'red'"), prompt
+    assert negative.startswith("negative_prompt has 42 tokens") and len(negative) < 300
+    assert edit(api).json()["data"][0]["warnings"] == []
+
+
+def test_prompt_length(api):
+    """The length of a prompt is available without generating an image; invalid input is 422."""
+    ask = lambda **options: call(api, "POST", "/v1/prompt_length", **options)
+    length = ask(json={"prompt": LONG_PROMPT}).json()
+    assert length == {"num_tokens": 27, "max_tokens": 24, "num_chars_read": LONG_PROMPT.index("ite")}
+    assert ask(json={"prompt": ""}).json()["num_chars_read"] == 0
+    bad = [{"json": {"prompt": "a" * 5000}}, {"json": {}}, {"json": {"prompt": 5}}, {"content": b"{" * 9999}]
+    bad += [{"content": b'{"prompt": "\\ud800"}'}, {"content": b'{"prompt": 1' + b"0" * 5000 + b"}"}]
+    for options in bad:
+        response = ask(**options)
+        assert response.status_code == 422 and len(response.text) < 600, (options, response.text)
+
+
 def test_models_health_and_description(api, settings):
     model = call(api, "GET", "/v1/models").json()["data"][0]
     assert model["id"] == "tiny" and model["preset"] == "paper" and model["vocabulary"]["subjects"] == ["dog"]
@@ -501,22 +556,50 @@ def test_a_wrong_api_key_is_rejected_before_the_body_is_read(replica, settings, 
     assert sent[0]["status"] == 401 and json.loads(sent[1]["body"])["error"]["code"] == "invalid_api_key"
 
 
-def test_full_queue_is_429_with_retry_after(replica, settings):
-    """A full queue is status 429 with the delay that the backend requests, streaming or not."""
+def test_full_queue_is_429_with_retry_after(replica, settings, decoded):
+    """A full queue is status 429 with the delay that the backend requests, streaming or not; no image is decoded."""
 
     class Full:
         async def model(self):
             return await replica.model()
 
-        async def stream(self, request, *, previews=True, timeout_s=None):
+        def reserve(self, number, client):
             raise QueueFull("8 images are waiting already.", 7)
-            yield
 
     api = create_api(Full(), settings)
     for stream in ("false", "true"):
-        response = edit(api, stream=stream)
-        assert response.status_code == 429 and response.headers["retry-after"] == "7"
+        response = edit(api, [DOG], target_phrase="dog", stream=stream)
+        assert not decoded and response.status_code == 429 and response.headers["retry-after"] == "7"
         assert response.json()["error"]["code"] == "overloaded"
+
+
+@pytest.mark.parametrize(
+    "server,host,hosts,trusted",
+    [
+        ("127.0.0.1", "localhost:8000", None, True),
+        ("127.0.0.1", "127.0.0.1:8000", None, True),
+        ("::1", "[::1]:8000", None, True),
+        ("127.0.0.1", "192.168.0.7", None, True),
+        ("127.0.0.1", "LocalHost", None, True),
+        ("127.0.0.1", "rebound.example.com:8000", None, False),
+        ("::ffff:127.0.0.1", "rebound.example.com", None, False),
+        ("127.0.0.1", "localhost.example.com", None, False),
+        ("127.0.0.1", "", None, False),
+        ("10.0.0.5", "service.example.com", None, True),
+        ("10.0.0.5", "other.example.com", ["service.example.com"], False),
+        ("10.0.0.5", "Service.example.com:443", ["service.example.com"], True),
+        ("127.0.0.1", "a.example.com", ["*.example.com"], True),
+        ("127.0.0.1", "example.com", ["*.example.com"], False),
+        ("127.0.0.1", "anything", ["*"], True),
+    ],
+)
+def test_trusted_hosts(replica, settings, server, host, hosts, trusted):
+    """A name that could be rebound to this machine is rejected; `trusted_hosts` replaces the default rule."""
+    api = create_api(replica, settings.model_copy(update={"trusted_hosts": hosts}))
+    url = f"http://[{server}]" if ":" in server else f"http://{server}"
+    response = call(api, "GET", url + "/v1/models", headers={"Host": host})
+    assert response.status_code == (200 if trusted else 403), response.text
+    assert trusted or ("trusted_hosts" in response.text and response.json()["error"]["code"] == "untrusted_host")
 
 
 def test_http_client_matches_the_interface(api, replica):
@@ -537,6 +620,8 @@ def test_http_client_matches_the_interface(api, replica):
 
     async def run():
         assert (await client.model()) == (await replica.model())
+        assert (await client.prompt_length(LONG_PROMPT)) == (await replica.prompt_length(LONG_PROMPT))
+        assert (await client.generate(Request(prompt=LONG_PROMPT, seed=0))).warnings[0].startswith("prompt has 27 ")
         direct, over_http = await replica.generate(request), await client.generate(request)
         assert direct.image.tobytes() == over_http.image.tobytes() and direct.seed == over_http.seed == 2**62
         assert [m.tobytes() for m in direct.masks] == [m.tobytes() for m in over_http.masks]

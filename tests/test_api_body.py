@@ -25,9 +25,8 @@ class NoModel:
         sampling = SamplingDefaults(num_inference_steps=4, early_stop_step=2)
         return ModelInfo(id="none", preset="paper", sampling=sampling, limits=Limits())
 
-    async def stream(self, request, *, previews=True, timeout_s=None):
+    def reserve(self, number, client):
         raise QueueFull("the queue is full.", 7)
-        yield
 
 
 def api_with(**settings):

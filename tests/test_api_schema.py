@@ -22,10 +22,15 @@ from serving.http.app import create_api
 from serving.replica import Replica
 from serving.settings import Settings
 
-ENDPOINTS = [("POST", "/v1/images/edits"), ("GET", "/v1/models"), ("GET", "/healthz")]
+ENDPOINTS = [
+    ("POST", "/v1/images/edits"),
+    ("POST", "/v1/prompt_length"),
+    ("GET", "/v1/models"),
+    ("GET", "/healthz"),
+]
 CASES = [(*endpoint, GenerationMode.POSITIVE) for endpoint in ENDPOINTS]
-CASES += [("POST", "/v1/images/edits", GenerationMode.NEGATIVE)]  # the others have no parameters
-NUM_EXAMPLES = {"POST": 60, "GET": 5}
+CASES += [(*endpoint, GenerationMode.NEGATIVE) for endpoint in ENDPOINTS[:2]]  # the others have no parameters
+NUM_EXAMPLES = {"/v1/images/edits": 60, "/v1/prompt_length": 15, "/v1/models": 5, "/healthz": 5}
 CONFORMANCE = [
     status_code_conformance,
     content_type_conformance,
@@ -60,7 +65,7 @@ def test_every_response_is_as_described(description, method, path, mode):
 
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(
-        max_examples=NUM_EXAMPLES[method],
+        max_examples=NUM_EXAMPLES[path],
         deadline=None,
         derandomize=True,
         database=None,

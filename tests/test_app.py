@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -82,6 +83,9 @@ def test_interrupt_stops_the_page_and_the_local_server(start_app, tmp_path):
             return False
 
     wait_until(page_answers, process)
+    rebound = urllib.request.Request(f"http://127.0.0.1:{port}", headers={"Host": "rebound.example.com"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(rebound, timeout=5)
     wait_until(lambda: f"Open http://127.0.0.1:{port} in a browser" in (tmp_path / "stderr").read_text(), process)
     interrupt(process)
     stderr = (tmp_path / "stderr").read_text()

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,16 +14,19 @@ import pytest
 from PIL import Image
 from tiny import subject_image, tiny_pipeline
 
-from demo.theme import CSS, THEME
-from demo.ui import build_demo
+from demo.mask_overlay import SUBJECT_COLORS, contrast
+from demo.ui import build_demo, launch_demo
 from realcustom import SamplingDefaults
 from serving.clients import (
     DeadlineExceeded,
+    Event,
     Limits,
     ModelInfo,
     Progress,
+    PromptLength,
     QueueFull,
     Request,
+    Result,
     ServerError,
     Unavailable,
 )
@@ -55,10 +59,7 @@ def server(tmp_path_factory):
 def url(server):
     """Address of the page."""
     demo = build_demo(server, asyncio.run(server.model()))
-    _, address, _ = demo.launch(
-        server_name="127.0.0.1", theme=THEME, css=CSS, prevent_thread_lock=True, quiet=True, ssr_mode=False
-    )
-    yield address
+    yield launch_demo(demo, Limits())
     demo.close()
 
 
@@ -205,71 +206,96 @@ def test_input_error_shows_a_message_and_keeps_generate_enabled(page):
     assert page.is_disabled("#One2One-stop")
 
 
-class FailingClient:
-    """A client whose images fail after their second step."""
+class ScriptedClient:
+    """A client without a server, whose images fail with `error` or succeed.
 
-    def __init__(self, error: Exception) -> None:
-        self._error = error
+    Attributes:
+        error: of the next image after its second step; None for a result.
+        requests: all requests so far.
+    """
 
-    async def stream(self, request, *, previews=True, timeout_s=None):
-        preview = subject_image("red")
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.requests: list[Request] = []
+
+    async def model(self) -> ModelInfo:
+        words = {"subjects": ["dog", "cat", "house"], "scenes": ["on the beach"]}
+        return ModelInfo(id="toy", preset="paper", sampling=SamplingDefaults(), limits=Limits(), vocabulary=words)
+
+    async def prompt_length(self, prompt: str) -> PromptLength:
+        return PromptLength(num_tokens=80, max_tokens=77, num_chars_read=prompt.find(" beyond"))
+
+    async def stream(
+        self, request: Request, *, previews: bool | int = True, timeout_s: float | None = None
+    ) -> AsyncGenerator[Event, None]:
+        self.requests.append(request)
+        preview, mask = subject_image("red"), Image.new("L", subject_image().size, 128)
         for step in (1, 2):
-            yield Progress(step, 4, preview, (Image.new("L", preview.size, 128),))
-            await asyncio.sleep(0.2)
-        raise self._error
+            yield Progress(step, 4, preview, (mask,) * len(request.subjects))
+            await asyncio.sleep(0.1)
+        if self.error is not None:
+            raise self.error
+        yield Result(preview, (mask,) * len(request.subjects), request.seed)
+
+
+@pytest.fixture(scope="module")
+def scripted(browser):
+    """A `ScriptedClient`, and the address of its page."""
+    client = ScriptedClient()
+    with ThreadPoolExecutor() as pool:  # Playwright's event loop runs in this thread
+        info = pool.submit(lambda: asyncio.run(client.model())).result()
+        demo = build_demo(client, info)
+        address = pool.submit(launch_demo, demo, info.limits).result()
+    yield client, address
+    demo.close()
 
 
 @pytest.fixture
-def open_page(browser):
-    """Opens the page of a client, without Ray."""
-    opened = []
-
-    def open_page(client):
-        words = {"subjects": ["dog", "cat", "house"], "scenes": ["on the beach"]}
-        info = ModelInfo(id="toy", preset="paper", sampling=SamplingDefaults(), limits=Limits(), vocabulary=words)
-        demo = build_demo(client, info)
-        options = dict(
-            server_name="127.0.0.1", theme=THEME, css=CSS, prevent_thread_lock=True, quiet=True, ssr_mode=False
-        )
-        with ThreadPoolExecutor() as pool:  # Playwright's event loop runs in this thread
-            _, address, _ = pool.submit(lambda: demo.launch(**options)).result()
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        opened.extend([page, demo])
-        page.set_default_timeout(20_000)
-        page.goto(address)
-        page.wait_for_selector("#One2One-prompt")
-        return page
-
-    yield open_page
-    for item in opened:
-        item.close()
+def client(scripted) -> ScriptedClient:
+    client, _ = scripted
+    client.error = None
+    client.requests.clear()
+    return client
 
 
-@pytest.mark.parametrize(
-    "error,message",
-    [
-        (ServerError("the replica failed."), "the replica failed."),
-        (Unavailable("the replica was lost."), "the replica was lost."),
-        (QueueFull("the queue is full."), "the queue is full."),
-        (DeadlineExceeded("the deadline has passed."), "the deadline has passed."),
-        (KeyError("bug"), "Internal error"),
-    ],
-)
-def test_late_error_is_shown_and_generate_is_enabled_again(open_page, error, message):
-    page = open_page(FailingClient(error))
+@pytest.fixture
+def scripted_page(client, scripted, browser):
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(20_000)
+    page.goto(scripted[1])
+    page.wait_for_selector("#One2One-prompt")
+    yield page
+    page.close()
+
+
+LATE_ERRORS = [
+    (ServerError("the replica failed."), "the replica failed."),
+    (Unavailable("the replica was lost."), "the replica was lost."),
+    (QueueFull("the queue is full."), "the queue is full."),
+    (DeadlineExceeded("the deadline has passed."), "the deadline has passed."),
+    (KeyError("bug"), "Internal error"),
+]
+
+
+def test_late_errors_are_shown_and_generate_is_enabled_again(scripted_page, client):
+    """After each error the same page can generate again, and finally succeeds."""
+    page = scripted_page
     fill_in(page, "One2One", *CASES["One2One"])
+    for client.error, message in LATE_ERRORS:
+        page.click("#One2One-generate:enabled")
+        page.wait_for_selector("#One2One-stop:enabled")
+        page.wait_for_selector(f":is([data-testid=toast-body], .toast-body):has-text('{message}')")
+        page.wait_for_selector("#One2One-generate:enabled")
+        page.wait_for_selector("#One2One-stop:disabled")
+        assert message in page.inner_text("#One2One-status")
+    client.error = None
     page.click("#One2One-generate")
-    page.wait_for_selector("#One2One-stop:enabled")
-    toast = page.wait_for_selector("[data-testid=toast-body], .toast-body")
-    assert message in toast.inner_text()
-    page.wait_for_selector("#One2One-generate:enabled")
-    page.wait_for_selector("#One2One-stop:disabled")
-    assert message in page.inner_text("#One2One-status")
+    page.wait_for_selector("#One2One-status:has-text('Done. Seed 11')")
 
 
-def test_unreadable_upload_is_refused_next_to_the_image(open_page):
+def test_unreadable_upload_is_refused_next_to_the_image(scripted_page):
     """The message names the file, and disappears after an upload that can be read."""
-    page = open_page(FailingClient(ServerError("unused")))
+    page = scripted_page
     page.set_input_files(
         "#One2One-image-0 input[type=file]", {"name": "cat.png", "mimeType": "image/png", "buffer": b"text"}
     )
@@ -280,8 +306,8 @@ def test_unreadable_upload_is_refused_next_to_the_image(open_page):
     page.wait_for_selector("#One2One-note-0", state="hidden")
 
 
-def test_a_word_or_a_phrase_is_selected_and_a_word_can_be_deselected(open_page):
-    page = open_page(FailingClient(ServerError("unused")))
+def test_a_word_or_a_phrase_is_selected_and_a_word_can_be_deselected(scripted_page):
+    page = scripted_page
     words = "#One2One-words-0"
     page.fill("#One2One-prompt textarea", "a dog and a cat")
     for word in ("dog", "cat"):
@@ -298,17 +324,161 @@ def test_a_word_or_a_phrase_is_selected_and_a_word_can_be_deselected(open_page):
     page.wait_for_selector(f"{words} label.selected", state="detached")
 
 
-def test_unknown_words_are_marked_below_the_prompt(open_page):
-    page = open_page(FailingClient(ServerError("unused")))
+def test_unknown_and_ignored_words_are_marked_in_the_prompt(scripted_page):
+    """Chips of words that the model does not know, or does not read, are marked; the note says where the limit is."""
+    page = scripted_page
     page.fill("#One2One-prompt textarea", "a unicorn on the beach")
-    page.wait_for_selector("#One2One-prompt-note mark:has-text('unicorn')")
-    assert page.locator("#One2One-prompt-note mark").count() == 1
+    page.wait_for_selector("#One2One-words-0 label.unknown:has-text('unicorn')")
+    assert page.inner_text("#One2One-prompt-note") == "Unknown to this model: unicorn."
+    assert page.locator("#One2One-words-0 label:is(.unknown, .ignored)").count() == 1
+    page.fill("#One2One-prompt textarea", f"a dog {15 * 'and a dog '}beyond the dog")
+    page.wait_for_selector("#One2One-words-0 label.ignored:has-text('beyond')")
+    note = page.inner_text("#One2One-prompt-note")
+    assert "reads 77 tokens and ignores the rest: beyond the dog" in note
+    chips = page.locator("#One2One-words-0 label.ignored")
+    assert chips.all_inner_texts() == ["beyond", "the"], "the word dog also occurs within the limit"
+    assert "beyond the token limit" in chips.nth(1).locator("input").get_attribute("title")
     page.fill("#One2One-prompt textarea", "a dog on the beach")
     page.wait_for_selector("#One2One-prompt-note mark", state="hidden")
+    page.wait_for_function("!document.querySelector('#One2One-words-0 label:is(.unknown, .ignored)')")
 
 
-def test_number_of_mask_steps_follows_the_number_of_steps(open_page):
-    page = open_page(FailingClient(ServerError("unused")))
+def make_result(page, seed: int = 3) -> None:
+    """Fill in the first example and wait for its result."""
+    page.click("#One2One-example-0")
+    page.wait_for_selector("#One2One-words-0 label.selected:has-text('dog')")
+    page.click("#One2One-settings button") if not page.is_visible("#One2One-seed") else None
+    page.fill("#One2One-seed input", str(seed))
+    page.click("#One2One-generate")
+    page.wait_for_selector(f"#One2One-status:has-text('Done. Seed {seed}')")
+
+
+def test_images_have_alternative_texts(scripted_page):
+    """They say what each image shows: subject, preview, result, masks, earlier results and examples."""
+    page = scripted_page
+    make_result(page, seed=3)
+    result = "Result for 'a dog on the beach', seed 3"
+    expected = {"image-0": "Reference image of dog", "live": result, "masks": f"Guidance masks of dog. {result}"}
+    for name, text in expected.items():
+        page.wait_for_selector(f'#One2One-{name} img[alt="{text}"]')
+    make_result(page, seed=4)
+    page.wait_for_selector("#One2One-gallery img >> nth=1")
+    texts = page.locator("#One2One-gallery img").evaluate_all("images => images.map(image => image.alt)")
+    assert texts == [result, "Guidance masks of dog, seed 3"]
+    assert page.evaluate("[...document.images].filter(image => !image.alt && image.checkVisibility()).length") == 0
+
+
+def test_a_result_can_be_used_as_the_subject(scripted_page):
+    """An image is dragged onto a subject, which may have an image already; a button does the same."""
+    page = scripted_page
+    make_result(page)
+    source = lambda name: f"document.querySelector('#One2One-{name} img')?.src"
+
+    def assert_subject_becomes(name: str, before: str | None) -> None:
+        page.wait_for_function(f"before => {source('image-0')} && {source('image-0')} !== before", arg=before)
+        assert (load(page, page.evaluate(source("image-0"))) == load(page, page.evaluate(source(name)))).all()
+
+    for name in ("masks", "live"):
+        before = page.evaluate(source("image-0"))
+        page.drag_and_drop(f"#One2One-{name} img", "#One2One-image-0")
+        assert_subject_becomes(name, before)
+    page.click("#One2One-image-0 button[aria-label='Remove Image']")
+    page.wait_for_selector("#One2One-image-0 img", state="detached")
+    page.click("#One2One-use")
+    assert_subject_becomes("live", None)
+    page.click("#One2One-generate:enabled")
+    page.wait_for_selector("#One2One-stop:enabled")
+    page.wait_for_selector("#One2One-status:has-text('Done. Seed')")
+
+
+def test_arrow_keys_move_between_word_chips(scripted_page):
+    """One chip of a group is in the tab order."""
+    page = scripted_page
+    page.fill("#One2One-prompt textarea", "a dog runs")
+    page.wait_for_selector("#One2One-words-0 label:has-text('runs')")
+    page.focus("#One2One-words-0 input >> nth=0")
+    focused = lambda: page.evaluate("document.activeElement.name")
+    for key, word in (("ArrowRight", "dog"), ("ArrowDown", "runs"), ("ArrowRight", "a"), ("ArrowLeft", "runs")):
+        page.keyboard.press(key)
+        assert focused() == word
+    page.keyboard.press("Space")
+    page.wait_for_selector("#One2One-words-0 label.selected:has-text('runs')")
+    in_tab_order = page.locator("#One2One-words-0 input[tabindex='0']")
+    assert in_tab_order.evaluate_all("inputs => inputs.map(input => input.name)") == ["runs"]
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.closest('#One2One-phrase-0') !== null")
+
+
+def test_chips_of_one_image_have_the_colors_of_their_masks(scripted_page):
+    page = scripted_page
+    page.get_by_role("tab", name="One2Many").click()
+    page.click("#One2Many-example-0")
+    page.wait_for_selector("#One2Many-words-0 label.selected >> nth=1")
+    chips = page.locator("#One2Many-words-0 label.selected")
+    shown = chips.evaluate_all("labels => labels.map(label => getComputedStyle(label).backgroundColor)")
+    assert [to_hex(color) for color in shown] == list(SUBJECT_COLORS[:2])
+
+
+def test_size_is_selected_on_the_page(scripted_page, client):
+    page = scripted_page
+    page.click("#One2One-size input")
+    page.click("[role=option]:has-text('(3:2)') >> nth=0")
+    make_result(page)
+    assert (client.requests[0].width, client.requests[0].height) == (1280, 832)
+
+
+VISIBLE_TEXTS = """() => {
+  const parse = color => color.match(/[\\d.]+/g).map(Number);
+  const texts = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const text = [...element.childNodes].filter(n => n.nodeType === 3).map(n => n.data.trim()).join("") ||
+      (element.matches("textarea, input:not([type=checkbox], [type=radio], [type=range], [type=file])") &&
+        (element.value || element.placeholder));
+    if (!text || !element.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+    if (element.closest("button:disabled, script, style")) continue;
+    let color = parse(getComputedStyle(element).color), background = [0, 0, 0, 0];
+    if (element.placeholder && !element.value) color = parse(getComputedStyle(element, "::placeholder").color);
+    for (let parent = element; parent && background[3] < 1; parent = parent.parentElement) {
+      const [r, g, b, a = 1] = parse(getComputedStyle(parent).backgroundColor);
+      const under = (1 - background[3]) * a;
+      background = [r, g, b].map((c, i) => background[i] + under * c).concat(background[3] + under);
+    }
+    texts.push([text.slice(0, 40), color.slice(0, 3), background.slice(0, 3)]);
+  }
+  return texts;
+}"""
+
+
+def to_hex(color: str | list[float]) -> str:
+    channels = color[4:-1].split(",") if isinstance(color, str) else color
+    return "#" + "".join(f"{round(float(channel)):02x}" for channel in channels)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_all_text_has_sufficient_contrast(scripted, client, browser, theme):
+    """At least 4.5:1 for every visible text, as in WCAG 2.1 AA, before and after images and errors are shown."""
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.goto(f"{scripted[1]}/?__theme={theme}")
+    page.wait_for_selector("#One2One-prompt")
+    low = lambda: [
+        (text, to_hex(color), to_hex(background))
+        for text, color, background in page.evaluate(VISIBLE_TEXTS)
+        if contrast(to_hex(color), to_hex(background)) < 4.5
+    ]
+    assert len(page.evaluate(VISIBLE_TEXTS)) > 20 and not low()
+    make_result(page)
+    make_result(page)
+    page.fill("#One2One-prompt textarea", "a unicorn")
+    page.wait_for_selector("#One2One-words-0 label.unknown")
+    page.click("#One2One-generate")
+    page.wait_for_selector("#One2One-status .status-error")
+    page.wait_for_timeout(300)  # transitions of colors
+    assert not low()
+    page.close()
+
+
+def test_number_of_mask_steps_follows_the_number_of_steps(scripted_page):
+    page = scripted_page
     page.click("#One2One-settings button")
     page.fill("#One2One-steps input[type=number]", "5")
     page.press("#One2One-steps input[type=number]", "Tab")
@@ -316,8 +486,8 @@ def test_number_of_mask_steps_follows_the_number_of_steps(open_page):
     assert page.input_value("#One2One-stop-step input[type=number]") == "5"
 
 
-def test_example_selects_its_word_and_image_labels_are_above_the_images(open_page):
-    page = open_page(FailingClient(ServerError("unused")))
+def test_example_selects_its_word_and_image_labels_are_above_the_images(scripted_page):
+    page = scripted_page
     page.click("#One2One-example-0")
     image = page.wait_for_selector("#One2One-image-0 img").bounding_box()
     page.wait_for_timeout(500)  # later events must not clear the word
@@ -416,9 +586,29 @@ def test_queue_position_is_shown_and_closed_tab_leaves_the_queue(server, page, b
         until(lambda: stats(server)["waiting"] == 0)
 
 
-def test_page_fits_a_phone_screen(url, browser):
+def test_page_fits_a_phone_screen(scripted, client, browser):
+    """Before and after results are shown; captions and labels do not cover images."""
     page = browser.new_page(viewport={"width": 390, "height": 800})
-    page.goto(url)
+    page.goto(scripted[1])
     page.wait_for_selector("#One2One-prompt")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    make_result(page)
+    make_result(page)
+    page.wait_for_selector("#One2One-gallery img >> nth=1")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    boxes = lambda selector: [item.bounding_box() for item in page.locator(selector).all()]
+    images = boxes("#One2One-gallery img, #One2One-live img, #One2One-masks img")
+    labels = boxes(
+        ":is(#One2One-gallery, #One2One-live, #One2One-masks) :is([data-testid=block-label], .caption-label)"
+    )
+    assert len(images) == 4 and len(labels) == 5
+    assert not [(image, label) for image in images for label in labels if overlap(image, label)]
     page.close()
+
+
+def overlap(box: dict, other: dict) -> bool:
+    """Whether two boxes share more than a pixel in both directions."""
+    return all(
+        min(box[start] + box[size], other[start] + other[size]) - max(box[start], other[start]) > 1
+        for start, size in (("x", "width"), ("y", "height"))
+    )

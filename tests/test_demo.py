@@ -1,6 +1,7 @@
 """Logic of the demo page, on a real engine with the toy pipeline."""
 
 import asyncio
+import base64
 import io
 import tempfile
 import threading
@@ -16,19 +17,22 @@ from demo import tabs
 from demo.components import failure, progress, side_by_side, tiled
 from demo.form import read_form
 from demo.generation_state import GenerationState, ImageState, generate_images
-from demo.mask_overlay import SUBJECT_COLORS, overlay_masks
+from demo.mask_overlay import SUBJECT_COLORS, contrast, overlay_masks, text_color
+from demo.prompt_words import PromptWords, classify_words, prompt_note
+from demo.sizes import default_size, parse_size, size_choices
 from demo.task import TASKS, Task
 from demo.theme import CSS
-from demo.ui import build_demo
+from demo.ui import build_demo, launch_demo
 from demo.upload import read_upload
-from demo.vocabulary import mark_unknown_words, unknown_words
 from realcustom import SamplingDefaults
 from serving.clients import (
+    INPUT_FORMATS,
     DeadlineExceeded,
     InvalidRequest,
     Limits,
     ModelInfo,
     Progress,
+    PromptLength,
     Queued,
     QueueFull,
     Request,
@@ -39,7 +43,8 @@ from serving.clients import (
 )
 from serving.engine.engine import Engine
 
-SETTINGS = (0.5, 2, 3.0, 4, True, "7", "", 2)  # scope, T_stop, CFG, steps, fast masks, seed, negative prompt, images
+# scope, T_stop, CFG, steps, fast masks, seed, negative prompt, images, size
+SETTINGS = (0.5, 2, 3.0, 4, True, "7", "", 2, "64x64")
 ONE = Task(name="One", text="", num_slots=1, multiple_words=False)
 MANY = Task(name="Many", text="", num_slots=1, multiple_words=True)
 SLOTS = Task(name="Slots", text="", num_slots=2, multiple_words=False)
@@ -270,7 +275,7 @@ def test_overlay_has_the_color_of_the_subject_inside_its_mask_only():
 def test_progress_names_the_target_words_in_the_colors_of_their_masks():
     html = progress("Done", 1, ["cat", "car"])
     for word, color in zip(("cat", "car"), SUBJECT_COLORS):
-        assert f'<span style="color: {color}">● {word}</span>' in html
+        assert f'<span style="color: {color}">●</span> {word}' in html
 
 
 def test_progress_sets_the_width_of_the_bar_and_escapes_text():
@@ -303,7 +308,7 @@ def test_selected_words_are_in_the_order_of_the_prompt():
     assert [subject.target_phrase for subject in request.subjects] == ["dog", "cat"]
 
 
-@pytest.mark.parametrize("index,value", [(3, None), (3, "many"), (0, "wide"), (7, 0), (7, 10**6)])
+@pytest.mark.parametrize("index,value", [(3, None), (3, "many"), (0, "wide"), (7, 0), (7, 10**6), (8, "wide"), (8, 64)])
 def test_invalid_settings_of_api_users_are_refused(index, value):
     settings = [*SETTINGS]
     settings[index] = value
@@ -333,8 +338,14 @@ def test_formats_are_named_for_files_in_other_formats():
 
 
 def test_uploads_of_all_common_formats_are_read():
-    for image_format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
+    for image_format in INPUT_FORMATS:
         assert read_upload(upload(image_file(subject_image(), image_format)), LIMITS).size == subject_image().size
+
+
+def test_addresses_of_uploaded_files_are_read():
+    """Clients of the Model Context Protocol send the address of an upload instead of its path."""
+    address = f"http://127.0.0.1:7860/gradio_api/file={subject()['path']}"
+    assert read_upload({"path": address}, LIMITS).size == subject_image().size
 
 
 def test_paths_that_were_not_uploaded_are_refused(tmp_path):
@@ -343,18 +354,88 @@ def test_paths_that_were_not_uploaded_are_refused(tmp_path):
     secret.write_bytes(image_file(subject_image()))
     link = Path(tempfile.mkdtemp(dir=FOLDER.name)) / "link.png"
     link.symlink_to(secret)
-    for path in (secret, Path(FOLDER.name) / ".." / secret.relative_to(secret.anchor), link):
+    address = f"http://127.0.0.1:7860/gradio_api/file={secret}"
+    for path in (secret, Path(FOLDER.name) / ".." / secret.relative_to(secret.anchor), link, address):
         with pytest.raises(InvalidRequest, match="not uploaded"):
             read_upload({"path": str(path)}, LIMITS)
 
 
-def test_unknown_words_are_marked_in_the_prompt():
+def test_unknown_words_are_listed_below_the_prompt():
     toy = info(vocabulary=VOCABULARY)
-    assert unknown_words("a Dog and a <b>unicorn on the red beach", toy) == ["b", "unicorn", "red"]
-    marked = mark_unknown_words("a dog and a unicorn", toy)
-    assert marked.count("<mark>") == 1 and "<mark>unicorn</mark>" in marked
-    assert mark_unknown_words("a dog on the beach at night", toy) == ""
-    assert mark_unknown_words("a unicorn", info()) == "", "a model without a vocabulary knows all words"
+    assert PromptWords.of("a Dog and a <b>unicorn on the red beach", toy).unknown == ["b", "unicorn", "red"]
+    note = prompt_note(PromptWords.of("a dog and a unicorn", toy), toy)
+    assert note.count("<mark") == 1 and ">unicorn</mark>" in note
+    assert prompt_note(PromptWords.of("a dog on the beach at night", toy), toy) == ""
+    assert PromptWords.of("a unicorn", info()).unknown == [], "a model without a vocabulary knows all words"
+
+
+def test_words_beyond_the_token_limit_are_listed_below_the_prompt():
+    """A word that also occurs within the limit is not ignored; the note shows where the limit falls."""
+    prompt = "a dog and a catfish on a <b> dog"
+    words = PromptWords.of(prompt, info(), num_chars_read=prompt.index("fish"))
+    assert words.ignored == ["catfish", "on", "b"]
+    note = prompt_note(words, info())
+    assert "reads 77 tokens" in note and ">fish on a &lt;b&gt; dog</mark>" in note
+    assert PromptWords.of(prompt, info()).ignored == []
+
+
+def test_the_server_is_asked_only_if_a_prompt_can_reach_the_limit():
+    """If it does not answer, no words are marked."""
+
+    class Server:
+        calls = 0
+
+        async def prompt_length(self, prompt):
+            self.calls += 1
+            if "cat" in prompt:
+                raise QueueFull("the queue is full.")
+            return PromptLength(num_tokens=80, max_tokens=77, num_chars_read=5)
+
+    async def run(prompt):
+        return await classify_words(prompt, server, info())
+
+    server = Server()
+    assert asyncio.run(run("a dog" + 70 * " ")).ignored == [] and server.calls == 0
+    assert asyncio.run(run("a dog and an owl" + 70 * " ")).ignored == ["and", "an", "owl"] and server.calls == 1
+    assert asyncio.run(run("a dog and a cat" + 70 * " ")).ignored == [] and server.calls == 2
+
+
+@pytest.mark.parametrize("side,max_pixels", [(1024, 2048**2), (512, 512**2), (128, 2048**2), (64, 64**2)])
+def test_sizes_are_within_the_limits_and_have_the_area_of_the_default(side, max_pixels):
+    sampling = SamplingDefaults(height=side, width=side)
+    model = ModelInfo(id="toy", preset="paper", sampling=sampling, limits=Limits(max_pixels=max_pixels))
+    sizes = [parse_size(size) for _, size in size_choices(model)]
+    assert sizes[0] == (side, side) == parse_size(default_size(model))
+    for width, height in sizes:
+        assert width * height <= max_pixels and min(width, height) >= 64 and width % 8 == height % 8 == 0
+        assert min(abs(width * height / (scale * side) ** 2 - 1) for scale in (1, 0.75)) < 0.15, (width, height)
+    if side == 1024:
+        assert {(1152, 896), (896, 1152)} & set(sizes) and any(w / h > 1.7 for w, h in sizes)
+
+
+def test_size_of_the_page_is_the_size_of_the_request():
+    values = ("a dog runs", subject(), ["dog"], "", *SETTINGS[:-1])
+    request, _ = read_form(ONE, (*values, "96x64"), LIMITS)
+    assert (request.width, request.height) == (96, 64)
+    request, _ = read_form(ONE, (*values, None), LIMITS)
+    assert (request.width, request.height) == (None, None), "the default of the model"
+
+
+def test_text_on_the_colors_of_subjects_can_be_read():
+    for color in SUBJECT_COLORS:
+        assert contrast(color, text_color(color)) >= 4.5
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+
+
+def test_descriptions_of_images_name_prompt_seed_and_words():
+    """The alternative texts of the result and its masks; before that, of the preview."""
+    state = GenerationState([ImageState(image=subject_image(), seed=3)])
+    assert tabs._description(state, "a dog on the beach") == "Result for 'a dog on the beach', seed 3"
+    assert tabs._description(GenerationState([ImageState()]), "a dog") == "Preview for 'a dog'"
+    captions = [caption for _, caption in tabs._draw_results(state, "a dog on the beach", ["dog"])]
+    assert captions == ["Result for 'a dog on the beach', seed 3", "Guidance masks of dog, seed 3"]
+    html = progress("Done", 1, ["dog"], 'Result for "a dog"')
+    assert 'data-description="Result for &quot;a dog&quot;"' in html and 'data-masks="Guidance masks of dog.' in html
 
 
 class FailingClient:
@@ -444,6 +525,35 @@ def test_api_has_named_parameters_and_accepts_words_of_any_prompt(page, task):
     assert required == {"prompt", f"image{suffixes[0]}"}
 
 
+def test_tabs_are_tools_of_mcp_clients(client):
+    """A tool has named parameters, generates images, and returns the error of an invalid call as a sentence."""
+    pytest.importorskip("mcp", reason="needs the extra mcp")
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    data = f"data:image/png;base64,{base64.b64encode(image_file(subject_image())).decode()}"
+    arguments = {"prompt": "a dog runs", "image": data, "target_words": ["dog"], "steps": 2, "seed": "3"}
+    demo = build_demo(client, info(vocabulary=VOCABULARY))
+    address = launch_demo(demo, LIMITS, mcp=True)
+
+    async def run():
+        async with (
+            streamablehttp_client(f"{address}/gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = {tool.name: tool.inputSchema for tool in (await session.list_tools()).tools}
+            result = await session.call_tool("one2one", arguments | {"size": "64x64", "early_stop_step": 1})
+            return tools, result, await session.call_tool("one2one", arguments | {"target_words": ["cow"]})
+
+    tools, result, error = asyncio.run(run())
+    demo.close()
+    assert tools.keys() == {task.name.lower() for task in TASKS}
+    assert {"prompt", "image", "target_words", "size", "seed"} <= tools["one2one"]["properties"].keys()
+    assert not result.isError and "Done. Seed 3." in str(result.content)
+    assert error.isError and "'cow' does not occur" in error.content[0].text
+
+
 def test_temporary_files_are_deleted(page):
     assert page.delete_cache is not None
 
@@ -451,11 +561,11 @@ def test_temporary_files_are_deleted(page):
 def test_a_result_is_in_the_gallery_only_after_the_next_click():
     """One result is shown by the live image; of several, which are shown as tiles, each one is in the gallery."""
     image = (subject_image(), "seed 1")
-    latest, gallery = tabs._add_results([image, image], None)
+    latest, gallery, _ = tabs._add_results([image, image], None)
     assert latest == [image, image] and gallery == tabs.gr.skip()
     latest, gallery, *live = tabs._archive(latest, None)
     assert latest == [] and len(gallery.value) == 2 and gallery.visible and live == [None, None]
-    latest, gallery = tabs._add_results([image] * 4, [image])
+    latest, gallery, _ = tabs._add_results([image] * 4, [image])
     assert latest == [] and len(gallery.value) == 5
 
 

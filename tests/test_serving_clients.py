@@ -24,12 +24,12 @@ from serving.clients import (
     TooLarge,
     Unavailable,
 )
-from serving.clients.handle import RETRY_AFTER_S, Completions
+from serving.clients.admission import RETRY_AFTER_S
 from serving.protocol.image_codec import to_base64
 
 REQUEST = Request(prompt="a dog", seed=4)
 RESULT = Result(Image.new("RGB", (8, 8), "red"), (), 4)
-ITEM = {"b64_json": to_base64(RESULT.image), "seed": 4, "masks": []}
+ITEM = {"b64_json": to_base64(RESULT.image), "seed": 4, "masks": [], "warnings": []}
 
 
 class FakeResponse:
@@ -56,7 +56,9 @@ class FakeResponse:
 
 
 class FakeHandle:
-    """A handle whose n-th call plays the n-th script."""
+    """A handle whose n-th call plays the n-th script. It knows no replicas yet."""
+
+    _router = None
 
     def __init__(self, *scripts) -> None:
         self._scripts, self.responses = iter(scripts), []
@@ -99,9 +101,9 @@ def test_image_restarts_on_another_replica_without_repeating_steps(waits):
 
 
 def test_images_beyond_the_queue_are_refused_at_once():
-    """Beyond `max_images`, `QueueFull` is raised before Ray is asked. An image that ends in any way frees its place."""
+    """Images beyond all places raise `QueueFull` before Ray is asked. An image that ends in any way frees its place."""
     handle = FakeHandle([Progress(1, 4), ...], [Progress(1, 4), ...], [InvalidRequest("no")], [RESULT])
-    client = HandleClient(handle, max_images=2)
+    client = HandleClient(handle, images_per_replica=2)
 
     async def run():
         running = [client.stream(REQUEST) for _ in range(2)]
@@ -117,27 +119,6 @@ def test_images_beyond_the_queue_are_refused_at_once():
         await running[1].aclose()
 
     asyncio.run(run())
-
-
-def test_the_retry_delay_is_the_time_between_completions():
-    """Idle time does not count; a current interval that is longer than the mean does."""
-    now = [0.0]
-    completions = Completions(lambda: now[0])
-    assert completions.interval_s() == RETRY_AFTER_S
-    now[0] += 3600
-    completions.start()
-    for _ in range(4):
-        now[0] += 7
-        completions.add()
-    assert completions.interval_s() == 7
-    now[0] += 20
-    assert completions.interval_s() == 20
-    now[0] += 3600
-    assert completions.interval_s() == 600
-    completions.start()
-    for _ in range(50):
-        completions.add()
-    assert completions.interval_s() == 1
 
 
 def test_a_full_queue_of_ray_has_the_same_delay():

@@ -56,7 +56,7 @@ class Watched:
 class AlwaysTogether(StepTimeModel):
     """A model without measurements, so that all images of a size step together."""
 
-    def add(self, calls: int, row_pixels: float, seconds: float) -> None:
+    def add(self, calls: int, row_pixels: float, seconds: float, pixels: float) -> None:
         pass
 
 
@@ -600,6 +600,34 @@ def test_a_step_that_does_not_end_makes_the_engine_unhealthy(watched):
 
     asyncio.run(run())
     engine.close()
+
+
+def test_a_slow_step_of_a_large_image_is_not_a_hang(watched):
+    """A step may take longer than `stall_timeout_s` if this is expected from measured steps of another size. A step of
+    the same duration that is expected to be fast is a hang."""
+
+    def run_with(seconds: float) -> None:
+        step_time = StepTimeModel()
+        step_time.add(1, 32 * 32, seconds, 32 * 32)
+        engine = Engine(watched, stall_timeout_s=0.1, step_time=step_time)
+
+        async def run():
+            watched.gate.clear()
+            task = asyncio.create_task(last(engine, request(1)))
+            await until(lambda: engine.stats()["active"] == 1)
+            await asyncio.sleep(0.5)
+            try:
+                engine.check_health()
+            finally:
+                watched.gate.set()
+                await task
+
+        asyncio.run(run())
+        engine.close()
+
+    run_with(seconds=1.0)
+    with pytest.raises(RuntimeError, match="not advanced"):
+        run_with(seconds=1e-5)
 
 
 def test_an_internal_error_ends_every_request_and_makes_the_engine_unhealthy(watched):

@@ -199,8 +199,8 @@ def test_closing_the_connection_cancels_the_images(server):
     async def run():
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(
-                b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
-                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+                b"POST /v1/images/edits HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
             )
             for _ in range(200):
                 if (await server.stats())["active"] == 2:
@@ -287,14 +287,62 @@ def test_overload_rejects_some_requests(server, http):
         return event
 
     async def run():
-        request = Request(prompt="a dog", num_inference_steps=25)
-        tasks = [follow((server, http)[i % 2], request) for i in range(80)]
+        request = Request(prompt="a dog", num_inference_steps=20)
+        tasks = [follow((server, http, http)[i % 3], request) for i in range(75)]
         results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
         assert {type(result) for result in results} == {Result, QueueFull}
         assert sum(isinstance(result, Result) for result in results) >= 8
         assert all(own for own, result in zip(positions, results) if isinstance(result, Result))
         assert max(max(own, default=0) for own in positions) >= 10
         assert all(result.retry_after_s >= 1 for result in results if isinstance(result, QueueFull))
+        await idle(server)
+
+    asyncio.run(run())
+
+
+def test_overload_is_refused_at_once_and_shared_between_clients(server):
+    """Streams beyond the queue get 429 at once and without an error after status 200. One request of another client is
+    done before most images of the client that filled the queue."""
+    form = {"prompt": "a dog", "stream": "true", "progress": "true", "num_inference_steps": "20"}
+    form |= {"target_phrase": "dog", "seed": "1"}
+    reference = encode_image(subject_image())
+    finished: list[str] = []
+
+    async def post(http: httpx.AsyncClient) -> float | None:
+        """Sends a request; the seconds until it is refused, or None."""
+        start = time.monotonic()
+        files = {"image": ("dog.png", reference, "image/png")}
+        async with http.stream("POST", server.url + "/v1/images/edits", data=form, files=files) as response:
+            seconds = time.monotonic() - start
+            text = (await response.aread()).decode()
+        assert response.status_code in (200, 429), text
+        if response.status_code == 429:
+            assert int(response.headers["retry-after"]) >= 1
+            return seconds
+        assert "event: error" not in text and "event: image_edit.completed" in text
+        finished.append("many")
+        return None
+
+    async def one() -> None:
+        await server.generate(Request(prompt="a dog", num_inference_steps=2))
+        finished.append("one")
+
+    async def run():
+        async with httpx.AsyncClient(trust_env=False, timeout=60, limits=httpx.Limits(max_connections=None)) as http:
+            filling = [asyncio.create_task(post(http)) for _ in range(20 + 16 + 4)]
+            while not any(task.done() for task in filling):  # refused, so the queue is full
+                await asyncio.sleep(0.02)
+            alone, num_finished = asyncio.create_task(one()), len(finished)
+            later = []
+            for _ in range(8):
+                later.append(asyncio.create_task(post(http)))
+                await asyncio.sleep(0.1)
+            await alone
+            num_before = len(finished) - num_finished - 1
+            seconds = sorted(value for value in await asyncio.gather(*later) if value is not None)
+            await asyncio.gather(*filling)
+        assert seconds and seconds[len(seconds) // 2] < 0.5, seconds
+        assert num_before <= 12, finished
         await idle(server)
 
     asyncio.run(run())
@@ -332,6 +380,16 @@ def test_the_openai_client_works(server):
     assert events[-1] == "image_edit.completed" and set(events[:-1]) <= {"image_edit.partial_image"}
     with pytest.raises(openai.UnprocessableEntityError, match="target_phrase"):
         client.images.edit(image=dog, prompt=PROMPT)
+
+
+def test_a_rebound_name_is_rejected(server):
+    """Over a local connection, the Host header must be a name of this machine."""
+    with httpx.Client(trust_env=False, timeout=30) as plain:
+        statuses = [
+            plain.get(server.url + "/v1/models", headers={"Host": host}).status_code
+            for host in ("rebound.example.com", "localhost")
+        ]
+    assert statuses == [403, 200]
 
 
 def test_join_finds_the_running_server(server):

@@ -49,7 +49,7 @@ def known(cost: StepCost) -> StepTimeModel:
     """A model that has measured steps of all kinds on a device with this cost."""
     model = StepTimeModel()
     for calls, rows in ((2, 3), (1, 2), (2, 24), (1, 16), (2, 20)):
-        model.add(calls, rows * PIXELS, cost.seconds(calls, rows * PIXELS))
+        model.add(calls, rows * PIXELS, cost.seconds(calls, rows * PIXELS, PIXELS), PIXELS)
     return model
 
 
@@ -99,6 +99,21 @@ def test_queue_is_first_in_first_out_and_bounded():
     scheduler_.remove(jobs[3])
     scheduler_.remove(jobs[0])
     assert scheduler_.admit() is jobs[2]
+
+
+def test_one_image_does_not_wait_behind_a_hundred_of_another_client():
+    """An image that arrives behind 100 of another client is done after the images that had started and one more."""
+    shared = scheduler(ROWS, max_batch_size=4)
+    many = add(shared, 100)
+    step(shared)
+    one = Client().job
+    one.client = "another"
+    shared.add(one)
+    for _ in range(10_000):
+        step(shared)
+        if one.closed:
+            break
+    assert one.closed and sum(job.closed for job in many) <= 4 + 1
 
 
 def test_only_one_image_is_prepared_at_a_time():
@@ -365,7 +380,8 @@ def test_predicted_completion_equals_step_by_step_addition():
             for i in range(max(image.num_steps for image in group)):
                 running = [image for image in group if image.num_steps > i]
                 guided = sum(image.num_guided_steps > i for image in running)
-                now += ALIKE.seconds(1 + (guided > 0), PIXELS * (sum(image.rows for image in running) + guided))
+                row_pixels = PIXELS * (sum(image.rows for image in running) + guided)
+                now += ALIKE.seconds(1 + (guided > 0), row_pixels, PIXELS)
                 ends += [now] * sum(image.num_steps == i + 1 for image in running)
         assert completion(images, first, later, ALIKE) == pytest.approx((now, sum(ends) / len(ends)))
 
@@ -435,9 +451,9 @@ def continuous(arrivals: Sequence[Arrival], cost: StepCost, max_batch_size: int 
         if not (batch := scheduler_.next_batch()):
             now = pending[0].at
             continue
-        calls, row_pixels = step_work([(job.request, job.steps_done) for job in batch])
-        seconds = cost.seconds(calls, row_pixels)
-        scheduler_.step_time.add(calls, row_pixels, seconds)
+        calls, row_pixels, pixels = step_work([(job.request, job.steps_done) for job in batch])
+        seconds = cost.seconds(calls, row_pixels, pixels)
+        scheduler_.step_time.add(calls, row_pixels, seconds, pixels)
         now += seconds
         for job in batch:
             job.steps_done += 1
@@ -463,10 +479,11 @@ def work_conserving(arrivals: Sequence[Arrival], cost: StepCost, max_batch_size:
             arrival.finished_at = now
 
 
-def step_work(images: Sequence[tuple[ResolvedRequest, int]]) -> tuple[int, float]:
-    """(UNet calls, rows times pixels) of a step of images of one size, each at its own step."""
+def step_work(images: Sequence[tuple[ResolvedRequest, int]]) -> tuple[int, float, float]:
+    """(UNet calls, rows times pixels, pixels) of a step of images of one size, each at its own step."""
     guided = sum(index < wanted.early_stop_step for wanted, index in images)
-    return 1 + (guided > 0), (2 * len(images) + guided) * images[0][0].height * images[0][0].width
+    pixels = images[0][0].height * images[0][0].width
+    return 1 + (guided > 0), (2 * len(images) + guided) * pixels, pixels
 
 
 def simulate(policy: Callable, times: Sequence[float], cost: StepCost, requests: Sequence[ResolvedRequest]):

@@ -77,7 +77,7 @@ def test_only_the_faulty_image_of_a_batch_fails(pipeline):
         synchronize=lambda: None,
         observer=Recorder(),
         on_out_of_memory=lambda: pytest.fail("the fault was another one"),
-        on_step=lambda calls, row_pixels, seconds: None,
+        on_step=lambda kind, seconds: None,
     )
     jobs = [prepared_job(pipeline, seed) for seed in range(4)]
     expected = [pipeline.prepare(request(pipeline, seed)) for seed in range(4)]
@@ -100,7 +100,7 @@ def test_calls_and_rows_of_a_step_are_measured(pipeline):
         synchronize=lambda: None,
         observer=Observer(),
         on_out_of_memory=lambda: None,
-        on_step=lambda calls, row_pixels, seconds: measured.append((calls, row_pixels / 64**2)),
+        on_step=lambda kind, seconds: measured.append((kind.calls, kind.row_pixels / kind.pixels)),
     )
     jobs = [prepared_job(pipeline, seed) for seed in range(2)]
     for _ in range(5):

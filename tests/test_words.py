@@ -1,9 +1,12 @@
 """Target phrases: whole words, all occurrences, several tokens per word, and error messages."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from tiny import TEXT_LENGTH, tiny_tokenizer
 
-from realcustom.words import find_phrase, target_token_positions, words_of
+from realcustom.words import find_phrase, prompt_length, target_token_positions, tokenize, words_of
 
 HINDI = "\u0939\u093f\u0928\u094d\u0926\u0940"  # combining marks that have no composed form
 
@@ -50,6 +53,43 @@ def test_phrase_beyond_the_token_limit_raises():
     prompt = "abcdefghij klmnopqrst uvwxyz dog"
     with pytest.raises(ValueError, match=rf"'dog' is beyond the {TEXT_LENGTH} tokens"):
         target_token_positions(tiny_tokenizer(), prompt, "dog")
+
+
+@pytest.mark.parametrize(
+    "prompt,num_tokens,read,last",
+    [
+        ("a dog", 6, "a dog", None),
+        ("a dog on a mat and a very red kite", 27, "a dog on a mat and a very red k", "the word 'red'"),
+        ("a dog on a mat and a very old dog too", 29, "a dog on a mat and a very old d", "the word 'old'"),
+        ("x" * 60, 62, "x" * 22, "not a whole word"),
+        ("  ", 2, "", None),
+    ],
+)
+def test_where_the_token_limit_falls(prompt, num_tokens, read, last):
+    """The length of a prompt counts all tokens and names the last whole word that the text encoder reads."""
+    length = prompt_length(tiny_tokenizer(), prompt)
+    assert length.num_tokens == num_tokens and length.max_tokens == TEXT_LENGTH
+    assert prompt[: length.num_chars_read] == read
+    warning = length.warning("prompt", prompt)
+    assert (warning is None) if last is None else (warning is not None and last in warning)
+
+
+def test_threads_can_share_a_tokenizer(monkeypatch):
+    """The length of a prompt is computed with other options than its encoding, which runs in another thread."""
+    tokenizer, prompt = tiny_tokenizer(), 20 * "a dog "
+    set_options = type(tokenizer).set_truncation_and_padding
+
+    def set_options_and_wait(self, *args, **options) -> None:
+        set_options(self, *args, **options)
+        time.sleep(0.005)  # another thread could change the options now, before they are used
+
+    monkeypatch.setattr(type(tokenizer), "set_truncation_and_padding", set_options_and_wait)
+    options = dict(padding="max_length", max_length=TEXT_LENGTH, truncation=True)
+    with ThreadPoolExecutor() as pool:
+        counting = pool.submit(lambda: [prompt_length(tokenizer, prompt) for _ in range(10)])
+        lengths = {len(tokenize(tokenizer, prompt, **options).input_ids) for _ in range(20)}
+        assert lengths == {TEXT_LENGTH}
+        assert {length.num_tokens for length in counting.result()} == {82}
 
 
 @pytest.mark.parametrize("phrase", ["c++", "(dog)", "a.b", "[x]"])

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from realcustom.reference_image import ReferenceImage
 from realcustom.request import Request, Subject, seed_variations
-from realcustom.words import words_of
+from realcustom.words import PromptLength, words_of
 
 from ..protocol.errors import DeadlineExceeded, InvalidRequest, QueueFull, ServerError, TooLarge, Unavailable
 from ..protocol.events import Event, Progress, Queued, Result
@@ -29,6 +29,7 @@ __all__ = [
     "Limits",
     "ModelInfo",
     "Progress",
+    "PromptLength",
     "QueueFull",
     "Queued",
     "ReferenceImage",
@@ -52,6 +53,10 @@ class Client(Protocol):
 
     async def model(self) -> ModelInfo:
         """The loaded model: defaults, limits, vocabulary."""
+        ...
+
+    async def prompt_length(self, prompt: str) -> PromptLength:
+        """How much of a prompt the text encoder reads; `prompt[:num_chars_read]` is the part that has an effect."""
         ...
 
     def stream(

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from realcustom.request import Request
+from realcustom.words import PromptLength
 
 from ..protocol.errors import DeadlineExceeded, InvalidRequest, QueueFull, ServerError, TooLarge, Unavailable
 from ..protocol.events import Event, Progress, Queued, Result, result_of
@@ -55,6 +56,12 @@ class HttpClient:
             response = await http.get("/v1/models")
             _raise_for_status(response, response.content)
             return ModelInfo.from_dict(response.json()["data"][0])
+
+    async def prompt_length(self, prompt: str) -> PromptLength:
+        async with self._http() as http:
+            response = await http.post("/v1/prompt_length", json={"prompt": prompt})
+            _raise_for_status(response, response.content)
+            return PromptLength(**response.json())
 
     async def stream(
         self, request: Request, *, previews: bool | int = True, timeout_s: float | None = None
@@ -183,7 +190,9 @@ def _remaining_time(deadline: float | None) -> Fields:
 
 
 def _result(item: dict[str, Any]) -> Result:
-    return Result(from_base64(item["b64_json"]), tuple(map(from_base64, item["masks"])), item["seed"])
+    return Result(
+        from_base64(item["b64_json"]), tuple(map(from_base64, item["masks"])), item["seed"], tuple(item["warnings"])
+    )
 
 
 def _parse_event(line: str) -> Event:

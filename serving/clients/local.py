@@ -56,6 +56,7 @@ def start(
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "2")  # a proxy that died is replaced
+    os.environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")  # a hung replica cannot finish its images
     import ray
     from ray import serve
     from ray.exceptions import RayError

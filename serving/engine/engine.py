@@ -22,10 +22,14 @@ from .job import Job
 from .memory import MemoryBudget, is_out_of_memory, release
 from .observer import Observer
 from .scheduler import Scheduler
-from .step_time import StepTimeModel
-from .stepper import Stepper
+from .step_time import Step, StepTimeModel
+from .stepper import Stepper, step_kind
 
 logger = logging.getLogger("ray.serve.realcustom")  # below Ray Serve's logger, so that its handlers and format apply
+
+
+def _kind(batch: Sequence[Job]) -> Step:
+    return step_kind([job.generation for job in batch if job.generation is not None])
 
 
 class Engine:
@@ -114,6 +118,7 @@ class Engine:
         previews: bool | int = True,
         timeout_s: float | None = None,
         request_id: str = "",
+        client: str = "",
     ) -> AsyncGenerator[Event, None]:
         """Yield the events of one image, `Result` last. Closing the generator removes the image before the next step.
 
@@ -121,6 +126,7 @@ class Engine:
             previews: True sends one every `preview_every` steps, False sends none, an int sends this many in total.
             timeout_s: deadline in seconds from now.
             request_id: for the log.
+            client: name of the sender; senders share the queue equally.
         Raises:
             QueueFull: the queue is full.
             InvalidRequest: the pipeline rejected the request, or the image alone exceeds the memory budget.
@@ -135,6 +141,7 @@ class Engine:
             previews,
             deliver=lambda event: loop.call_soon_threadsafe(events.put_nowait, event),
             request_id=request_id,
+            client=client,
         )
         self._add(job)
         # Not `wait_for`: before Python 3.12 it loses a cancellation that coincides with an event.
@@ -151,6 +158,11 @@ class Engine:
             if deadline is not None:
                 deadline.cancel()
             self._remove(job)
+
+    def check_capacity(self, number: int) -> None:
+        """Raise `QueueFull` if the queue has no place for `number` more images."""
+        with self._condition:
+            self._scheduler.check_capacity(number)
 
     def stats(self) -> dict[str, float]:
         """Images in each state, steps done so far, and `backlog_s`: predicted seconds until all accepted images are
@@ -290,6 +302,7 @@ class Engine:
             if not self._wait(lambda: self._scheduler.active):
                 return
             batch = self._scheduler.next_batch()
+            self._health.expect(self._scheduler.step_time.upper_bound(*_kind(batch)))
         start = time.monotonic()
         failed = self._stepper.step(batch)
         seconds = time.monotonic() - start
@@ -318,9 +331,9 @@ class Engine:
         with self._condition:
             self._scheduler.shrink_budget()
 
-    def _learn_step_time(self, calls: int, row_pixels: float, seconds: float) -> None:
+    def _learn_step_time(self, kind: Step, seconds: float) -> None:
         with self._condition:
-            self._scheduler.step_time.add(calls, row_pixels, seconds)
+            self._scheduler.step_time.add(kind.calls, kind.row_pixels, seconds, kind.pixels)
 
     def _decode_next(self) -> None:
         with self._condition:

@@ -23,6 +23,7 @@ class Job:
         deliver: sends an event to the caller. It is called under the engine's lock from any thread, must not block, and
             raises `RuntimeError` if the caller no longer exists.
         request_id: for the log.
+        client: name of the sender.
         arrived: time of arrival, `time.monotonic()`.
         generation: the state of the image once it is prepared.
         num_steps: UNet steps of the image; exact only after `prepare`, because some schedulers add steps.
@@ -39,6 +40,7 @@ class Job:
     previews: bool | int
     deliver: Callable[[Event | Exception], object]
     request_id: str = ""
+    client: str = ""
     arrived: float = field(default_factory=time.monotonic)
     generation: Generation | None = None
     num_steps: int = 0

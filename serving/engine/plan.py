@@ -105,7 +105,7 @@ def _lockstep(group: Sequence[RemainingWork], cost: StepCost) -> Iterator[tuple[
     ends = {image.num_steps for image in group}
     ends.update(image.num_guided_steps for image in group)
     ends.discard(0)
-    per_row = cost.per_row_pixel * group[0].pixels
+    per_row = cost.per_row(group[0].pixels)
     begin = 0
     for end in sorted(ends):
         guided_share, rows, num_done = 0.0, 0.0, 0

@@ -6,7 +6,8 @@
 
 `remove` takes an image out of any of these states. The engine calls all methods under its lock.
 
-- The queue is bounded and strictly first in, first out: no image overtakes one that waits for memory.
+- The queue is bounded, and clients share it equally (`FairQueue`). Images of one client are first in, first out, and no
+  image overtakes one that waits for memory.
 - Images of one size step together; `plan.py` decides how many. They are always the first ones in order of arrival, so
   the oldest image of a size advances in every step of its size: no image waits for more than the work before it.
 - Device time is shared equally among sizes: the size that has used the least time steps next.
@@ -15,7 +16,9 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
+from ..protocol.cost import image_cost
 from ..protocol.errors import InvalidRequest, QueueFull
+from ..protocol.fair_queue import FairQueue
 from .job import Job
 from .memory import MemoryBudget
 from .plan import best_batch_size, completion, first_completion
@@ -50,7 +53,7 @@ class Scheduler:
         self.max_batch_size, self.max_queued = max_batch_size, max_queued
         self.step_time = step_time or StepTimeModel()
         self._batch_sizes, self._budget = tuple(batch_sizes), budget
-        self.waiting: deque[Job] = deque()
+        self.waiting: FairQueue[Job] = FairQueue()
         self.preparing: Job | None = None
         self.active: list[Job] = []  # prepared, not done; in order of arrival
         self.stepping: tuple[Job, ...] = ()  # the part of `active` in the current step
@@ -73,14 +76,18 @@ class Scheduler:
                 f"an image of {request.width}x{request.height} with {len(request.subjects)} subjects exceeds this "
                 "server's memory; request a smaller image or fewer subjects."
             )
-        if self.num_running + len(self.waiting) >= self.max_batch_size + self.max_queued:
+        self.check_capacity()
+        self.waiting.add(job, job.client, image_cost(request))
+
+    def check_capacity(self, number: int = 1) -> None:
+        """Raise `QueueFull` if there is no place for `number` more images."""
+        if self.num_running + len(self.waiting) + number > self.max_batch_size + self.max_queued:
             retry_after_s = self.retry_after_s()
             raise QueueFull(
                 f"{self.num_running} images run and {len(self.waiting)} wait, at most "
                 f"{self.max_batch_size + self.max_queued} are accepted; retry after {retry_after_s:.0f} s.",
                 retry_after_s=retry_after_s,
             )
-        self.waiting.append(job)
 
     def can_admit(self) -> bool:
         """Whether `admit` returns an image now."""
@@ -110,7 +117,7 @@ class Scheduler:
         job, self.preparing = self.preparing, None
         assert job is not None, "no image is being prepared"
         if not job.closed:
-            self.waiting.appendleft(job)
+            self.waiting.appendleft(job, job.client)
 
     def remove(self, job: Job) -> None:
         """Drop an image. If it is in the current step or is being decoded, it is dropped when that ends."""

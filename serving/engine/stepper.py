@@ -15,6 +15,7 @@ from ..protocol.errors import Unavailable
 from .job import Job
 from .memory import is_out_of_memory, release
 from .observer import Observer
+from .step_time import Step
 
 logger = logging.getLogger("ray.serve.realcustom")
 
@@ -49,6 +50,14 @@ def num_rows(generation: Generation) -> int:
     return 1 + (generation.negative_text is not None) + generation.needs_guidance_branch
 
 
+def step_kind(generations: Sequence[Generation]) -> Step:
+    """The kind of the next step of images of one size."""
+    height, width = generations[0].size
+    rows = sum(map(num_rows, generations))
+    guided = any(generation.needs_guidance_branch for generation in generations)
+    return Step(1 + guided, rows * height * width, height * width)
+
+
 class Stepper:
     """Steps groups of images on one pipeline; used by one thread.
 
@@ -57,7 +66,7 @@ class Stepper:
         synchronize: waits for the device after a step.
         observer: receives the numbers of every successful step.
         on_out_of_memory: called when a group did not fit into memory, before its halves are retried.
-        on_step: called after every successful step with UNet calls, rows times pixels, and seconds.
+        on_step: called after every successful step with its kind and seconds.
     """
 
     def __init__(
@@ -67,7 +76,7 @@ class Stepper:
         synchronize: Callable[[], None],
         observer: Observer,
         on_out_of_memory: Callable[[], None],
-        on_step: Callable[[int, float, float], None],
+        on_step: Callable[[Step, float], None],
     ) -> None:
         self._pipeline, self._synchronize, self._observer = pipeline, synchronize, observer
         self._on_out_of_memory, self._on_step = on_out_of_memory, on_step
@@ -79,7 +88,7 @@ class Stepper:
         fields = {"request_ids": [job.request_id for job in batch]}
         checkpoints = [Checkpoint(generation) for generation in generations]
         rows, mask_rows = sum(map(num_rows, generations)), sum(g.needs_guidance_branch for g in generations)
-        height, width = generations[0].size
+        kind = step_kind(generations)
         start = time.monotonic()
         try:
             self._pipeline.step(generations)
@@ -91,7 +100,7 @@ class Stepper:
         else:
             seconds = time.monotonic() - start
             logger.debug("step of %d images in %.3f s", len(batch), seconds, extra=fields)
-            self._on_step(1 + (mask_rows > 0), rows * height * width, seconds)
+            self._on_step(kind, seconds)
             self._observer.step(images=len(batch), rows=rows, mask_rows=mask_rows, seconds=seconds)
             return {}
         # Outside the handler, so that the failed step's traceback does not hold its tensors.

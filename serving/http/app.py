@@ -3,10 +3,10 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractContextManager, ExitStack, aclosing
 from typing import Annotated, Any, Protocol
 
-from fastapi import Depends, FastAPI, Form
+from fastapi import Body, Depends, FastAPI, Form
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -14,7 +14,9 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from realcustom.request import ResolvedRequest, seed_variations
+from realcustom.words import PromptLength
 
+from ..clients.admission import Reservation
 from ..clients.merge import merge_streams
 from ..protocol.errors import EXPECTED_ERRORS, QueueFull, ServerError, Unavailable
 from ..protocol.events import Event, Result
@@ -22,9 +24,12 @@ from ..protocol.model_info import ModelInfo
 from ..settings import Settings
 from .authentication import Authentication
 from .body_limit import BodyLimit
+from .client_address import client_address
 from .edit_form import EditForm
+from .reference_memory import ReferenceMemory
 from .responses import Health, ImagesState, Model, Models, error_response, errors, images_json
-from .streaming import HEARTBEAT_S, start_stream
+from .streaming import HEARTBEAT_S, Batches, start_stream
+from .trusted_hosts import TrustedHosts
 
 MODEL_INFO_AGE_S = 5.0  # age after which the model information is requested again
 MODEL_INFO_WAIT_S = 1.0  # time to wait for newer model information before the old one is used
@@ -40,8 +45,18 @@ class Backend(Protocol):
 
     async def model(self) -> ModelInfo: ...
 
+    async def prompt_length(self, prompt: str) -> PromptLength: ...
+
+    def reserve(self, number: int, client: str) -> AbstractContextManager[Reservation]: ...
+
     def stream(
-        self, request: ResolvedRequest, *, previews: bool | int = True, timeout_s: float | None = None
+        self,
+        request: ResolvedRequest,
+        *,
+        previews: bool | int = True,
+        timeout_s: float | None = None,
+        client: str = "",
+        reservation: Reservation | None = None,
     ) -> AsyncGenerator[Event, None]: ...
 
 
@@ -51,6 +66,7 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
     # Only describes the key in the OpenAPI schema; `Authentication` checks it
     described_key = [Depends(HTTPBearer(auto_error=False, description="the server's API key"))]
     dependencies = described_key if settings.api_key else []
+    references = ReferenceMemory(settings.reference_memory_gb * 2**30)
     cached: list[tuple[float, ModelInfo]] = []  # at most one: time of the request, and its response
 
     async def model_info() -> ModelInfo:
@@ -72,35 +88,51 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
         response_model=ImagesState,
         responses={200: {"content": EVENT_STREAM}, **errors()},
     )
-    async def edit_image(form: Annotated[EditForm, Form(media_type="multipart/form-data")]) -> Any:
+    async def edit_image(http: HttpRequest, form: Annotated[EditForm, Form(media_type="multipart/form-data")]) -> Any:
         """Generate images in which subjects replace words of the prompt.
 
         With `stream`, the response is a stream of server-sent events: image_edit.partial_image, image_edit.completed,
         and with `progress` also image_edit.queued and image_edit.progress.
         """
         info = await model_info()
-        request = await form.resolve(info)
-        timeout_s = info.limits.timeout_s(form.timeout_s)
-        previews = (form.previews or form.partial_images) if form.stream else False
-        streams = [
-            backend.stream(variation, previews=previews, timeout_s=timeout_s)
-            for variation in seed_variations(request, form.n)
-        ]
-        if form.stream:
-            return await start_stream(merge_streams(streams, heartbeat_s=HEARTBEAT_S), form)
-        results: dict[int, Result] = {}
-        async with aclosing(merge_streams(streams)) as batches:
-            async for batch in batches:
-                results |= {index: event for index, event in batch if isinstance(event, Result)}
+        request, entries = form.resolve(info)
+        client = client_address(http.scope, settings.client_header)
+        deadline = time.monotonic() + info.limits.timeout_s(form.timeout_s)
+        num_pixels = await form.count_pixels(info.limits)
+        with ExitStack() as held, backend.reserve(form.n, client) as reservation:
+            held.enter_context(references.hold(num_pixels))
+            request = await form.with_images(request, entries, info.limits, deadline)
+            timeout_s = max(0.0, deadline - time.monotonic())
+            previews = (form.previews or form.partial_images) if form.stream else False
+            streams = [
+                backend.stream(
+                    variation, previews=previews, timeout_s=timeout_s, client=client, reservation=reservation
+                )
+                for variation in seed_variations(request, form.n)
+            ]
+            if form.stream:
+                batches = merge_streams(streams, heartbeat_s=HEARTBEAT_S)
+                return await start_stream(_holding(batches, held.pop_all()), form)
+            results: dict[int, Result] = {}
+            async with aclosing(merge_streams(streams)) as batches:
+                async for batch in batches:
+                    results |= {index: event for index, event in batch if isinstance(event, Result)}
         content = await asyncio.to_thread(images_json, [results[i] for i in range(form.n)], form.output_format)
         return Response(content, media_type="application/json")
 
-    @api.get("/v1/models", dependencies=dependencies, responses=errors(401, 500, 503))
+    @api.get("/v1/models", dependencies=dependencies, responses=errors(401, 403, 500, 503))
     async def list_models() -> Models:
         """The loaded model: defaults, limits, vocabulary."""
         return Models(data=[Model(**(await model_info()).to_dict())])
 
-    @api.get("/healthz", responses=errors(503))
+    @api.post("/v1/prompt_length", dependencies=dependencies, responses=errors())
+    async def prompt_length(prompt: Annotated[str, Body(embed=True)]) -> PromptLength:
+        """How many tokens a prompt has, and how many of its characters the text encoder reads; the rest is ignored."""
+        info = await model_info()
+        info.limits.check_text("prompt", prompt)
+        return await backend.prompt_length(prompt)
+
+    @api.get("/healthz", responses=errors(403, 503))
     async def health() -> Health:
         """200 if a replica responds. With `min_replicas=0`, always 200, because the check would start a replica."""
         if settings.min_replicas == 0:
@@ -117,11 +149,20 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
         timeout_s=settings.body_timeout_s,
         max_unread=settings.max_unread_bodies,
     )
-    if settings.api_key:  # added last, so that it runs first
+    if settings.api_key:  # the middleware that is added last runs first
         api.add_middleware(Authentication, api_key=settings.api_key)
+    api.add_middleware(TrustedHosts, hosts=settings.trusted_hosts)
     for kind in (*EXPECTED_ERRORS, RequestValidationError, StarletteHTTPException, Exception):
         api.add_exception_handler(kind, _handle_error)
     return api
+
+
+async def _holding(batches: Batches, held: ExitStack) -> Batches:
+    """The batches of a stream; `held` is released at its end."""
+    with held:
+        async with aclosing(batches):
+            async for batch in batches:
+                yield batch
 
 
 async def _handle_error(http: HttpRequest, error: Exception) -> JSONResponse:

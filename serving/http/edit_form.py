@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ from realcustom.reference_image import ReferenceImage
 from realcustom.request import MAX_SEED, Request, ResolvedRequest, Subject
 from realcustom.words import shorten
 
-from ..protocol.errors import InvalidRequest, TooLarge
+from ..protocol.errors import DeadlineExceeded, InvalidRequest, TooLarge
 from ..protocol.image_codec import decode_image, read_header
 from ..protocol.limits import Limits
 from ..protocol.model_info import ModelInfo
@@ -120,10 +121,8 @@ class EditForm(BaseModel):
         default=None, description="accepted for OpenAI's clients, not used"
     )
 
-    async def resolve(self, info: ModelInfo) -> ResolvedRequest:
-        """Return the request of all `n` images, which differ only in the seed.
-
-        Images are decoded in a thread, after all other fields have been checked.
+    def resolve(self, info: ModelInfo) -> tuple[ResolvedRequest, list[SubjectEntry]]:
+        """Return the request of all `n` images, which differ only in the seed, with placeholders in place of images.
 
         Raises:
             InvalidRequest: the message names the first invalid field.
@@ -142,7 +141,30 @@ class EditForm(BaseModel):
             info.limits.check_text("target_phrase", entry.target_phrase)
         request = self._request(entries).resolve(info.sampling)
         info.limits.check(request, num_images=self.n)
-        images = await asyncio.to_thread(_decode, files, info.limits)
+        return request, entries
+
+    async def count_pixels(self, limits: Limits) -> int:
+        """Pixels of all files, read from their headers in a thread.
+
+        Raises:
+            InvalidRequest: a file is not an image, or the images have too many bytes or pixels.
+        """
+        return await asyncio.to_thread(_count_pixels, self._files, limits)
+
+    async def with_images(
+        self, request: ResolvedRequest, entries: Sequence[SubjectEntry], limits: Limits, deadline: float
+    ) -> ResolvedRequest:
+        """Return the request with its images, which are decoded in a thread.
+
+        Raises:
+            InvalidRequest: an image is damaged.
+            DeadlineExceeded: the images were not decoded before `deadline` (`time.monotonic()`).
+        """
+        decoding = asyncio.to_thread(_decode, self._files, limits)
+        try:
+            images = await asyncio.wait_for(decoding, max(0.0, deadline - time.monotonic()))
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded("the images were not decoded in time; request a longer timeout_s.") from None
         subjects = [
             replace(subject, image=images[entry.image])
             for subject, entry in zip(request.subjects, entries, strict=True)
@@ -255,16 +277,23 @@ def _short_form(phrases: list[str], scopes: list[float], num_files: int) -> list
     ]
 
 
-def _decode(files: Sequence[UploadFile], limits: Limits) -> list[ReferenceImage]:
-    """Decode uploaded files, after the headers of all of them have been checked against the limits."""
-    names = [f"image {i} ({shorten(file.filename or '')})" for i, file in enumerate(files)]
-    headers = [read_header(file.file, limits, name) for file, name in zip(files, names, strict=True)]
+def _names(files: Sequence[UploadFile]) -> list[str]:
+    return [f"image {i} ({shorten(file.filename or '')})" for i, file in enumerate(files)]
+
+
+def _count_pixels(files: Sequence[UploadFile], limits: Limits) -> int:
+    """Pixels of all files, after their headers have been checked against the limits."""
+    headers = [read_header(file.file, limits, name) for file, name in zip(files, _names(files), strict=True)]
     if (total := sum(header.width * header.height for header in headers)) > limits.max_reference_pixels_total:
         raise TooLarge(
             f"the images have {total} pixels in total; this server accepts at most "
             f"{limits.max_reference_pixels_total}. Send smaller images."
         )
-    return [decode_image(file.file, limits, name) for file, name in zip(files, names, strict=True)]
+    return total
+
+
+def _decode(files: Sequence[UploadFile], limits: Limits) -> list[ReferenceImage]:
+    return [decode_image(file.file, limits, name) for file, name in zip(files, _names(files), strict=True)]
 
 
 def sentence(errors: Sequence[Any]) -> str:

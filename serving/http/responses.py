@@ -31,11 +31,15 @@ logger = logging.getLogger("ray.serve.realcustom")  # below Ray Serve's logger, 
 
 
 class ImageState(BaseModel):
-    """An image and its guidance masks (gray PNG, one per subject) as base64; `seed` reproduces it."""
+    """An image and its guidance masks (gray PNG, one per subject) as base64; `seed` reproduces it.
+
+    `warnings` are sentences about parts of the request that had no effect, such as a prompt beyond the token limit.
+    """
 
     b64_json: str
     seed: int
     masks: list[str]
+    warnings: list[str]
 
 
 class ImagesState(BaseModel):
@@ -55,6 +59,7 @@ class Model(BaseModel):
     preset: Literal["paper", "release", "custom"]
     sampling: SamplingDefaults
     limits: Limits
+    max_tokens: int
     vocabulary: dict[str, list[str]]
 
 
@@ -89,6 +94,7 @@ class Error(BaseModel):
 _RETRY_AFTER = {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 0}}}
 _STATUSES = {
     401: "missing or wrong API key",
+    403: "the Host header is not trusted",
     408: "the body did not arrive in time",
     413: "too many bytes or pixels",
     422: "invalid request; the message names the value, the limit and the remedy",
@@ -117,6 +123,7 @@ def image_data(result: Result, output_format: str) -> dict[str, Any]:
         "b64_json": to_base64(result.image, output_format),
         "seed": result.seed,
         "masks": [to_base64(mask) for mask in result.masks],
+        "warnings": list(result.warnings),
     }
 
 

@@ -34,14 +34,28 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """The finished image, its final guidance masks (mode "L", one per subject) and the seed that reproduces it."""
+    """The finished image.
+
+    Attributes:
+        image: the image.
+        masks: its final guidance masks, mode "L", one per subject.
+        seed: reproduces it.
+        warnings: sentences about parts of the request that had no effect, such as a truncated prompt.
+    """
 
     image: Image.Image
     masks: tuple[Image.Image, ...]
     seed: int
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The replica is alive, but has no event. Sent from a replica to `HandleClient`, which does not pass it on."""
 
 
 Event = Queued | Progress | Result
+HEARTBEAT_S = 2.0  # seconds between two items from a replica to `HandleClient`, whatever the length of a step
 
 
 async def result_of(events: AsyncGenerator[Event, None]) -> Result:

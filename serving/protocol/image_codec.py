@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from realcustom.reference_image import ReferenceImage
 from realcustom.words import shorten
@@ -19,7 +19,7 @@ from .limits import Limits
 
 logger = logging.getLogger("ray.serve.realcustom")
 
-INPUT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+INPUT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else []))
 LARGE_PIXELS = 2**21  # images with more pixels are decoded in another process
 OUTPUT_FORMATS = ("png", "jpeg", "webp")
 BASE64_BYTES = 3 * 2**18  # per piece; a multiple of 3, so that pieces can be joined

@@ -17,6 +17,7 @@ class Limits(BaseModel):
         max_pixels: width x height of an image.
         min_side: shortest side of an image in pixels; below it, the deepest feature map is empty.
         max_steps: denoising steps.
+        max_guidance_scale: guidance scale; far beyond usual values, images overflow.
         max_cost: megapixels x steps x (1 + subjects), summed over the images of a request (see `cost.image_cost`).
         max_timeout_s: default and longest deadline of a request, in seconds.
         max_prompt_chars: characters of the prompt, of the negative prompt, and of each target phrase.
@@ -32,6 +33,7 @@ class Limits(BaseModel):
     max_pixels: int = Field(default=2048 * 2048, ge=64)
     min_side: int = Field(default=64, ge=8)
     max_steps: int = Field(default=200, ge=1)
+    max_guidance_scale: float = Field(default=100, ge=1)
     max_cost: float = Field(default=2000, gt=0)
     max_timeout_s: float = Field(default=600, gt=0)
     max_prompt_chars: int = Field(default=2000, ge=1)
@@ -52,6 +54,11 @@ class Limits(BaseModel):
         if request.num_inference_steps > self.max_steps:
             raise InvalidRequest(
                 f"num_inference_steps is {request.num_inference_steps}; this server runs at most {self.max_steps}."
+            )
+        if request.guidance_scale > self.max_guidance_scale:
+            raise InvalidRequest(
+                f"guidance_scale is {request.guidance_scale:.4g}; this server accepts at most "
+                f"{self.max_guidance_scale:.4g}."
             )
         if (cost := num_images * image_cost(request)) > self.max_cost:
             raise InvalidRequest(

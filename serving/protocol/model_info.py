@@ -17,6 +17,7 @@ class ModelInfo:
         preset: variant of the method: "paper", "release" or "custom".
         sampling: defaults of the settings that a request leaves unset.
         limits: upper bounds on one request.
+        max_tokens: tokens of a prompt that the text encoder reads, including the start and end tokens.
         vocabulary: words that the model was trained on, by category; empty if it is not restricted to them.
     """
 
@@ -24,6 +25,7 @@ class ModelInfo:
     preset: str
     sampling: SamplingDefaults
     limits: Limits
+    max_tokens: int = 77  # of CLIP
     vocabulary: dict[str, list[str]] = field(default_factory=dict)
 
     def with_limits(self, limits: Limits) -> "ModelInfo":
@@ -35,6 +37,7 @@ class ModelInfo:
             "preset": self.preset,
             "sampling": asdict(self.sampling),
             "limits": self.limits.model_dump(),
+            "max_tokens": self.max_tokens,
             "vocabulary": self.vocabulary,
         }
 
@@ -45,5 +48,6 @@ class ModelInfo:
             preset=values["preset"],
             sampling=SamplingDefaults(**values["sampling"]),
             limits=Limits(**values["limits"]),
+            max_tokens=values["max_tokens"],
             vocabulary=values["vocabulary"],
         )
