@@ -69,7 +69,7 @@ def test_two_processes_train_on_the_same_samples_and_noise(base, tmp_path):
     assert_similar(tmp_path / "one", tmp_path / "two")
 
 
-def test_ray_train_gives_the_same_losses(base, tmp_path):
+def test_ray_train_gives_the_same_losses(base, tmp_path, monkeypatch):
     """Ray Train with an elastic number of workers, of which two fit; checkpoints are reported, and validation runs as
     a task of its own. One process resumes the run."""
     pytest.importorskip("pyarrow")
@@ -78,9 +78,11 @@ def test_ray_train_gives_the_same_losses(base, tmp_path):
     from train.ray import run_on_ray
 
     validated = [*base, 'data.validation={"kind": "sprite_world"}', "preview.every_steps=2", "preview.subjects=[]"]
+    validated.append("micro_batch_size=64")
     run(toy_config("mini", tmp_path / "one", base))
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": environment}, log_to_driver=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # inherited by Ray's processes
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         two = tmp_path / "two"
         result = run_on_ray(toy_config("mini", two, [*validated, "steps=2"]), num_workers=(1, 2))
