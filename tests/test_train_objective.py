@@ -300,3 +300,22 @@ def test_previews_use_the_given_weights(tmp_path, pipeline):
     with Image.open(tmp_path / "grid.png") as grid:
         assert np.array_equal(np.asarray(grid)[64:], np.asarray(expected.decode([generation])[0]))
     assert bare.adapter is None
+
+
+def test_training_on_one_batch_lowers_its_loss(frozen):
+    """A few optimizer steps of the adapter alone fit the batch better than the frozen UNet."""
+    torch.manual_seed(0)
+    adapter = RealCustomAdapter.for_unet(frozen.pipeline.unet, vision_dim=64, head_dim=32)
+    encoded = frozen.encode([sample(), sample(caption="a cat")])
+    config = ObjectiveConfig(drop_text=0, drop_vision=0, drop_both=0)
+    numbers = draw(config, (4, 16, 16), range(2), seed=0, step=0, batch_size=2, num_timesteps=1000)
+    objective, optimizer = _objective(frozen), torch.optim.AdamW(adapter.parameters(), 1e-2)
+    losses = []
+    for _ in range(10):
+        with objective.attending(adapter(encoded.features), numbers.keep_vision):
+            loss = objective.losses(encoded, numbers).mean()
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.95 * losses[0]

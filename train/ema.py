@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class EMA:
@@ -27,7 +28,7 @@ class EMA:
         decay = min(self.decay, (1 + step) / (10 + step))
         named = dict(module.named_parameters())
         current = [named[name].detach() for name in self.values]
-        torch._foreach_lerp_(list(self.values.values()), current, 1 - decay)
+        get_ema_multi_avg_fn(decay)(list(self.values.values()), current, step)
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Replace the averages by saved ones, which must have the same names."""
