@@ -27,48 +27,75 @@ def attention_times(query: Tensor, key: Tensor, columns: Tensor) -> Tensor:
     Returns:
         [B, Q, S] in fp32.
     """
-    query, key = query[: len(columns)], key[: len(columns)]
-    width = query.shape[-1]
-    outs = []
-    for part in columns.split(width, dim=-1):  # fused kernels require values as wide as the keys
-        value = F.pad(part, (0, width - part.shape[-1])).to(query.dtype)
-        value = value[:, None].expand(-1, query.shape[1], -1, -1)
-        out = F.scaled_dot_product_attention(query, key, value)
-        outs.append(out[..., : part.shape[-1]].float().mean(dim=1))
-    return torch.cat(outs, dim=-1)
+    parts = columns.split(query.shape[-1], dim=-1)  # fused kernels require values as wide as the keys
+    products = [_times_values(query, key, as_values(part, query), part.shape[-1]) for part in parts]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
-class CrossRecording:
-    """Cross-attention of one layer, summed over each subject's target words: `relevance` [B, S, Q].
+def as_values(columns: Tensor, query: Tensor) -> Tensor:
+    """Columns [B, K, S], S <= d -> values [B, 1, K, d] in the type of the queries, padded with zeros."""
+    return F.pad(columns, (0, query.shape[-1] - columns.shape[-1])).to(query.dtype)[:, None]
 
-    Args:
-        columns: marks the tokens of each subject's words, [B, T, S].
-    """
+
+def _times_values(query: Tensor, key: Tensor, values: Tensor, num_columns: int) -> Tensor:
+    """Mean over heads of softmax(Q K^T) times the first columns of values [B, 1, K, d]: fp32 [B, Q, num_columns]."""
+    count = len(values)
+    out = F.scaled_dot_product_attention(query[:count], key[:count], values.expand(-1, query.shape[1], -1, -1))
+    return out[..., :num_columns].mean(dim=1, dtype=torch.float32)
+
+
+class Columns:
+    """Columns [B, K, S] whose conversion to values is shared by all layers that are multiplied with them."""
 
     def __init__(self, columns: Tensor) -> None:
         self.columns = columns
+        self._values: dict[tuple[int, torch.dtype], Tensor] = {}  # by head width and type
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def attention_times(self, query: Tensor, key: Tensor) -> Tensor:
+        """See `attention_times`."""
+        num_columns, width = self.columns.shape[-1], query.shape[-1]
+        if num_columns > width:
+            return attention_times(query, key, self.columns)
+        if (width, query.dtype) not in self._values:
+            self._values[width, query.dtype] = as_values(self.columns, query)
+        return _times_values(query, key, self._values[width, query.dtype], num_columns)
+
+
+class CrossRecording:
+    """Cross-attention of one layer, summed over each subject's target words: `relevance` [B, S, Q]."""
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
         self.relevance: Tensor | None = None
 
     def record(self, query: Tensor, key: Tensor) -> None:
-        self.relevance = attention_times(query, key, self.columns).transpose(1, 2)
+        self.relevance = self._columns.attention_times(query, key).transpose(1, 2)
 
 
 class SelfRecording:
-    """Queries and keys of one self-attention layer, to compute M_self times any columns without M_self itself."""
+    """Queries and keys of one self-attention layer, to compute M_self times any columns without M_self itself.
 
-    def __init__(self) -> None:
+    Args:
+        num_rows: number of rows that are recorded, B.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
         self.query: Tensor | None = None
         self.key: Tensor | None = None
 
     def record(self, query: Tensor, key: Tensor) -> None:
+        if len(query) > self._num_rows:  # a copy, so that the memory of the other rows is released
+            query, key = query[: self._num_rows].clone(), key[: self._num_rows].clone()
         self.query, self.key = query, key
 
-    def times(self, columns: Tensor) -> Tensor:
+    def times(self, columns: Columns) -> Tensor:
         """M_self, averaged over heads, times columns [B, Q, S]: [B, Q, S]."""
         assert self.query is not None and self.key is not None, "a layer that should record did not run"
-        # Relevance may be far below 1, where half precision has few digits left, so each column is scaled to 1.
-        scale = columns.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(columns.dtype).tiny)
-        return attention_times(self.query, self.key, columns / scale) * scale
+        return columns.attention_times(self.query, self.key)
 
 
 class AttentionRecorder:
@@ -85,14 +112,14 @@ class AttentionRecorder:
 
     def __init__(self, levels: dict[str, int], mask_maps: str, target_tokens: Tensor) -> None:
         cross_levels, self_level = recorded_levels(levels, mask_maps)
-        columns = target_tokens.transpose(1, 2)
+        columns = Columns(target_tokens.transpose(1, 2))
         self.levels, self.num_subjects = levels, target_tokens.shape[1]
         self.layers: dict[str, CrossRecording | SelfRecording] = {}
         for name, level in levels.items():
             if name.endswith("attn2") and level in cross_levels:
                 self.layers[name] = CrossRecording(columns)
             elif name.endswith("attn1") and level == self_level:
-                self.layers[name] = SelfRecording()
+                self.layers[name] = SelfRecording(len(target_tokens))
 
     @property
     def cross_maps(self) -> dict[str, tuple[int, Tensor]]:
@@ -118,11 +145,18 @@ class AttentionRecorder:
         maps = [m.flatten(0, 1).unflatten(-1, sizes[level]) for level, m in self.cross_maps.values()]
         relevance = aggregate_attention_maps(maps, sizes[min(self.levels.values())], normalization)  # [B * S, h, w]
         relevance = relevance.unflatten(0, (-1, self.num_subjects))
-        columns = relevance.flatten(2).transpose(1, 2)
-        products = [r.times(columns) for r in self.layers.values() if isinstance(r, SelfRecording)]
-        if not products:
-            return relevance
-        return torch.stack(products).mean(dim=0).transpose(1, 2).view_as(relevance)
+        recordings = [r for r in self.layers.values() if isinstance(r, SelfRecording)]
+        return self_attention_times(recordings, relevance) if recordings else relevance
+
+
+def self_attention_times(recordings: Sequence[SelfRecording], relevance: Tensor) -> Tensor:
+    """M_self, averaged over heads and layers, times relevance [B, S, h, w], in the same shape."""
+    columns = relevance.flatten(2).transpose(1, 2)
+    # Relevance may be far below 1, where half precision has few digits left, so each column is scaled to 1.
+    scale = columns.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(columns.dtype).tiny)
+    scaled = Columns(columns / scale)
+    products = torch.stack([recording.times(scaled) for recording in recordings])
+    return (products.mean(dim=0) * scale).transpose(1, 2).view_as(relevance)
 
 
 def recorded_levels(levels: dict[str, int], mask_maps: str) -> tuple[frozenset[int], int | None]:

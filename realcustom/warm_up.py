@@ -1,18 +1,23 @@
-"""Warm-up: runs every kind of step once, so that the first real request does not wait for compilation."""
+"""Warm-up: runs every kind of step once, so that the first real request does not wait for compilation or capture."""
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, get_args
 
 from PIL import Image
 
 from .config import MaskSource
+from .execution import GraphExecutor
 from .generation import Generation
 from .request import Request, Subject
+from .unet_call import POSITION_BUCKETS
 
 EXACT, APPROXIMATE = get_args(MaskSource)
 # Groups of generations that step together, each generation given by its number of subjects and its mask source. They
-# cover every kind of UNet call. Each kind is compiled with two batch sizes; after that, the batch size is dynamic.
+# cover every kind of program of compiled blocks. Each kind is compiled with two batch sizes; after that, the batch size
+# is dynamic.
 GROUPS: tuple[tuple[tuple[int, MaskSource], ...], ...] = (
     *(
         tuple((number, EXACT) for number in numbers)
@@ -27,28 +32,75 @@ GROUPS: tuple[tuple[tuple[int, MaskSource], ...], ...] = (
 )
 
 
-def warm_up(pipeline: Any, sizes: Sequence[tuple[int, int]], *, compiled: bool) -> None:
-    """Run one step of each group, with and without classifier-free guidance, plus a preview and a decode.
+@dataclass(frozen=True)
+class WarmUpReport:
+    """What a warm-up did.
+
+    Attributes:
+        seconds: time of the whole warm-up.
+        num_graphs: CUDA graphs that exist afterwards.
+    """
+
+    seconds: float
+    num_graphs: int
+
+
+def warm_up(
+    pipeline: Any, sizes: Sequence[tuple[int, int]], batch_sizes: Sequence[int], *, compiled: bool
+) -> WarmUpReport:
+    """Run every kind of step, plus a preview and a decode.
+
+    CUDA graphs are captured for images with one subject at the default settings: the guidance branch, and the
+    generation branch at each number of masked positions. Other kinds of images are captured when they first occur.
 
     Args:
         pipeline: a `RealCustomPipeline`.
         sizes: (height, width) in px; empty for the default size.
-        compiled: whether there are programs to compile; otherwise a single group suffices.
+        batch_sizes: numbers of images that will step together.
+        compiled: whether there are programs to compile.
     """
-    groups = GROUPS if compiled else GROUPS[:1]
-    scales = (None, 1.0) if compiled else (None,)
-    for (height, width), guidance_scale, group in product(sizes or [(None, None)], scales, groups):
-        settings = dict(height=height, width=width, guidance_scale=guidance_scale, seed=0)
-        generations = [_gray_generation(pipeline, number, mask_source=source, **settings) for number, source in group]
-        pipeline.step(generations)
-        if group is groups[-1]:
-            pipeline.preview(generations[:1])
-            pipeline.decode(generations[:1])
+    start = time.monotonic()
+    executor = pipeline.denoiser.executor
+    for height, width in sizes or [(None, None)]:
+        if isinstance(executor, GraphExecutor):
+            # The largest batch first: it allocates the slots and the pool that the others use too.
+            for batch_size in sorted(set(batch_sizes), reverse=True):
+                with executor.capturing_at_once():
+                    _capture(pipeline, batch_size, height=height, width=width)
+        elif compiled:
+            for guidance_scale, group in product((None, 1.0), GROUPS):
+                _step(pipeline, group, height=height, width=width, guidance_scale=guidance_scale)
+        generations = _step(pipeline, GROUPS[0], height=height, width=width)
+        pipeline.preview(generations)
+        pipeline.decode(generations)
     pipeline.clear_caches()
+    num_graphs = executor.num_graphs if isinstance(executor, GraphExecutor) else 0
+    return WarmUpReport(time.monotonic() - start, num_graphs)
+
+
+def _capture(pipeline: Any, batch_size: int, **settings) -> None:
+    """Capture the calls of `batch_size` images. The largest mask so far decides which graph a call uses."""
+    generations = _step(pipeline, [(1, EXACT)] * batch_size, num_inference_steps=len(POSITION_BUCKETS) + 1, **settings)
+    for generation in generations:
+        generation.masks_fixed = True
+    for fraction in POSITION_BUCKETS:
+        for generation in generations:
+            largest = sorted(generation.largest_masks)
+            for height, width in largest[:-1]:  # at the largest resolution, the scope determines the number
+                needed = int(fraction * height * width)
+                generation.largest_masks[height, width] = max(generation.largest_masks[height, width], needed)
+        pipeline.step(generations)
+
+
+def _step(pipeline: Any, group: Sequence[tuple[int, MaskSource]], **settings) -> list[Generation]:
+    """One step of a group of generations with gray references."""
+    generations = [_gray_generation(pipeline, number, mask_source=source, **settings) for number, source in group]
+    pipeline.step(generations)
+    return generations
 
 
 def _gray_generation(pipeline: Any, num_subjects: int, **settings) -> Generation:
     names = ("ball", "box")[: num_subjects if pipeline.adapter is not None else 0]
     gray = Image.new("RGB", (64, 64), "gray")
     subjects = tuple(Subject(image=gray, target_phrase=name) for name in names)
-    return pipeline.prepare(Request(prompt="a ball and a box", subjects=subjects, **settings))
+    return pipeline.prepare(Request(prompt="a ball and a box", subjects=subjects, seed=0, **settings))

@@ -9,3 +9,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests download nothing; a missing file fails immediately
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--device", default="cpu", help="device of the golden numbers' models (default: cpu)")

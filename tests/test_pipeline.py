@@ -1,5 +1,7 @@
 """Properties of the complete pipeline at toy size."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -214,7 +216,7 @@ def test_references_are_encoded_once(pipeline, monkeypatch):
     pipeline.clear_caches()
     calls = []
     forward = pipeline.adapter.forward
-    monkeypatch.setattr(pipeline.adapter, "forward", lambda f: (calls.append(1), forward(f))[1])
+    monkeypatch.setattr(pipeline.adapter, "forward", lambda f, **options: (calls.append(1), forward(f, **options))[1])
     latents_of(pipeline, Request(prompt=PROMPT, subjects=(dog("navy"), cat("navy"))))
     latents_of(pipeline, Request(prompt="a dog", subjects=(dog("navy"),), seed=9))
     assert len(calls) == 1
@@ -239,13 +241,11 @@ def test_precomputed_text_keys_and_values_equal_those_of_the_layers(pipeline):
     """The result is the same whether text keys and values are computed in advance or in each layer call."""
     request = Request(prompt=PROMPT, negative_prompt="a cat", subjects=(dog(), cat()), seed=3)
     precomputed = latents_of(pipeline, request)
-    pipeline.clear_caches()
-    pipeline.denoiser.allow_early_exit = False
-    try:
-        in_layers = latents_of(pipeline, request)
-    finally:
-        pipeline.denoiser.allow_early_exit = True
-        pipeline.clear_caches()
+    generation = pipeline.prepare(request)
+    generation.text, generation.negative_text = (
+        replace(text, keys_values=None) for text in (generation.text, generation.negative_text)
+    )
+    (in_layers,) = run(pipeline, [generation])
     assert torch.allclose(precomputed, in_layers, atol=1e-5)
 
 

@@ -205,8 +205,8 @@ def _preview_grid(
     text = (embeds[:-1], pooled[:-1], embeds[-1:], pooled[-1:])
     masks = {}  # masks of ones, for the rows with the text condition; the unconditional rows have no reference
     for level, (height, width) in enumerate(level_sizes(*shape[-2:], max(task.attention.levels.values()) + 1)):
-        ones = SparseMask.from_dense(torch.ones(1, height * width, device=task.device))
-        masks[level] = SparseMask.stack([ones] * count, [row * height * width for row in range(count)])
+        positions = torch.arange(count * height * width, device=task.device).view(count, height * width)
+        masks[level] = SparseMask(positions, torch.ones(*positions.shape, 1, device=task.device))
     rows = [F.interpolate(to_signed(raw["reference"][:count]), (size, size), mode="area").to(task.device)]
     for vision in (None, VisualAttention(keys_values=(keys_values,), masks=masks)):
         with task.attention.attention_context(vision=vision):
