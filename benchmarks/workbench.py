@@ -13,7 +13,8 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from realcustom import Generation, RealCustomPipeline, Request, Subject
-from realcustom.execution import Execution, compile_blocks
+from realcustom.config import Execution
+from realcustom.execution import compile_blocks
 from realcustom.request import seed_variations
 
 PROMPT, PHRASES = "a dog on the beach", ("dog", "beach")

@@ -20,10 +20,10 @@ from typing_extensions import Self
 from .adapter import RealCustomAdapter
 from .cache import Cache
 from .conditioning import Conditioner
-from .config import MethodConfig, RealCustomConfig, SamplingDefaults
+from .config import Execution, MethodConfig, RealCustomConfig, SamplingDefaults
 from .decoder import LatentDecoder
 from .denoiser import Denoiser
-from .execution import Execution, compile_blocks
+from .execution import GraphExecutor, compile_blocks
 from .fingerprint import fingerprint
 from .from_parts import load_parts
 from .keys_values import PackedKeysValues
@@ -283,6 +283,11 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         self._execution = execution
         self.denoiser.retire()
         self._denoiser = Denoiser(self.unet, self.realcustom_config.method, execution)
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether UNet calls are replayed as CUDA graphs."""
+        return isinstance(self.denoiser.executor, GraphExecutor)
 
     def compile(self, *, resnets: bool = False, **options) -> None:
         """Compile the transformer blocks of the UNet with `torch.compile`; CUDA graphs then replay compiled kernels.

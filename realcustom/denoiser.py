@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionLayers, level_sizes
-from .config import MethodConfig
-from .execution import Execution, Executor, create_executor, offloads_layers
+from .config import Execution, MethodConfig
+from .execution import Executor, create_executor, offloads_layers
 from .generation import Generation, sort_guidance_masks
 from .keys_values import KeysValues
 from .mask import guidance_masks

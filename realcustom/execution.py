@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .attention import AttentionLayers, StopForward
-from .config import MethodConfig
+from .config import Execution, MethodConfig
 from .keys_values import KeysValues, Layout, PackedKeysValues, stack_all
 from .recorder import AttentionRecorder
 from .unet_call import CallKey, UNetCall, key_of, padded
@@ -29,7 +29,6 @@ from .visual_attention import SortedMask, SparseMask, VisualAttention
 
 logger = logging.getLogger(__name__)
 
-Execution = Literal["auto", "eager", "graphs"]
 Result = tuple[Tensor | None, Tensor | None]  # output, fp32 [R, channels, height, width]; relevance, fp32 [B, S, h, w]
 T = TypeVar("T")
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from realcustom.execution import GraphCaptureError
 from realcustom.generation import Generation
 
 from ..protocol.errors import Unavailable
@@ -93,6 +94,8 @@ class Stepper:
         try:
             self._pipeline.step(generations)
             self._synchronize()
+        except GraphCaptureError:
+            raise  # the process cannot use the device any more: the step thread ends, and the replica is unhealthy
         except Exception as error:
             out_of_memory, name = is_out_of_memory(error), type(error).__name__
             exc_info = None if out_of_memory else error
