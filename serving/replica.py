@@ -17,6 +17,7 @@ from realcustom.words import PromptLength
 
 from .clients.admission import Reservation
 from .clients.merge import merge_streams
+from .engine.device_clock import CudaClock
 from .engine.engine import Engine
 from .engine.memory import MemoryBudget, available, measure
 from .engine.step_time import StepTimeModel
@@ -159,7 +160,7 @@ class Replica:
             batch_sizes=batch_sizes,
             budget=MemoryBudget(memory_model, shares.images),
             step_time=first_step_time(self._pipeline, synchronize),
-            synchronize=synchronize,
+            clock=CudaClock() if settings.device == "cuda" else None,
             observer=RayMetrics() if metrics else None,
         )
 

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestral
 from tiny import PROMPT, dog, tiny_pipeline
 
 from realcustom.request import Request, ResolvedRequest
+from serving.engine.device_clock import HostClock
 from serving.engine.job import Job
 from serving.engine.observer import Observer
 from serving.engine.stepper import Checkpoint, Stepper
@@ -74,7 +75,7 @@ def test_only_the_faulty_image_of_a_batch_fails(pipeline):
 
     stepper = Stepper(
         Faulty(),
-        synchronize=lambda: None,
+        clock=HostClock(),
         observer=Recorder(),
         on_out_of_memory=lambda: pytest.fail("the fault was another one"),
         on_step=lambda kind, seconds: None,
@@ -97,7 +98,7 @@ def test_calls_and_rows_of_a_step_are_measured(pipeline):
     measured = []
     stepper = Stepper(
         pipeline,
-        synchronize=lambda: None,
+        clock=HostClock(),
         observer=Observer(),
         on_out_of_memory=lambda: None,
         on_step=lambda kind, seconds: measured.append((kind.calls, kind.row_pixels / kind.pixels)),
