@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, get_args
 
+import torch
 from PIL import Image
 
 from .config import MaskSource
@@ -79,16 +80,20 @@ def warm_up(
 
 
 def _capture(pipeline: Any, batch_size: int, **settings) -> None:
-    """Capture the calls of `batch_size` images. The largest mask so far decides which graph a call uses."""
+    """Capture the calls of `batch_size` images.
+
+    At the largest resolution, the scope determines how many positions are masked. At the others it also depends on the
+    shape of a mask, so each number that calls are padded to is captured there.
+    """
     generations = _step(pipeline, [(1, EXACT)] * batch_size, num_inference_steps=len(POSITION_BUCKETS) + 1, **settings)
-    for generation in generations:
-        generation.masks_fixed = True
     for fraction in POSITION_BUCKETS:
         for generation in generations:
-            largest = sorted(generation.largest_masks)
-            for height, width in largest[:-1]:  # at the largest resolution, the scope determines the number
-                needed = int(fraction * height * width)
-                generation.largest_masks[height, width] = max(generation.largest_masks[height, width], needed)
+            if generation.guidance_masks is None:  # a pipeline without an adapter
+                continue
+            generation.masks_fixed = True
+            generation.set_masks(torch.zeros_like(generation.guidance_masks))
+            for height, width in sorted(generation.largest_masks)[:-1]:
+                generation.largest_masks[height, width] = int(fraction * height * width)
         pipeline.step(generations)
 
 
