@@ -95,6 +95,7 @@ class AttentionLayers:
         unet: the UNet.
         levels: name of each attention layer -> its resolution level, 0 being the latent's own; in the order of the
             UNet's forward pass. Names end in "attn1" (self-attention) or "attn2" (text cross-attention).
+        head_widths: channels of an attention head of each layer.
     """
 
     def __init__(self, unet) -> None:
@@ -104,6 +105,7 @@ class AttentionLayers:
         num_levels = len(unet.config.down_block_types)
         self.levels = {name: attention_level(name, num_levels) for name in names}
         self._attentions: dict[str, Any] = {name: unet.get_submodule(name) for name in names}
+        self.head_widths = {name: attn.inner_dim // attn.heads for name, attn in self._attentions.items()}
         self._processors = {name: RealCustomAttnProcessor() for name in names}
         self._install()
         self._text_layers: dict[str, list[str]] = {}  # transformer -> names of its text cross-attention layers

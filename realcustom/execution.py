@@ -63,7 +63,14 @@ def compute(attention: AttentionLayers, method: MethodConfig, inputs: UNetInputs
     """Run the UNet. This is the only function that does; it reads nothing from the host and waits for no device."""
     recorder = None
     if inputs.columns is not None:
-        recorder = AttentionRecorder(attention.levels, method.mask_maps, inputs.columns)
+        recorder = AttentionRecorder(
+            attention.levels,
+            method.mask_maps,
+            inputs.columns,
+            all_rows=len(inputs.columns) == len(inputs.sample),
+            head_widths=attention.head_widths,
+            dtype=inputs.sample.dtype,
+        )
     added = None if inputs.pooled is None else {"text_embeds": inputs.pooled, "time_ids": inputs.time_ids}
     output = None
     with attention.attention_context(

@@ -1,6 +1,6 @@
 """Settings of every test run, and which tests run in the same process.
 
-Import paths are set in pyproject.toml (`pythonpath`), so tests run from any folder. Helpers used by several test modules
+Import paths are set in pyproject.toml (`pythonpath`), so tests run from any folder. Helpers of several test modules
 are in `tiny.py` and `single_file.py`; a test module never imports another one.
 """
 

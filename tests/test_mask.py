@@ -67,7 +67,7 @@ def test_half_precision_keeps_the_ranking_of_small_relevance():
     columns = relevance(1, 64, 1) * 1e-6
     products = []
     for dtype in (torch.float32, torch.float16):
-        recording = SelfRecording(num_rows=1)
+        recording = SelfRecording()
         recording.record(query.to(dtype), key.to(dtype))
         products.append(self_attention_times([recording], columns.view(1, 1, 8, 8)).flatten())
     exact, half = products
