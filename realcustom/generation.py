@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .keys_values import KeysValues
+from .keys_values import PackedKeysValues
 from .mask import resize_by_height, resize_map
 from .request import ResolvedRequest
 from .text import TextCondition
@@ -53,8 +53,8 @@ class Generation:
     generator: torch.Generator | None
     text: TextCondition
     negative_text: TextCondition | None
-    references: tuple[KeysValues, ...] = ()
-    negative_references: tuple[KeysValues, ...] = ()
+    references: tuple[PackedKeysValues, ...] = ()
+    negative_references: tuple[PackedKeysValues, ...] = ()
     target_tokens: Tensor
     time_ids: Tensor
     guidance_masks: Tensor | None = None

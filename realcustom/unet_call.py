@@ -90,7 +90,7 @@ def padded(call: UNetCall) -> UNetCall:
         num_positions = math.prod(call.sizes[level])
         needed = max(call.positions[level], *(pair.largest[level] for pair in call.pairs))
         positions[level] = _position_bucket(needed, num_positions)
-    missing = _pair_bucket(len(call.pairs)) - len(call.pairs)
+    missing = pair_bucket(len(call.pairs)) - len(call.pairs)
     if not missing:
         return replace(call, positions=positions)
     weight = next(iter(call.pairs[0].masks.values())).weight
@@ -120,7 +120,8 @@ def stack_columns(target_tokens: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.nn.functional.pad(t, (0, 0, 0, num_subjects - len(t))) for t in target_tokens])
 
 
-def _pair_bucket(number: int) -> int:
+def pair_bucket(number: int) -> int:
+    """The number of pairs that a call with `number` pairs is padded to."""
     largest = PAIR_BUCKETS[-1]
     return next((b for b in PAIR_BUCKETS if b >= number), math.ceil(number / largest) * largest)
 

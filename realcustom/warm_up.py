@@ -13,7 +13,7 @@ from .config import MaskSource
 from .execution import GraphExecutor
 from .generation import Generation
 from .request import Request, Subject
-from .unet_call import POSITION_BUCKETS
+from .unet_call import POSITION_BUCKETS, pair_bucket
 
 EXACT, APPROXIMATE = get_args(MaskSource)
 # Groups of generations that step together, each generation given by its number of subjects and its mask source. They
@@ -67,7 +67,7 @@ def warm_up(
             # The largest batch first: it allocates the slots and the pool that the others use too.
             for batch_size in sorted(set(batch_sizes), reverse=True):
                 with executor.capturing_at_once():
-                    _capture(pipeline, batch_size, height=height, width=width)
+                    _capture(pipeline, executor, batch_size, height=height, width=width)
         elif compiled:
             for guidance_scale, group in product((None, 1.0), GROUPS):
                 _step(pipeline, group, height=height, width=width, guidance_scale=guidance_scale)
@@ -79,13 +79,16 @@ def warm_up(
     return WarmUpReport(time.monotonic() - start, num_graphs)
 
 
-def _capture(pipeline: Any, batch_size: int, **settings) -> None:
+def _capture(pipeline: Any, executor: GraphExecutor, batch_size: int, **settings) -> None:
     """Capture the calls of `batch_size` images.
 
     At the largest resolution, the scope determines how many positions are masked. At the others it also depends on the
     shape of a mask, so each number that calls are padded to is captured there.
     """
-    generations = _step(pipeline, [(1, EXACT)] * batch_size, num_inference_steps=len(POSITION_BUCKETS) + 1, **settings)
+    settings["num_inference_steps"] = len(POSITION_BUCKETS) + 1
+    generations = [_gray_generation(pipeline, 1, **settings) for _ in range(batch_size)]
+    _reserve(executor, generations)
+    pipeline.step(generations)
     for fraction in POSITION_BUCKETS:
         for generation in generations:
             if generation.guidance_masks is None:  # a pipeline without an adapter
@@ -95,6 +98,17 @@ def _capture(pipeline: Any, batch_size: int, **settings) -> None:
             for height, width in sorted(generation.largest_masks)[:-1]:
                 generation.largest_masks[height, width] = int(fraction * height * width)
         pipeline.step(generations)
+
+
+def _reserve(executor: GraphExecutor, generations: Sequence[Generation]) -> None:
+    """Provide the slots for a step of these generations before the first capture: more slots discard all graphs."""
+    first = generations[0]
+    if first.text.keys_values is None:  # runs eagerly
+        return
+    texts = sum(1 + (g.negative_text is not None) for g in generations)
+    references = [r for g in generations for r in (*g.references, *g.negative_references)]
+    reference = references[0] if references else None
+    executor.reserve(texts, pair_bucket(len(references)), first.text.keys_values, reference)
 
 
 def _step(pipeline: Any, group: Sequence[tuple[int, MaskSource]], **settings) -> list[Generation]:
