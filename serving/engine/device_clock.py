@@ -8,14 +8,17 @@ from typing import Protocol
 import torch
 
 
+Report = Callable[[float], None]  # receives the seconds of a step
+
+
 class DeviceClock(Protocol):
     """Times the work that steps start on a device."""
 
-    def time(self, work: Callable[[], None], report: Callable[[float], None]) -> None:
-        """Run `work` and call `report` with its seconds, now or after a later step.
+    def time(self, work: Callable[[], None], report: Report) -> list[tuple[Report, float]]:
+        """Run `work`, which is reported now or after a later step.
 
-        Raises:
-            Exception: what `work` raises; `report` is not called then.
+        Returns:
+            the reports that are due, each with its seconds, for the caller to call.
         """
         ...
 
@@ -23,10 +26,10 @@ class DeviceClock(Protocol):
 class HostClock:
     """The clock of a CPU: work has ended when the function returns."""
 
-    def time(self, work: Callable[[], None], report: Callable[[float], None]) -> None:
+    def time(self, work: Callable[[], None], report: Report) -> list[tuple[Report, float]]:
         start = time.monotonic()
         work()
-        report(time.monotonic() - start)
+        return [(report, time.monotonic() - start)]
 
 
 class CudaClock:
@@ -37,15 +40,17 @@ class CudaClock:
     """
 
     def __init__(self) -> None:
-        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event, Callable[[float], None]]] = deque()
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event, Report]] = deque()
 
-    def time(self, work: Callable[[], None], report: Callable[[float], None]) -> None:
+    def time(self, work: Callable[[], None], report: Report) -> list[tuple[Report, float]]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         work()
         end.record()
         self._pending.append((start, end, report))
+        due = []
         while len(self._pending) > 1:
-            start, end, report = self._pending.popleft()
+            start, end, earlier = self._pending.popleft()
             end.synchronize()
-            report(start.elapsed_time(end) / 1e3)
+            due.append((earlier, start.elapsed_time(end) / 1e3))
+        return due

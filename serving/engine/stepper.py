@@ -97,7 +97,7 @@ class Stepper:
             self._observer.step(images=len(batch), rows=rows, mask_rows=mask_rows, seconds=seconds)
 
         try:
-            self._clock.time(lambda: self._pipeline.step(generations), report)
+            due = self._clock.time(lambda: self._pipeline.step(generations), report)
         except GraphCaptureError:
             raise  # the process cannot use the device any more: the step thread ends, and the replica is unhealthy
         except Exception as error:
@@ -105,6 +105,8 @@ class Stepper:
             exc_info = None if out_of_memory else error
             logger.warning("a step of %d images failed", len(batch), exc_info=exc_info, extra=fields)
         else:
+            for report_step, seconds in due:
+                report_step(seconds)
             return {}
         # Outside the handler, so that the failed step's traceback does not hold its tensors.
         for checkpoint in checkpoints:
