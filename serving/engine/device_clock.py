@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 
-
 Report = Callable[[float], None]  # receives the seconds of a step
 
 
