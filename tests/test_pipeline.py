@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -464,16 +465,17 @@ def test_invalid_masks_raise(pipeline, masks, message):
         pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), seed=0), masks=masks)
 
 
-class SeededScheduler(DDIMScheduler):
-    """A scheduler that draws its noise from a seed of its own, as DPM++ SDE does."""
-
-    noise_sampler_seed = None
-
-
-def test_scheduler_with_its_own_noise_seed_gets_the_seed_of_the_request(pipeline):
-    scheduler = SeededScheduler.from_config(pipeline.scheduler.config)
-    generation = pipeline.prepare(Request(prompt=PROMPT, seed=7), scheduler=scheduler)
-    assert generation.scheduler.noise_sampler_seed == 7
+def test_the_seed_determines_the_noise_of_dpm_sde():
+    """DPM++ SDE, which draws noise from its own seed, gives one image per seed, alone and in a batch."""
+    pytest.importorskip("torchsde")
+    pipeline = tiny_pipeline(scheduler=DPMSolverSDEScheduler(beta_schedule="scaled_linear"))
+    first, again, other = (
+        latents_of(pipeline, Request(prompt=PROMPT, subjects=(dog(),), seed=seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and (first - other).abs().max() > 1
+    together = run(pipeline, [pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), seed=s)) for s in (1, 2)])
+    for batched, alone in zip(together, (first, other)):
+        assert torch.allclose(batched, alone, rtol=1e-4, atol=1e-3)
 
 
 def test_fp8_storage_equals_rounded_weights():
