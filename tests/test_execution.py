@@ -2,6 +2,8 @@
 
 import gc
 import random
+import threading
+import time
 import weakref
 from dataclasses import replace
 
@@ -21,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.tape import TapeBackend
 from realcustom import AlternatingDPMSolverScheduler, Request
-from realcustom.execution import EagerExecutor, GraphCaptureError, GraphExecutor, ReplayExecutor
+from realcustom.execution import DeviceLock, EagerExecutor, GraphCaptureError, GraphExecutor, ReplayExecutor
 from realcustom.unet_call import padded
 
 REQUEST = Request(prompt=PROMPT, subjects=(dog(),), seed=1)
@@ -479,3 +481,35 @@ def test_a_stopped_call_leaves_nothing_connected():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipeline.unet.modules())
     for processor in pipeline.unet.attn_processors.values():
         assert processor.text is processor.vision is processor.recording is None
+
+
+def test_captures_and_other_device_work_exclude_each_other():
+    """A capture waits for work that holds the lock shared, and such work waits for a capture; shared work may nest."""
+    lock, events = DeviceLock(), []
+    inside, may_end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with lock.shared(), lock.shared():
+            inside.set()
+            may_end.wait(10)
+            events.append("work")
+
+    def capture() -> None:
+        with lock.exclusive():
+            events.append("capture")
+            later.start()
+            time.sleep(0.1)
+            events.append("captured")
+
+    later = threading.Thread(target=lambda: lock.shared().__enter__() or events.append("later"))
+    threads = [threading.Thread(target=work), threading.Thread(target=capture)]
+    threads[0].start()
+    inside.wait(10)
+    threads[1].start()
+    time.sleep(0.05)
+    assert events == []
+    may_end.set()
+    for thread in threads:
+        thread.join(10)
+    later.join(10)
+    assert events == ["work", "capture", "captured", "later"]
