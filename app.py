@@ -29,6 +29,11 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--memory", choices=("high", "medium", "low"), help="memory tier of the local server (default: high)"
     )
+    parser.add_argument(
+        "--execution",
+        choices=("auto", "eager", "graphs"),
+        help="how the local server runs the model: auto replays CUDA graphs on a GPU (default: auto)",
+    )
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")))
     parser.add_argument(
@@ -40,8 +45,10 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if flags.mcp and find_spec("mcp") is None:
         parser.error("--mcp requires the package mcp; install it: pip install 'mcp>=1.21,<2'")
-    if sum(map(bool, (flags.url, flags.address, flags.model or flags.memory))) > 1:
-        parser.error("--url, --address and --model/--memory exclude each other: a running server has its own model.")
+    if sum(map(bool, (flags.url, flags.address, flags.model or flags.memory or flags.execution))) > 1:
+        parser.error(
+            "--url, --address and --model/--memory/--execution exclude each other: a running server has its own model."
+        )
     return flags
 
 
@@ -58,7 +65,7 @@ def connect(flags: argparse.Namespace) -> Client:
 
     if flags.address:
         return join(flags.address)
-    options = {"model": flags.model, "memory": flags.memory}
+    options = {"model": flags.model, "memory": flags.memory, "execution": flags.execution}
     return start(Settings(**{name: value for name, value in options.items() if value}))
 
 

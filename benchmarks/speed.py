@@ -28,7 +28,8 @@ from benchmarks.full_size import FAMILIES, default_dtype, make_masks_compact, ra
 from benchmarks.workbench import Workbench, benchmark_request, peak_bytes, time_alternately
 from realcustom import Generation, RealCustomPipeline, Request
 from realcustom.assets import MINI_MODEL
-from realcustom.visual_attention import SparseMask
+from realcustom.denoiser import Denoiser
+from realcustom.visual_attention import SortedMask
 
 APPROXIMATIONS = {
     "exact": {},
@@ -147,7 +148,7 @@ def operations(pipeline: RealCustomPipeline, request: Request) -> dict[str, floa
         text_only.negative_text = replace(text_only.negative_text, keys_values=None)
     denoiser = pipeline.denoiser
     if pipeline.unet.device.type == "meta":
-        _assume_mask_area(generation)
+        _assume_mask_area(denoiser, generation)
     works = {
         "guidance": lambda: denoiser.guidance_branch([generation]),
         "generation": lambda: denoiser.generation_branch([generation]),
@@ -175,16 +176,17 @@ def _cpu_attention_flops(query, key, value, *_, out_shape=None, **__) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-def _assume_mask_area(generation: Generation) -> None:
+def _assume_mask_area(denoiser: Denoiser, generation: Generation) -> None:
     """Give a generation on the meta device masks of the right area: γ_scope of the positions at each resolution."""
     scope_ratio = generation.request.subjects[0].scope_ratio
 
-    def sparse_masks(size: tuple[int, int], resize_mode: str) -> SparseMask:
-        count = math.ceil(scope_ratio * size[0] * size[1])
-        index = torch.empty(1, count, dtype=torch.int64, device="meta")
-        return SparseMask(index, torch.empty(1, count, 1, device="meta"))
-
-    generation.sparse_masks = sparse_masks
+    for size in denoiser.sizes(generation):
+        num_positions = size[0] * size[1]
+        count = math.ceil(scope_ratio * num_positions)
+        index = torch.empty(num_positions, dtype=torch.int64, device="meta")
+        weight = torch.empty(num_positions, 1, dtype=denoiser.dtype, device="meta")
+        generation.sorted_masks[size] = [SortedMask(index, weight, count)]
+        generation.largest_masks[size] = count
 
 
 def load(model: str, device: str, dtype: torch.dtype) -> RealCustomPipeline:
@@ -281,15 +283,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--compiled",
         nargs="*",
-        choices=("blocks", "whole", "unguarded"),
-        default=("blocks", "whole"),
-        help="also time both pipelines compiled: by transformer blocks, the whole UNet, or the whole UNet without "
-        "guards on its modules in both pipelines; no value: eager only (default: blocks whole)",
+        choices=("blocks", "resnets"),
+        default=("blocks",),
+        help="also time both pipelines with compiled transformer blocks, or with compiled transformer and residual "
+        "blocks; no value: eager only (default: blocks)",
     )
     parser.add_argument("--out", type=Path, help="write the report to this JSON file")
     args = parser.parse_args()
-    if {"whole", "unguarded"} <= set(args.compiled):
-        parser.error("'whole' and 'unguarded' would share compiled programs; measure them in separate runs.")
     return args
 
 

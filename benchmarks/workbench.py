@@ -13,6 +13,8 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from realcustom import Generation, RealCustomPipeline, Request, Subject
+from realcustom.config import Execution
+from realcustom.execution import compile_blocks
 from realcustom.request import seed_variations
 
 PROMPT, PHRASES = "a dog on the beach", ("dog", "beach")
@@ -25,16 +27,17 @@ class Workbench:
         pipeline: supplies the weights. Its UNet is not changed: each pipeline of the workbench has its own UNet module
             around the same tensors.
         request: what `realcustom` generates; `text_to_image` uses its prompt and settings without the subjects.
-        compiled: how to compile both UNets. "blocks": the transformer blocks; "whole": the whole UNet, each with the
-            default settings of its library; "unguarded": the whole UNet, both without guards on its modules, as
-            `RealCustomPipeline.compile` does; None: eager.
+        compiled: what to compile in both UNets: the transformer "blocks", these and the residual blocks ("resnets"),
+            or nothing (None).
+        execution: how the calls of `pipeline` run, see `RealCustomPipeline.execution`.
     """
 
     def __init__(
         self,
         pipeline: RealCustomPipeline,
         request: Request,
-        compiled: Literal["blocks", "whole", "unguarded"] | None = None,
+        compiled: Literal["blocks", "resnets"] | None = None,
+        execution: Execution = "auto",
     ) -> None:
         self.request = request.resolve(pipeline.sampling)
         self.device = pipeline.unet.device
@@ -44,13 +47,10 @@ class Workbench:
             force_zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt,
         )
         self.stock = stock_pipeline(pipeline)
-        if compiled == "blocks":
-            self.pipeline.compile()
-            self.stock.unet.compile_repeated_blocks(fullgraph=True)
-        elif compiled:
-            self.pipeline.compile(whole=True)
-            no_guards = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-            self.stock.unet.compile(fullgraph=True, options=no_guards if compiled == "unguarded" else None)
+        self.pipeline.execution = execution
+        if compiled:
+            self.pipeline.compile(resnets=compiled == "resnets")
+            compile_blocks(self.stock.unet, resnets=compiled == "resnets")
         for each in (self.pipeline, self.stock):
             each.set_progress_bar_config(disable=True)
 

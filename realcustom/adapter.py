@@ -10,9 +10,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from .keys_values import KeysValues, PackedKeysValues
 from .projector import CrossLayerCrossScaleProjector
 from .vision import VisionFeatures
-from .visual_attention import KeysValues
 
 
 def cross_attention_layers(unet) -> dict[str, int]:
@@ -73,13 +73,20 @@ class RealCustomAdapter(ModelMixin, ConfigMixin):
             adapter.to_v_vision[_key(name)].load_state_dict({"weight": attention.to_v.weight})
         return adapter
 
-    def forward(self, features: VisionFeatures) -> KeysValues:
-        """Keys and values [B, tokens, channels] of every layer for a batch of references."""
+    def forward(self, features: VisionFeatures, packed: bool = False) -> KeysValues:
+        """Keys and values [B, tokens, channels] of every layer for a batch of references.
+
+        Args:
+            packed: return them as `PackedKeysValues`, for one reference and without gradients.
+        """
         condition = self.projector(features)
-        return {
-            name: (self.to_k_vision[_key(name)](condition), self.to_v_vision[_key(name)](condition))
+        layers = (
+            (name, self.to_k_vision[_key(name)](condition), self.to_v_vision[_key(name)](condition))
             for name in self._layer_names
-        }
+        )
+        if packed:
+            return PackedKeysValues.pack(layers, self.config["layers"], like=condition)
+        return {name: (keys, values) for name, keys, values in layers}
 
 
 def _key(layer: str) -> str:

@@ -16,19 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .visual_attention import (
-    KeysValues,
-    LayerVision,
-    VisualAttention,
-    merge_heads,
-    split_heads,
-    stack_keys_values,
-)
+from .keys_values import KeysValues, PackedKeysValues, stack_keys_values
+from .visual_attention import LayerVision, VisualAttention, merge_heads, split_heads
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +81,7 @@ class RealCustomAttnProcessor:
         if self.vision is not None:
             out = self.vision.add_to(out, query)
         out = attn.to_out[1](attn.to_out[0](out))
-        return out / attn.rescale_output_factor
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
 
 class StopForward(Exception):
@@ -99,35 +92,34 @@ class AttentionLayers:
     """Installs a `RealCustomAttnProcessor` in every attention layer of a stock UNet.
 
     Attributes:
+        unet: the UNet.
         levels: name of each attention layer -> its resolution level, 0 being the latent's own; in the order of the
             UNet's forward pass. Names end in "attn1" (self-attention) or "attn2" (text cross-attention).
-        compiled_whole: the UNet is compiled as one program, in which hooks do not run: all layers receive their keys
-            and values before the call, and no call ends early (a program does not compute what it does not return).
+        head_widths: channels of an attention head of each layer.
     """
 
     def __init__(self, unet) -> None:
-        self._unet = unet
+        self.unet = unet
         self._original_processors = dict(unet.attn_processors)
         names = sorted((name.removesuffix(".processor") for name in self._original_processors), key=_forward_order)
         num_levels = len(unet.config.down_block_types)
         self.levels = {name: attention_level(name, num_levels) for name in names}
         self._attentions: dict[str, Any] = {name: unet.get_submodule(name) for name in names}
+        self.head_widths = {name: attn.inner_dim // attn.heads for name, attn in self._attentions.items()}
         self._processors = {name: RealCustomAttnProcessor() for name in names}
         self._install()
         self._text_layers: dict[str, list[str]] = {}  # transformer -> names of its text cross-attention layers
         for name in names:
             if name.endswith("attn2"):
                 self._text_layers.setdefault(_transformer(name), []).append(name)
-        self.compiled_whole = isinstance(unet, torch._dynamo.OptimizedModule)  # `pipeline.unet = torch.compile(unet)`
-        self._stacked_texts: tuple[tuple[KeysValues, ...], KeysValues] = ((), {})
         self._lock = threading.RLock()  # the processors hold the state of one call at a time
 
     def _install(self) -> None:
-        self._unet.set_attn_processor({f"{name}.processor": p for name, p in self._processors.items()})
+        self.unet.set_attn_processor({f"{name}.processor": p for name, p in self._processors.items()})
 
     def remove(self) -> None:
         """Restore the processors that were installed before."""
-        self._unet.set_attn_processor(dict(self._original_processors))
+        self.unet.set_attn_processor(dict(self._original_processors))
 
     def check_installed(self) -> None:
         """Reinstall the processors if other code has replaced them.
@@ -152,11 +144,13 @@ class AttentionLayers:
             logger.warning("RealCustom++ replaces the attention processors %s with its own", ", ".join(sorted(names)))
         self._install()
 
-    def text_keys_values(self, embeds: Tensor) -> KeysValues:
-        """Keys and values of texts [B, T, C] in every cross-attention layer. They do not depend on the timestep."""
-        names = [name for layers in self._text_layers.values() for name in layers]
-        attns = {name: self._unet.get_submodule(name) for name in names}
-        return {name: (attn.to_k(embeds), attn.to_v(embeds)) for name, attn in attns.items()}
+    def text_keys_values(self, embeds: Tensor) -> PackedKeysValues:
+        """Keys and values of a text [1, T, C] in every cross-attention layer. They do not depend on the timestep."""
+        attentions = {n: a for n, a in self._attentions.items() if n.endswith("attn2")}
+        layers = ((name, attn.to_k(embeds), attn.to_v(embeds)) for name, attn in attentions.items())
+        return PackedKeysValues.pack(
+            layers, {name: attn.inner_kv_dim for name, attn in attentions.items()}, like=embeds
+        )
 
     @contextmanager
     def attention_context(
@@ -170,8 +164,8 @@ class AttentionLayers:
         """Set the texts, references and recordings of the UNet calls inside the context.
 
         Args:
-            text: keys and values of each row's text, each [1, T, C] in every layer; if empty, each layer projects the
-                `encoder_hidden_states` of the call.
+            text: keys and values of each row's text, each [1, T, C] in every layer, or those of all rows in one entry;
+                if empty, each layer projects the `encoder_hidden_states` of the call.
             vision: references for the text cross-attention layers.
             recordings: layer name -> its recording.
             stop_after_recording: raise `StopForward` after the transformer of the last recording layer.
@@ -185,15 +179,13 @@ class AttentionLayers:
             try:
                 for name, processor in self._processors.items():
                     processor.recording = recordings.get(name)
-                if self.compiled_whole and len(text) > 1:
-                    text = [self._stack_texts(tuple(text))]
                 needs_stacking = max(len(text), 0 if vision is None else len(vision.keys_values)) > 1
                 for transformer, layers in self._text_layers.items():
-                    if needs_stacking and not self.compiled_whole:
+                    if needs_stacking:
                         hooks += self._set_during_forward(transformer, text, vision)
                     else:
                         self._set(layers, text, vision)
-                if stop_after_recording and not self.compiled_whole:
+                if stop_after_recording:
                     hooks.append(self._stop_after(max(recordings, key=list(self.levels).index)))
                 yield
             finally:
@@ -201,14 +193,6 @@ class AttentionLayers:
                     processor.text = processor.vision = processor.recording = None
                 for hook in hooks:
                     hook.remove()
-
-    def _stack_texts(self, texts: tuple[KeysValues, ...]) -> KeysValues:
-        """Concatenate several texts along the batch; the result is reused while the same generations step together."""
-        previous, stacked = self._stacked_texts
-        if list(map(id, texts)) != list(map(id, previous)):
-            stacked = {name: stack_keys_values(texts, name) for name in texts[0]}
-            self._stacked_texts = (texts, stacked)
-        return stacked
 
     def _set(self, layers: list[str], text: Sequence[KeysValues], vision: VisualAttention | None) -> None:
         for name in layers:
@@ -223,7 +207,7 @@ class AttentionLayers:
         Several texts or references are concatenated into one tensor per layer. Doing so for all layers at once would
         double the memory of the keys and values.
         """
-        module, layers = self._unet.get_submodule(transformer), self._text_layers[transformer]
+        module, layers = self.unet.get_submodule(transformer), self._text_layers[transformer]
 
         def set_layers(*_) -> None:
             self._set(layers, text, vision)
@@ -237,7 +221,7 @@ class AttentionLayers:
         def stop(*_) -> NoReturn:
             raise StopForward
 
-        return self._unet.get_submodule(_transformer(layer)).register_forward_hook(stop)
+        return self.unet.get_submodule(_transformer(layer)).register_forward_hook(stop)
 
 
 def _transformer(layer: str) -> str:

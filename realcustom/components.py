@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Hashable
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
@@ -20,16 +20,17 @@ from typing_extensions import Self
 from .adapter import RealCustomAdapter
 from .cache import Cache
 from .conditioning import Conditioner
-from .config import MethodConfig, RealCustomConfig, SamplingDefaults
+from .config import Execution, MethodConfig, RealCustomConfig, SamplingDefaults
 from .decoder import LatentDecoder
 from .denoiser import Denoiser
+from .execution import GraphExecutor, compile_blocks
 from .fingerprint import fingerprint
 from .from_parts import load_parts
+from .keys_values import PackedKeysValues
 from .latent_preview import LatentPreview
 from .lora import LoraLoader
 from .text import TextCondition, TextEncoders
 from .vision import VisionEncoders
-from .visual_attention import KeysValues
 from .weights import is_official, load_adapter, save_adapter
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         self._decoder = LatentDecoder(vae)
         self._latent_preview = LatentPreview(self._decoder)
         self.vae_scale_factor = self._decoder.factor
+        self._execution: Execution = "auto"
         self._denoiser = Denoiser(unet, realcustom_config.method)
         self.conditioner = Conditioner(
             realcustom_config.method,
@@ -150,7 +152,7 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
     def denoiser(self) -> Denoiser:
         """The denoiser of the current `unet`, which may be replaced by assignment."""
         if self._denoiser.unet is not self.unet:
-            self._denoiser = Denoiser(self.unet, self.realcustom_config.method)
+            self._denoiser = Denoiser(self.unet, self.realcustom_config.method, self._execution)
             self._compiled = False
         return self._denoiser
 
@@ -207,7 +209,7 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         return self.conditioner.text_cache
 
     @property
-    def reference_cache(self) -> Cache[KeysValues]:
+    def reference_cache(self) -> Cache[PackedKeysValues]:
         """Keys and values of references, by digest of the image."""
         return self.conditioner.reference_cache
 
@@ -264,25 +266,39 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
             raise ValueError("there is no adapter to save; call load_realcustom first.")
         save_adapter(self.adapter, path)
 
-    def compile(self, *, whole: bool = False, **options) -> None:
-        """Compile the UNet with `torch.compile`: its transformer blocks, or the whole UNet.
+    @property
+    def execution(self) -> Execution:
+        """How UNet calls run: "graphs" replays CUDA graphs, "eager" launches each kernel, "auto" (default) uses graphs
+        on CUDA devices. Set it to change it.
+
+        Graphs are captured when a shape of call occurs for the second time, or in `warm_up`. Calls run eagerly, with a
+        warning, while the UNet has forward hooks or offloaded or cast weights.
+        """
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: Execution) -> None:
+        if execution not in get_args(Execution):
+            raise ValueError(f"execution is {execution!r}; it must be 'auto', 'eager' or 'graphs'.")
+        self._execution = execution
+        self.denoiser.retire()
+        self._denoiser = Denoiser(self.unet, self.realcustom_config.method, execution)
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether UNet calls are replayed as CUDA graphs."""
+        return isinstance(self.denoiser.executor, GraphExecutor)
+
+    def compile(self, *, resnets: bool = False, **options) -> None:
+        """Compile the transformer blocks of the UNet with `torch.compile`; CUDA graphs then replay compiled kernels.
 
         Programs are compiled when first needed; `warm_up` compiles all of them. Batch sizes are dynamic, image sizes
         are not.
 
         Args:
-            whole: compile one program per kind of UNet call instead of one per shape of block. Steps are faster, but
-                compilation takes many times longer, and the texts and references of images that step together are
-                copied for all layers at once. New weights and LoRAs take effect; after any other change of the UNet's
-                modules, such as a hook or FreeU, compile again.
+            resnets: also compile the residual blocks, whose group norms are then fused with their activations.
             options: of `torch.compile`, such as `mode="max-autotune-no-cudagraphs"`.
-        Raises:
-            ValueError: `whole` with memory tier "low", which loads the UNet layer by layer.
         """
-        # Programs differ in one or several rows, with or without references, with or without recording, and in level.
-        torch._dynamo.config.recompile_limit += 64
-        if whole:
-            self.denoiser.compile(**options)
-        else:
-            self.unet.compile_repeated_blocks(fullgraph=True, **options)
+        self.denoiser.retire()
+        compile_blocks(self.unet, resnets=resnets, **options)
         self._compiled = True

@@ -14,11 +14,11 @@ from torch import Tensor
 from .adapter import RealCustomAdapter
 from .cache import Cache
 from .config import MethodConfig
+from .keys_values import PackedKeysValues
 from .reference_image import ReferenceImage
 from .request import ResolvedRequest
 from .text import TextCondition, TextEncoders
 from .vision import VisionEncoders, VisionFeatures
-from .visual_attention import KeysValues
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ class Conditioning:
 
     text: TextCondition
     negative_text: TextCondition | None
-    references: tuple[KeysValues, ...]
-    negative_references: tuple[KeysValues, ...]
+    references: tuple[PackedKeysValues, ...]
+    negative_references: tuple[PackedKeysValues, ...]
     target_tokens: Tensor
 
 
@@ -58,7 +58,7 @@ class Conditioner:
     ) -> None:
         self._method, self._zero_empty_prompt, self._prepare_text = method, zero_empty_prompt, prepare_text
         self.text_cache: Cache[TextCondition] = Cache(TEXT_CACHE_BYTES, _text_bytes)
-        self.reference_cache: Cache[KeysValues] = Cache(REFERENCE_CACHE_BYTES, _keys_values_bytes)
+        self.reference_cache: Cache[PackedKeysValues] = Cache(REFERENCE_CACHE_BYTES, lambda packed: packed.nbytes)
 
     def clear(self) -> None:
         self.reference_cache.clear()
@@ -84,7 +84,7 @@ class Conditioner:
                 "call load_realcustom or load a model that has them."
             )
 
-        def reference(image: ReferenceImage) -> KeysValues:
+        def reference(image: ReferenceImage) -> PackedKeysValues:
             assert adapter is not None and vision_encoders is not None
             return self._reference(image, vision_encoders, adapter)
 
@@ -92,7 +92,7 @@ class Conditioner:
         for warning in text_encoders.truncation_warnings(request.prompt, request.negative_prompt):
             logger.warning(warning)
         text = self._text(request.prompt, text_encoders)
-        negative_references: tuple[KeysValues, ...] = ()
+        negative_references: tuple[PackedKeysValues, ...] = ()
         black = self._method.unconditional_vision == "black_image"
         if black and request.subjects and request.guidance_scale > 1:
             black_image = ReferenceImage.from_pil(Image.new("RGB", (8, 8)))
@@ -122,21 +122,20 @@ class Conditioner:
 
         return self.text_cache.get(None, zeros)
 
-    def _reference(self, image: ReferenceImage, encoders: VisionEncoders, adapter: RealCustomAdapter) -> KeysValues:
+    def _reference(
+        self, image: ReferenceImage, encoders: VisionEncoders, adapter: RealCustomAdapter
+    ) -> PackedKeysValues:
         """Keys and values of a reference in every layer."""
 
-        def encode() -> KeysValues:
+        def encode() -> PackedKeysValues:
             features = encoders.encode([image])
             tokens = {name: v.to(adapter.device, adapter.dtype) for name, v in vars(features).items()}
-            return adapter(VisionFeatures(**tokens))
+            return adapter(VisionFeatures(**tokens), packed=True)
 
         return self.reference_cache.get(image.digest, encode)
 
 
 def _text_bytes(text: TextCondition) -> int:
     pooled = 0 if text.pooled is None else text.pooled.nbytes
-    return text.embeds.nbytes + pooled + _keys_values_bytes(text.keys_values or {})
-
-
-def _keys_values_bytes(keys_values: KeysValues) -> int:
-    return sum(k.nbytes + v.nbytes for k, v in keys_values.values())
+    keys_values = 0 if text.keys_values is None else text.keys_values.nbytes
+    return text.embeds.nbytes + pooled + keys_values

@@ -6,6 +6,7 @@ from typing import Any, Literal
 PresetName = Literal["paper", "release"]
 ModelFamily = Literal["sdxl", "sd15"]
 MemoryTier = Literal["high", "medium", "low"]
+Execution = Literal["auto", "eager", "graphs"]
 MaskSource = Literal["guidance_branch", "generation_branch"]
 
 SIGLIP = "google/siglip-so400m-patch14-384"  # hub ids of the vision encoders (Sec. 4.1)

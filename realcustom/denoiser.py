@@ -1,24 +1,22 @@
-"""One denoising step, the paper's Figure 3(b): guidance branch, generation branch, and the UNet call that both use.
+"""One denoising step, the paper's Figure 3(b): guidance branch and generation branch.
 
-Legend: R rows of a UNet call, B generations, S subjects, T text tokens, h x w positions of a level.
+Legend: R rows of a UNet call, B generations, S subjects, h x w positions of a level.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .attention import AttentionLayers, StopForward, level_sizes
-from .config import MethodConfig
-from .generation import Generation
+from .attention import AttentionLayers, level_sizes
+from .config import Execution, MethodConfig
+from .execution import Executor, create_executor, offloads_layers
+from .generation import Generation, sort_guidance_masks
+from .keys_values import KeysValues
 from .mask import guidance_masks
-from .recorder import AttentionRecorder
 from .text import TextCondition
-from .visual_attention import SparseMask, VisualAttention
-
-_compilations = itertools.count()
+from .unet_call import Pair, UNetCall, exact_positions, stack_columns
 
 
 class Denoiser:
@@ -28,45 +26,34 @@ class Denoiser:
         unet: a stock `UNet2DConditionModel`. Its attention processors are replaced by equivalent ones that also
             support references and recording.
         method: where the paper and the authors' release differ.
-
-    Attributes:
-        allow_early_exit: whether a call may skip work: keys and values of texts that are cached, and layers of the
-            guidance branch after the last one that records. False if layers are loaded onto the device in a fixed
-            order.
+        execution: how UNet calls run: "graphs" replays CUDA graphs, "eager" launches each kernel, "auto" uses graphs on
+            CUDA devices.
     """
 
-    def __init__(self, unet, method: MethodConfig) -> None:
+    def __init__(self, unet, method: MethodConfig, execution: Execution = "auto") -> None:
         self.unet, self.method = unet, method
+        self.execution: Execution = execution
         self.attention = AttentionLayers(unet)
-        self.allow_early_exit = True
-        self._call = self._call_unet
-        self._programs = ""  # name of the compiled programs in use; unique to a UNet and a compilation
+        self._executor: Executor | None = None
+        self._device = torch.device("meta")
 
-    def compile(self, mode: str | None = None, **options) -> None:
-        """Compile the whole UNet; see `RealCustomPipeline.compile`."""
-        if not self.allow_early_exit:
-            raise ValueError(
-                "memory tier 'low' loads the UNet layer by layer, so it cannot be compiled whole; "
-                "compile its blocks, or use memory tier 'high' or 'medium'."
-            )
-        of_mode = torch._inductor.list_mode_options(mode) if mode else {}  # torch takes a mode or options, not both
-        of_backend = {"guard_filter_fn": self._guards_of_calls, **of_mode, **(options.pop("options", None) or {})}
-        self._call = torch.compile(self._call_unet, fullgraph=True, options=of_backend, **options)
-        self._programs = str(next(_compilations))
-        self.attention.compiled_whole = True
+    @property
+    def executor(self) -> Executor:
+        """Runs the UNet calls; it is created when the UNet is on its device."""
+        device = next(self.unet.parameters()).device
+        if self._executor is None or device != self._device:
+            self._executor = create_executor(self.execution, self.attention, self.method)
+            self._device = device
+        return self._executor
 
-    def _guards_of_calls(self, guards) -> list[bool]:
-        """Select the guards of a new program that every call evaluates.
+    @executor.setter
+    def executor(self, executor: Executor) -> None:
+        self._executor, self._device = executor, next(self.unet.parameters()).device
 
-        Guards on the inputs of a call are kept: tensors, recordings and attributes of the processors. Thousands of
-        guards on the UNet's own modules, up to 4% of a small UNet's call, are dropped; a guard on the name of the
-        programs replaces them. With a LoRA loaded, all guards are kept, because its scale and layers may change at any
-        time.
-        """
-        if self._has_lora:
-            return [True] * len(guards)
-        of_calls = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
-        return [kept or ".processor." in guard.name for kept, guard in zip(of_calls, guards, strict=True)]
+    def retire(self) -> None:
+        """Discard the executor's buffers and graphs, if it has any."""
+        if self._executor is not None:
+            self._executor.retire()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,17 +63,12 @@ class Denoiser:
             return self.unet.dtype  # considers the type of computation, but walks all modules
         return stored
 
-    @property
-    def _has_lora(self) -> bool:
-        return hasattr(self.unet, "peft_config")
-
     @torch.no_grad()
     def prepare_text(self, text: TextCondition) -> TextCondition:
         """Add the keys and values of every layer to `text`. They do not depend on the timestep."""
-        if not self.allow_early_exit or hasattr(self.unet, "_hf_hook"):  # its weights are loaded during the call
+        if offloads_layers(self.unet):  # the weights are only on the device during a call
             return text
-        embeds = text.embeds.to(self.dtype)
-        return replace(text, keys_values=self.attention.text_keys_values(embeds[None]))
+        return replace(text, keys_values=self.attention.text_keys_values(text.embeds.to(self.dtype)[None]))
 
     @torch.no_grad()
     def step(self, generations: Sequence[Generation]) -> None:
@@ -97,6 +79,7 @@ class Denoiser:
         """
         assert generations and len({g.size for g in generations}) == 1, "generations of one size step together"
         assert not any(g.done for g in generations), "a finished generation has no next step"
+        self.executor.start_step()
         if guided := [g for g in generations if g.needs_guidance_branch]:
             self.guidance_branch(guided)
         for generation, noise in zip(generations, self.generation_branch(generations), strict=True):
@@ -105,15 +88,9 @@ class Denoiser:
     def guidance_branch(self, generations: Sequence[Generation]) -> None:
         """Run the text-only branch and compute new guidance masks from its attention (Eq. 14, 15, 18)."""
         texts = [g.text for g in generations]
-        _, relevance = self.predict(generations, texts, recorder=self.make_recorder(generations), return_output=False)
+        _, relevance = self.predict(generations, texts, recorded=generations, return_output=False)
         assert relevance is not None
         self.set_masks(generations, relevance)
-
-    def make_recorder(self, generations: Sequence[Generation]) -> AttentionRecorder:
-        """Create a recorder of the attention to the target words of these generations."""
-        num_subjects = max(2, *(len(g.references) for g in generations))  # `torch.compile` specializes on a size of 1
-        tokens = torch.stack([_pad_rows(g.target_tokens, num_subjects) for g in generations])  # [B, S, T]
-        return AttentionRecorder(self.attention.levels, self.method.mask_maps, tokens)
 
     def set_masks(self, generations: Sequence[Generation], relevance: Tensor) -> None:
         """Set the guidance masks from the relevance [B, S, h, w] of every position to every subject."""
@@ -127,14 +104,16 @@ class Denoiser:
         Returns:
             the guided model output [channels, height, width] of each generation.
         """
-        recorded = [g for g in generations if g.records_next_mask]
-        conditional = [*recorded, *(g for g in generations if not g.records_next_mask)]
+        # The recorded rows come first, then those of the guidance branch, so that both branches see the same texts in
+        # the same rows.
+        conditional = sorted(generations, key=lambda g: (not g.records_next_mask, not g.needs_guidance_branch))
         guided = [g for g in conditional if g.negative_text is not None]  # those with an unconditional row
+        recorded = [g for g in conditional if g.records_next_mask]
         outputs, relevance = self.predict(
             [*conditional, *guided],
             [g.text for g in conditional] + [g.negative_text for g in guided if g.negative_text is not None],
-            vision=self._visual_attention(conditional, guided),
-            recorder=self.make_recorder(recorded) if recorded else None,
+            references=[g.references for g in conditional] + [g.negative_references for g in guided],
+            recorded=recorded,
         )
         assert outputs is not None
         if relevance is not None:
@@ -151,95 +130,64 @@ class Denoiser:
 
         return [combine(generation) for generation in generations]
 
-    def _visual_attention(
-        self, generations: Sequence[Generation], guided: Sequence[Generation]
-    ) -> VisualAttention | None:
-        """References and masks of the conditional rows, followed by those of the unconditional rows."""
-        rows = [(row, g, g.references) for row, g in enumerate(generations) if g.references]
-        unconditional = enumerate(guided, start=len(generations))
-        rows += [(row, g, g.negative_references) for row, g in unconditional if g.negative_references]
-        if not rows:
-            return None
-        masks = {}
-        for level in set(self.attention.levels.values()):
-            height, width = self.sizes(generations[0])[level]
-            parts = [g.sparse_masks((height, width), self.method.mask_resize) for _, g, _ in rows]
-            masks[level] = SparseMask.stack(parts, [row * height * width for row, _, _ in rows])
-        return VisualAttention(keys_values=[kv for _, _, references in rows for kv in references], masks=masks)
-
     def predict(
         self,
         rows: Sequence[Generation],
         texts: Sequence[TextCondition],
-        vision: VisualAttention | None = None,
-        recorder: AttentionRecorder | None = None,
+        *,
+        references: Sequence[Sequence[KeysValues]] = (),
+        recorded: Sequence[Generation] = (),
         return_output: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Run one UNet call with one row per generation and text.
 
         Args:
-            rows: the generation of each row; it gives latents, timestep and size condition.
+            rows: the generation of each row; it gives latents, timestep, size condition and masks.
             texts: the text of each row.
-            vision: references and masks; None for text only.
-            recorder: records the attention of the first B rows.
+            references: the references of each row, inside the row's guidance masks; empty for text only.
+            recorded: the generations of the first B rows, if their attention is recorded.
             return_output: False ends the call after the last layer that records.
         Returns:
             The output, fp32 [R, channels, height, width], or None; and the relevance of every position to every
-            subject, fp32 [B, S, h, w], or None without a recorder.
+            subject, fp32 [B, S, h, w], or None if nothing is recorded.
         """
-        dtype = self.dtype
-        added = None
-        pooled = [t.pooled for t in texts if t.pooled is not None]
-        if pooled:
-            added = {
-                "text_embeds": torch.stack(pooled).to(dtype),
-                "time_ids": torch.stack([g.time_ids for g in rows]).to(dtype),
-            }
-        keys_values = [t.keys_values for t in texts if t.keys_values is not None]
-        with self.attention.attention_context(
-            text=keys_values if len(keys_values) == len(texts) else (),
-            vision=vision,
-            recordings=recorder.layers if recorder else None,
-            stop_after_recording=not return_output and self.allow_early_exit,
-        ):
-            return self._call(
-                torch.stack([g.model_input() for g in rows]).to(dtype),
-                torch.stack([g.timestep for g in rows]),
-                torch.stack([t.embeds for t in texts]).to(dtype),
-                added,
-                recorder,
-                self.sizes(rows[0]),
-                return_output,
-                f"{self._programs} LoRA" if self._has_lora else self._programs,
-            )
+        sizes, dtype = self.sizes(rows[0]), self.dtype
+        pairs = self._pairs(rows, references, sizes)
+        call = UNetCall(
+            sample=torch.stack([g.model_input() for g in rows]).to(dtype),
+            timestep=torch.stack([g.timestep.float() for g in rows]),
+            texts=texts,
+            time_ids=torch.stack([g.time_ids for g in rows]).to(dtype),
+            pairs=pairs,
+            positions=exact_positions(pairs, sizes),
+            columns=stack_columns([g.target_tokens for g in recorded]) if recorded else None,
+            sizes=sizes,
+            return_output=return_output,
+        )
+        return self.executor.run(call)
 
-    def _call_unet(
+    def _pairs(
         self,
-        sample: Tensor,
-        timestep: Tensor,
-        embeds: Tensor,
-        added: dict[str, Tensor] | None,
-        recorder: AttentionRecorder | None,
+        rows: Sequence[Generation],
+        references: Sequence[Sequence[KeysValues]],
         sizes: Sequence[tuple[int, int]],
-        return_output: bool,
-        programs: str,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The part of a call that only involves tensors. When compiled, it computes only what it returns."""
-        torch._check(programs is not None)  # reads the name, so that a guard on it is created
-        try:
-            output = self.unet(
-                sample, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False
-            )[0]
-        except StopForward:
-            output = None
-        relevance = recorder.relevance(sizes, self.method.mask_normalization) if recorder else None
-        return output.float() if return_output and output is not None else None, relevance
+    ) -> list[Pair]:
+        """The references of all rows, each with the masks of its subject."""
+        levels = {level: sizes[level] for level in sorted(set(self.attention.levels.values()))}
+        masked = [g for g, of_row in zip(rows, references, strict=bool(references)) if of_row]
+        sort_guidance_masks(list(dict.fromkeys(masked)), list(levels.values()), self.method.mask_resize, self.dtype)
+        return [
+            Pair(
+                row=row,
+                keys_values=keys_values,
+                masks={level: generation.sorted_masks[size][subject] for level, size in levels.items()},
+                largest={level: generation.largest_masks[size] for level, size in levels.items()},
+            )
+            for row, (generation, of_row) in enumerate(zip(rows, references, strict=bool(references)))
+            for subject, keys_values in enumerate(of_row)
+        ]
 
     def sizes(self, generation: Generation) -> list[tuple[int, int]]:
         """(h, w) of each level of the UNet."""
         height, width = generation.latents.shape[-2:]
         return level_sizes(height, width, len(self.unet.config.down_block_types))
-
-
-def _pad_rows(tokens: Tensor, num_rows: int) -> Tensor:
-    return torch.nn.functional.pad(tokens, (0, 0, 0, num_rows - len(tokens)))

@@ -4,6 +4,7 @@ Legend: S subjects, h x w positions of the largest attention resolution, T text 
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .keys_values import PackedKeysValues
 from .mask import resize_by_height, resize_map
 from .request import ResolvedRequest
 from .text import TextCondition
-from .visual_attention import KeysValues, SparseMask
+from .visual_attention import SortedMask, sort_masks
 
 
 @cache
@@ -41,6 +43,8 @@ class Generation:
         guidance_masks: [S, h, w] in [0, 1]; None until the first guided step.
         masks_fixed: the caller supplied the masks; the guidance branch does not run.
         predicted_clean: the scheduler's current estimate of the clean latents, for previews.
+        sorted_masks: the guidance masks of each subject at each attention resolution, see `sort_guidance_masks`.
+        largest_masks: number of positions of the largest mask so far at each attention resolution.
     """
 
     request: ResolvedRequest
@@ -49,15 +53,16 @@ class Generation:
     generator: torch.Generator | None
     text: TextCondition
     negative_text: TextCondition | None
-    references: tuple[KeysValues, ...] = ()
-    negative_references: tuple[KeysValues, ...] = ()
+    references: tuple[PackedKeysValues, ...] = ()
+    negative_references: tuple[PackedKeysValues, ...] = ()
     target_tokens: Tensor
     time_ids: Tensor
     guidance_masks: Tensor | None = None
     masks_fixed: bool = False
     predicted_clean: Tensor | None = None
     step_index: int = 0
-    _sparse_masks: dict[tuple[int, int], SparseMask] = field(default_factory=dict, repr=False)
+    sorted_masks: dict[tuple[int, int], list[SortedMask]] = field(default_factory=dict, repr=False)
+    largest_masks: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
 
     @property
     def num_steps(self) -> int:
@@ -76,7 +81,7 @@ class Generation:
 
     @property
     def timestep(self) -> Tensor:
-        """Timestep of the next step, a scalar."""
+        """Timestep of the next step, a scalar on the CPU, so that reading it does not wait for a GPU."""
         return self.scheduler.timesteps[self.step_index]
 
     def mask_due(self, call: int) -> bool:
@@ -105,20 +110,7 @@ class Generation:
         """Replace the guidance masks by `masks` [S, h, w] in [0, 1]."""
         assert len(masks) == len(self.references), (masks.shape, len(self.references))
         self.guidance_masks = masks
-        self._sparse_masks.clear()
-
-    def sparse_masks(self, size: tuple[int, int], resize_mode: str = "per_axis") -> SparseMask:
-        """The guidance masks, resized to one attention resolution; computed once per mask, not per layer.
-
-        Args:
-            size: (h, w) of the resolution.
-            resize_mode: see `MethodConfig.mask_resize`.
-        """
-        assert self.guidance_masks is not None, "the first step of the guidance branch has not run"
-        if size not in self._sparse_masks:
-            resize = resize_by_height if resize_mode == "height_factor" else resize_map
-            self._sparse_masks[size] = SparseMask.from_dense(resize(self.guidance_masks, size).flatten(1))
-        return self._sparse_masks[size]
+        self.sorted_masks.clear()
 
     def model_input(self) -> Tensor:
         """The latents [channels, height, width], scaled as the scheduler requires."""
@@ -139,3 +131,29 @@ class Generation:
             return []
         masks = resize_map(self.guidance_masks.float().cpu(), self.size)
         return [Image.fromarray(m) for m in (masks.clamp(0, 1).numpy() * 255).round().astype(np.uint8)]
+
+
+def sort_guidance_masks(
+    generations: Sequence[Generation], sizes: Sequence[tuple[int, int]], resize_mode: str, dtype: torch.dtype
+) -> None:
+    """Resize the guidance masks of generations to attention resolutions and sort their positions.
+
+    It is done once per mask, for all generations and resolutions together, with one read from the device.
+
+    Args:
+        sizes: (h, w) of each resolution.
+        resize_mode: see `MethodConfig.mask_resize`.
+        dtype: of the masks' weights.
+    """
+    resize = resize_by_height if resize_mode == "height_factor" else resize_map
+    missing = [(g, size) for g in generations for size in sizes if size not in g.sorted_masks]
+    if not missing:
+        return
+    dense = []
+    for generation, size in missing:
+        assert generation.guidance_masks is not None, "the first step of the guidance branch has not run"
+        dense.append(resize(generation.guidance_masks, size).flatten(1))
+    for (generation, size), masks in zip(missing, sort_masks(dense, dtype), strict=True):
+        generation.sorted_masks[size] = masks
+        largest = max(mask.count for mask in masks)
+        generation.largest_masks[size] = max(largest, generation.largest_masks.get(size, 0))

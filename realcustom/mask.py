@@ -110,16 +110,20 @@ def round_robin_top_k(relevance: Tensor, scope_ratios: Sequence[float]) -> Tenso
     ranking = relevance.flatten(1).sort(dim=1, descending=True, stable=True).indices.tolist()
     targets = [scope_size(ratio, num_positions) for ratio in scope_ratios]
     selected: list[list[int]] = [[] for _ in range(num_subjects)]
-    candidates = [iter(order) for order in ranking]
+    next_rank = [0] * num_subjects
     free = [True] * num_positions
     num_free = num_positions
-    while num_free and any(len(p) < n for p, n in zip(selected, targets, strict=True)):
-        for order, positions, target in zip(candidates, selected, targets, strict=True):
-            if num_free and len(positions) < target:
-                position = next(p for p in order if free[p])
-                free[position] = False
-                num_free -= 1
-                positions.append(position)
+    choosing = list(range(num_subjects))
+    while num_free and choosing:
+        for subject in choosing[:num_free]:
+            order, rank = ranking[subject], next_rank[subject]
+            while not free[order[rank]]:
+                rank += 1
+            free[order[rank]] = False
+            selected[subject].append(order[rank])
+            next_rank[subject] = rank + 1
+        num_free -= len(choosing[:num_free])
+        choosing = [subject for subject in choosing if len(selected[subject]) < targets[subject]]
     kept = torch.zeros(num_subjects, num_positions, dtype=torch.bool)
     for row, positions in zip(kept, selected, strict=True):
         row[positions] = True

@@ -24,13 +24,11 @@ def apply_memory_tier(pipeline, device: str | torch.device, tier: MemoryTier = "
             them to the device for a new prompt or reference, and decodes in tiles. "low" also loads the UNet layer by
             layer in every step, which is several times slower.
     Raises:
-        ValueError: an unknown tier, or "low" for a UNet that was compiled whole.
+        ValueError: an unknown tier.
     """
     if tier not in get_args(MemoryTier):
         tiers = ", ".join(map(repr, get_args(MemoryTier)))
         raise ValueError(f"the memory tier is {tier!r}; it must be one of {tiers}.")
-    if tier == "low" and pipeline.denoiser.attention.compiled_whole:
-        raise ValueError("a UNet compiled whole cannot use memory tier 'low'; compile its blocks, or use 'medium'.")
     if tier == "high":
         pipeline.to(device)
         return
@@ -85,7 +83,6 @@ def _offload_layers(pipeline, device: torch.device) -> None:
     apply_group_offloading(
         pipeline.unet, onload_device=device, offload_type="leaf_level", use_stream=on_gpu, record_stream=on_gpu
     )
-    pipeline.denoiser.allow_early_exit = False  # prefetching follows the order of complete forward passes
 
 
 def resident_parts(tier: MemoryTier) -> tuple[str, ...]:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from .components import RealCustomComponents
 from .config import MaskSource
+from .execution import device_lock
 from .generation import Generation
 from .reference_image import ReferenceImage
 from .request import Request, ResolvedRequest, Subject, seed_variations
-from .warm_up import warm_up
+from .warm_up import WarmUpReport, warm_up
 
 
 @dataclass
@@ -81,7 +82,8 @@ class RealCustomPipeline(RealCustomComponents):
                 raise ValueError(f"{name} is {getattr(request, name)} px; it must be a multiple of {factor} px.")
         device = self.execution_device  # read once per image and not in every step, because it walks all modules
         scheduler = copy.deepcopy(scheduler if scheduler is not None else self.scheduler)
-        retrieve_timesteps(scheduler, request.num_inference_steps, device, timesteps, sigmas)
+        # On the CPU, so that steps do not wait for a GPU to read a timestep.
+        retrieve_timesteps(scheduler, request.num_inference_steps, "cpu", timesteps, sigmas)
         generator = generator or torch.Generator("cpu").manual_seed(request.seed)
         if hasattr(scheduler, "noise_sampler_seed"):  # DPM++ SDE draws noise from its own seed, not from a generator
             scheduler.noise_sampler_seed = generator.initial_seed()
@@ -91,8 +93,9 @@ class RealCustomPipeline(RealCustomComponents):
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {list(latents.shape)} per image; this size needs {list(shape)}.")
         sample: Tensor = latents.to(device, torch.float32) * scheduler.init_noise_sigma
-        self.discard_outdated()
-        conditioning = self.conditioner.encode(request, self.text_encoders, self.vision_encoders, self.adapter)
+        with device_lock.shared():
+            self.discard_outdated()
+            conditioning = self.conditioner.encode(request, self.text_encoders, self.vision_encoders, self.adapter)
         generation = Generation(
             request=request,
             latents=sample,
@@ -137,7 +140,8 @@ class RealCustomPipeline(RealCustomComponents):
     @torch.no_grad()
     def decode(self, generations: Sequence[Generation]) -> list[Image.Image]:
         """Decode generations to images one by one, so that an image does not depend on its batch."""
-        return [self.decoder.decode(self.final_latents(g)) for g in generations]
+        with device_lock.shared():
+            return [self.decoder.decode(self.final_latents(g)) for g in generations]
 
     def final_latents(self, generation: Generation) -> Tensor:
         """The latents [channels, h, w] that `decode` decodes; see `MethodConfig.final_latents`."""
@@ -151,15 +155,18 @@ class RealCustomPipeline(RealCustomComponents):
     def preview(self, generations: Sequence[Generation]) -> list[Image.Image]:
         """Render previews of the current estimates of the final images (see `LatentPreview`)."""
         estimates = [g.latents if g.predicted_clean is None else g.predicted_clean for g in generations]
-        return [self.latent_preview.decode(latents) for latents in estimates]
+        with device_lock.shared():
+            return [self.latent_preview.decode(latents) for latents in estimates]
 
-    def warm_up(self, sizes: Sequence[tuple[int, int]] = ()) -> None:
-        """Run every kind of UNet call, so that the first request is not delayed and a broken model fails early.
+    def warm_up(self, sizes: Sequence[tuple[int, int]] = (), batch_sizes: Sequence[int] = (1,)) -> WarmUpReport:
+        """Compile programs and capture CUDA graphs, so that the first request is not delayed and a broken model fails
+        early.
 
         Args:
             sizes: (height, width) in px to prepare for; empty for the default size.
+            batch_sizes: numbers of images that will step together. CUDA graphs are captured for each of them.
         """
-        warm_up(self, sizes, compiled=self._compiled)
+        return warm_up(self, sizes, batch_sizes, compiled=self._compiled)
 
     # ---- the diffusers-style call ------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ Legend: R rows of a UNet call, the first B of them recorded, S subjects, H heads
 width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,22 @@ def attention_times(query: Tensor, key: Tensor, columns: Tensor) -> Tensor:
     Returns:
         [B, Q, S] in fp32.
     """
-    query, key = query[: len(columns)], key[: len(columns)]
-    width = query.shape[-1]
-    outs = []
-    for part in columns.split(width, dim=-1):  # fused kernels require values as wide as the keys
-        value = F.pad(part, (0, width - part.shape[-1])).to(query.dtype)
-        value = value[:, None].expand(-1, query.shape[1], -1, -1)
-        out = F.scaled_dot_product_attention(query, key, value)
-        outs.append(out[..., : part.shape[-1]].float().mean(dim=1))
-    return torch.cat(outs, dim=-1)
+    parts = columns.split(query.shape[-1], dim=-1)  # fused kernels require values as wide as the keys
+    width, dtype = query.shape[-1], query.dtype
+    products = [_times_values(query, key, as_values(part, width, dtype), part.shape[-1]) for part in parts]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+
+def as_values(columns: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Columns [B, K, S] -> values [B, 1, K, width], padded with zeros."""
+    return F.pad(columns, (0, width - columns.shape[-1])).to(dtype)[:, None]
+
+
+def _times_values(query: Tensor, key: Tensor, values: Tensor, num_columns: int) -> Tensor:
+    """Mean over heads of softmax(Q K^T) times the first columns of values [B, 1, K, d]: fp32 [B, Q, num_columns]."""
+    count = len(values)
+    out = F.scaled_dot_product_attention(query[:count], key[:count], values.expand(-1, query.shape[1], -1, -1))
+    return out[..., :num_columns].mean(dim=1, dtype=torch.float32)
 
 
 class CrossRecording:
@@ -43,32 +50,42 @@ class CrossRecording:
 
     Args:
         columns: marks the tokens of each subject's words, [B, T, S].
+        values: `as_values` of the columns, which all layers of one width share; None computes them in each layer.
     """
 
-    def __init__(self, columns: Tensor) -> None:
-        self.columns = columns
+    def __init__(self, columns: Tensor, values: Tensor | None) -> None:
+        self._columns, self._values = columns, values
         self.relevance: Tensor | None = None
 
     def record(self, query: Tensor, key: Tensor) -> None:
-        self.relevance = attention_times(query, key, self.columns).transpose(1, 2)
+        if self._values is None:
+            relevance = attention_times(query, key, self._columns)
+        else:
+            relevance = _times_values(query, key, self._values, self._columns.shape[-1])
+        self.relevance = relevance.transpose(1, 2)
 
 
 class SelfRecording:
-    """Queries and keys of one self-attention layer, to compute M_self times any columns without M_self itself."""
+    """Queries and keys of one self-attention layer, to compute M_self times any columns without M_self itself.
 
-    def __init__(self) -> None:
+    Args:
+        rows: [B, ...], gives the number of rows that are recorded; None records all rows.
+    """
+
+    def __init__(self, rows: Tensor | None = None) -> None:
+        self._rows = rows
         self.query: Tensor | None = None
         self.key: Tensor | None = None
 
     def record(self, query: Tensor, key: Tensor) -> None:
+        if self._rows is not None:  # copies, so that the memory of the other rows is released
+            query, key = query[: len(self._rows)].clone(), key[: len(self._rows)].clone()
         self.query, self.key = query, key
 
     def times(self, columns: Tensor) -> Tensor:
         """M_self, averaged over heads, times columns [B, Q, S]: [B, Q, S]."""
         assert self.query is not None and self.key is not None, "a layer that should record did not run"
-        # Relevance may be far below 1, where half precision has few digits left, so each column is scaled to 1.
-        scale = columns.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(columns.dtype).tiny)
-        return attention_times(self.query, self.key, columns / scale) * scale
+        return attention_times(self.query, self.key, columns)
 
 
 class AttentionRecorder:
@@ -78,21 +95,38 @@ class AttentionRecorder:
         levels: resolution level of every attention layer, by name.
         mask_maps: the attention maps a mask is computed from, see `MethodConfig.mask_maps`.
         target_tokens: marks the tokens of each subject's words, [B, S, T] of 0 and 1.
+        all_rows: whether all rows of the call are recorded.
+        head_widths: channels of an attention head of each layer. If given, the columns are converted once for all
+            layers of one width instead of in each layer.
+        dtype: of the queries, if `head_widths` is given.
 
     Attributes:
         layers: name -> recording, for `AttentionLayers.attention_context`.
     """
 
-    def __init__(self, levels: dict[str, int], mask_maps: str, target_tokens: Tensor) -> None:
+    def __init__(
+        self,
+        levels: dict[str, int],
+        mask_maps: str,
+        target_tokens: Tensor,
+        *,
+        all_rows: bool = False,
+        head_widths: Mapping[str, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         cross_levels, self_level = recorded_levels(levels, mask_maps)
         columns = target_tokens.transpose(1, 2)
+        values: dict[int, Tensor] = {}  # by head width
         self.levels, self.num_subjects = levels, target_tokens.shape[1]
         self.layers: dict[str, CrossRecording | SelfRecording] = {}
         for name, level in levels.items():
             if name.endswith("attn2") and level in cross_levels:
-                self.layers[name] = CrossRecording(columns)
+                width = 0 if head_widths is None else head_widths[name]
+                if self.num_subjects <= width and width not in values:
+                    values[width] = as_values(columns, width, dtype)
+                self.layers[name] = CrossRecording(columns, values.get(width))
             elif name.endswith("attn1") and level == self_level:
-                self.layers[name] = SelfRecording()
+                self.layers[name] = SelfRecording(None if all_rows else target_tokens)
 
     @property
     def cross_maps(self) -> dict[str, tuple[int, Tensor]]:
@@ -118,11 +152,17 @@ class AttentionRecorder:
         maps = [m.flatten(0, 1).unflatten(-1, sizes[level]) for level, m in self.cross_maps.values()]
         relevance = aggregate_attention_maps(maps, sizes[min(self.levels.values())], normalization)  # [B * S, h, w]
         relevance = relevance.unflatten(0, (-1, self.num_subjects))
-        columns = relevance.flatten(2).transpose(1, 2)
-        products = [r.times(columns) for r in self.layers.values() if isinstance(r, SelfRecording)]
-        if not products:
-            return relevance
-        return torch.stack(products).mean(dim=0).transpose(1, 2).view_as(relevance)
+        recordings = [r for r in self.layers.values() if isinstance(r, SelfRecording)]
+        return self_attention_times(recordings, relevance) if recordings else relevance
+
+
+def self_attention_times(recordings: Sequence[SelfRecording], relevance: Tensor) -> Tensor:
+    """M_self, averaged over heads and layers, times relevance [B, S, h, w], in the same shape."""
+    columns = relevance.flatten(2).transpose(1, 2)
+    # Relevance may be far below 1, where half precision has few digits left, so each column is scaled to 1.
+    scale = columns.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(columns.dtype).tiny)
+    products = torch.stack([recording.times(columns / scale) for recording in recordings])
+    return (products.mean(dim=0) * scale).transpose(1, 2).view_as(relevance)
 
 
 def recorded_levels(levels: dict[str, int], mask_maps: str) -> tuple[frozenset[int], int | None]:

@@ -115,7 +115,7 @@ class AlternatingDPMSolverScheduler(SchedulerMixin, ConfigMixin):
         return 2 if index and index % 2 == 0 and self._pair_start is not None else 1
 
     def _clean(self, model_output: Tensor, sample: Tensor, index: int) -> Tensor:
-        alpha, sigma = self._alpha[index].to(sample.device), self._sigma[index].to(sample.device)
+        alpha, sigma = self._alpha[index], self._sigma[index]  # scalars on the CPU combine with any device
         if self.config["prediction_type"] == "epsilon":
             return (sample - sigma * model_output) / alpha
         return alpha * sample - sigma * model_output
@@ -124,7 +124,7 @@ class AlternatingDPMSolverScheduler(SchedulerMixin, ConfigMixin):
         """The exact solution between two steps for a constant estimate of the clean sample."""
         shrink = torch.expm1(self._log_snr[start] - self._log_snr[end])
         weights = self._sigma[end] / self._sigma[start], -self._alpha[end] * shrink
-        return weights[0].to(sample.device) * sample + weights[1].to(sample.device) * clean
+        return weights[0] * sample + weights[1] * clean
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .visual_attention import KeysValues
+from .keys_values import PackedKeysValues
 from .words import PromptLength, prompt_length, target_token_positions, tokenize
 
 
@@ -26,7 +26,7 @@ class TextCondition:
 
     embeds: Tensor
     pooled: Tensor | None
-    keys_values: KeysValues | None = None
+    keys_values: PackedKeysValues | None = None
 
 
 class TextEncoders:

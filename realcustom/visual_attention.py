@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KeysValues = dict[str, tuple[Tensor, Tensor]]  # layer name -> keys and values, each [B, tokens, C]
+from .keys_values import KeysValues, stack_keys_values
 
 
 @dataclass(frozen=True)
@@ -22,31 +22,45 @@ class SparseMask:
     """The nonzero positions of masks.
 
     Attributes:
-        index: positions in ascending order, int64 [S, K], where K is the size of the largest mask.
-        weight: mask values at these positions, [S, K, 1]; 0 where a smaller mask is padded.
+        index: positions in ascending order, int64 [P, K], where K is the size of the largest mask. Smaller masks are
+            padded with positions outside of them.
+        weight: mask values at these positions, [P, K, 1]; 0 at padding.
     """
 
     index: Tensor
     weight: Tensor
 
-    @classmethod
-    def from_dense(cls, masks: Tensor) -> "SparseMask":
-        """Convert masks [S, Q]. On a GPU this waits for the device, because K depends on the values."""
-        inside = masks != 0  # NaN counts as inside, so that it propagates to the result
-        count = max(2, int(inside.sum(dim=1).max()))  # `torch.compile` specializes on a size of 1
-        index = inside.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]
-        return cls(index, masks.gather(1, index)[..., None])
 
-    @classmethod
-    def stack(cls, parts: Sequence["SparseMask"], offsets: Sequence[int]) -> "SparseMask":
-        """Concatenate masks along S; the positions of each part are shifted by its offset."""
-        count = max(part.index.shape[1] for part in parts)
-        index = [F.pad(p.index, (0, count - p.index.shape[1])) + start for p, start in zip(parts, offsets, strict=True)]
-        weight = [F.pad(p.weight, (0, 0, 0, count - p.weight.shape[1])) for p in parts]
-        stacked = cls(torch.cat(index), torch.cat(weight))
-        for tensor in (stacked.index, stacked.weight):  # K changes with every mask and must not trigger recompilation
-            torch._dynamo.mark_dynamic(tensor, 1)
-        return stacked
+@dataclass(frozen=True, eq=False)
+class SortedMask:
+    """One mask with its positions sorted so that the nonzero ones come first. Its identity stands for its content.
+
+    Attributes:
+        index: all positions, int64 [Q]: those inside the mask in ascending order, then the others.
+        weight: mask values at these positions, [Q, 1].
+        count: number of positions inside the mask.
+    """
+
+    index: Tensor
+    weight: Tensor
+    count: int
+
+
+def sort_masks(groups: Sequence[Tensor], dtype: torch.dtype) -> list[list[SortedMask]]:
+    """Sort the positions of masks. All masks together need one read from the device.
+
+    Args:
+        groups: masks [S, Q]; each group may have another S and Q.
+        dtype: of the weights.
+    """
+    inside = [masks != 0 for masks in groups]  # NaN counts as inside, so that it propagates to the result
+    counts = iter(torch.cat([i.sum(dim=1) for i in inside]).tolist())
+    result = []
+    for masks, mask_inside in zip(groups, inside, strict=True):
+        index = mask_inside.byte().sort(dim=1, descending=True, stable=True).indices
+        weight = masks.gather(1, index)[..., None].to(dtype)
+        result.append([SortedMask(i, w, next(counts)) for i, w in zip(index, weight, strict=True)])
+    return result
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,8 @@ class VisualAttention:
     """The references and masks of one UNet call.
 
     Attributes:
-        keys_values: keys and values of the reference of each pair, each [1, N, C] in every layer.
+        keys_values: keys and values of the references, each [1, N, C] in every layer, or those of all pairs in one
+            entry, each [P, N, C].
         masks: the sparse masks at each attention level, with positions counted over all rows. None means that pair p
             is row p, for every row, and that the attention is unmasked.
     """
@@ -86,12 +101,6 @@ class VisualAttention:
         """The visual attention of a layer at a resolution level."""
         key, value = stack_keys_values(self.keys_values, layer)
         return LayerVision(key, value, None if self.masks is None else self.masks[level])
-
-
-def stack_keys_values(keys_values: Sequence[KeysValues], layer: str) -> tuple[Tensor, Tensor]:
-    """Concatenate keys and values of one layer along the batch; a single entry is not copied."""
-    keys, values = zip(*(kv[layer] for kv in keys_values), strict=True)
-    return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys), torch.cat(values))
 
 
 def split_heads(tokens: Tensor, like: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The deployment `Replica`: one pipeline, one engine, health checks. Ray Serve scales the number of replicas."""
 
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager, aclosing, nullcontext
@@ -16,6 +17,7 @@ from realcustom.words import PromptLength
 
 from .clients.admission import Reservation
 from .clients.merge import merge_streams
+from .engine.device_clock import CudaClock
 from .engine.engine import Engine
 from .engine.memory import MemoryBudget, available, measure
 from .engine.step_time import StepTimeModel
@@ -26,6 +28,8 @@ from .protocol.events import HEARTBEAT_S, Event, Heartbeat, Result, result_of
 from .protocol.model_info import ModelInfo
 from .ray_private import current_request_id
 from .settings import LiveSettings, Settings, resolve_path
+
+logger = logging.getLogger("ray.serve.realcustom")
 
 PRESETS = ("paper", "release")
 
@@ -109,6 +113,24 @@ def first_step_time(pipeline: RealCustomPipeline, synchronize: Callable[[], None
     return model
 
 
+def prepare_execution(pipeline: RealCustomPipeline, settings: Settings) -> tuple[int, ...]:
+    """Compile the UNet and capture its CUDA graphs as configured, before the replica accepts requests.
+
+    Returns:
+        the numbers of images that may step together; empty for any number. With graphs, they are powers of two, so that
+        few graphs are needed.
+    """
+    pipeline.execution = settings.execution
+    if settings.compile != "off":
+        pipeline.compile(resnets=settings.compile == "resnets")
+    graphs = pipeline.uses_graphs
+    powers = tuple(2**n for n in range(settings.max_batch_size.bit_length()))
+    if graphs or settings.compile != "off":
+        report = pipeline.warm_up(settings.warm_up_sizes, powers)
+        logger.info("warm-up took %.0f s, %d CUDA graphs were captured", report.seconds, report.num_graphs)
+    return powers if graphs else ()
+
+
 class Replica:
     """One pipeline and its engine. `serving.build` sets how many replicas there are, and their resources.
 
@@ -124,9 +146,7 @@ class Replica:
         self._pipeline = load_pipeline(settings)
         self._info = model_info(self._pipeline, settings)
         memory_model = measure(self._pipeline)  # also warms up; a broken model fails here
-        if settings.compile != "off":
-            self._pipeline.compile(whole=settings.compile == "whole")
-            self._pipeline.warm_up()
+        batch_sizes = prepare_execution(self._pipeline, settings)
         synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
         shares = MemoryShares.of(settings)
         self._pipeline.text_cache.resize(int(shares.text_cache))
@@ -137,10 +157,10 @@ class Replica:
             max_queued=settings.max_queued,
             preview_every=settings.preview_every,
             stall_timeout_s=settings.stall_timeout_s,
-            batch_sizes=settings.batch_sizes,
+            batch_sizes=batch_sizes,
             budget=MemoryBudget(memory_model, shares.images),
             step_time=first_step_time(self._pipeline, synchronize),
-            synchronize=synchronize,
+            clock=CudaClock() if settings.device == "cuda" else None,
             observer=RayMetrics() if metrics else None,
         )
 

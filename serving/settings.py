@@ -1,12 +1,13 @@
 """Settings: the arguments of `serve run serving:app key=value` and of configuration files, with their defaults."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from realcustom.config import MemoryTier
+from realcustom.config import Execution, MemoryTier
 
 from .protocol.limits import Limits
 
@@ -76,9 +77,11 @@ class Settings(LiveSettings):
         drain_timeout_s: seconds that a stopping replica has to finish its images.
         num_cpus, num_gpus: resources that Ray reserves per replica; num_gpus None is 1 on a GPU and 0 on a CPU.
         cpu_threads: torch threads of a replica; None uses torch's default.
-        compile: compile the UNet's "blocks" or the "whole" UNet with `torch.compile`. Steps are faster; a replica
-            starts later, by minutes with "whole".
-        batch_sizes: numbers of images that may step together; empty allows any number.
+        execution: how UNet calls run, see `RealCustomPipeline.execution`. With CUDA graphs, a replica captures those of
+            its image sizes and batch sizes before it accepts requests.
+        compile: compile the transformer "blocks" of the UNet, or these and the residual blocks ("resnets"), with
+            `torch.compile`. Steps are faster; a replica starts later.
+        image_sizes: sizes "HEIGHTxWIDTH" in px to prepare for at the start; empty for the model's default size.
         memory_gb: memory for the active images of a replica, in GiB; None uses most of what is free after loading.
         text_cache_gb, reference_cache_gb: memory for encoded texts and references of earlier requests, in GiB. Not part
             of `memory_gb`. If `memory_gb` is None, the caches take at most half of the memory for images.
@@ -113,8 +116,9 @@ class Settings(LiveSettings):
     num_cpus: float = Field(default=1, ge=0)
     num_gpus: float | None = Field(default=None, ge=0)
     cpu_threads: int | None = Field(default=None, ge=1)
-    compile: Literal["off", "blocks", "whole"] = "off"
-    batch_sizes: Annotated[tuple[int, ...], BeforeValidator(_parts)] = ()
+    execution: Execution = "auto"
+    compile: Literal["off", "blocks", "resnets"] = "off"
+    image_sizes: Annotated[tuple[str, ...], BeforeValidator(_parts)] = ()
     memory_gb: float | None = Field(default=None, gt=0)
     text_cache_gb: float = Field(default=0.25, ge=0)
     reference_cache_gb: float = Field(default=1, ge=0)
@@ -149,13 +153,15 @@ class Settings(LiveSettings):
             raise ValueError(
                 f"min_replicas is {self.min_replicas} and max_replicas is {self.max_replicas}; raise max_replicas."
             )
-        if self.compile == "whole" and self.memory == "low":
-            raise ValueError(
-                "compile 'whole' does not work with memory 'low', which loads the UNet layer by layer; use 'blocks'."
-            )
-        if self.batch_sizes and min(self.batch_sizes) != 1:
-            raise ValueError(f"batch_sizes is {list(self.batch_sizes)}; its smallest value must be 1.")
+        for size in self.image_sizes:
+            if not re.fullmatch(r"\d{1,5}x\d{1,5}", size):
+                raise ValueError(f"image_sizes contains {size[:20]!r}; write HEIGHTxWIDTH in px, for example 1024x768.")
         return self
+
+    @property
+    def warm_up_sizes(self) -> list[tuple[int, int]]:
+        """`image_sizes` as (height, width)."""
+        return [(int(height), int(width)) for height, width in (size.split("x") for size in self.image_sizes)]
 
     def resolved(self) -> "Settings":
         """Settings that are valid on every machine: with the device selected, and with absolute paths."""

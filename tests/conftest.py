@@ -1,11 +1,40 @@
-"""Settings of every test run. Import paths are set in pyproject.toml (`pythonpath`), so tests run from any folder.
+"""Settings of every test run, and which tests run in the same process.
 
-Helpers used by several test modules are in `tiny.py` and `single_file.py`; a test module never imports another one.
+Import paths are set in pyproject.toml (`pythonpath`), so tests run from any folder. Helpers of several test modules
+are in `tiny.py` and `single_file.py`; a test module never imports another one.
 """
 
 import os
+
+import pytest
 
 # Set before any library is imported, and inherited by the processes that tests start.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests download nothing; a missing file fails immediately
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+
+# Test files that start Ray or listen on ports. They share a process, because two local clusters may find each other.
+RAY_FILES = {
+    "test_app.py",
+    "test_browser.py",
+    "test_ray_private.py",
+    "test_readme.py",
+    "test_serving_faults.py",
+    "test_serving_local.py",
+    "test_serving_nodes.py",
+    "test_serving_ray.py",
+    "test_serving_settings.py",
+    "test_train_distributed.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process, so that they share its fixtures."""
+    for item in items:
+        group = "ray" if item.path.name in RAY_FILES else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--device", default="cpu", help="device of the golden numbers' models (default: cpu)")

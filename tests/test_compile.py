@@ -1,4 +1,4 @@
-"""Compilation of the transformer blocks and of the whole UNet: equal results, no recompilation after warm-up."""
+"""Compilation of the transformer and residual blocks: equal results, no recompilation after warm-up."""
 
 from dataclasses import replace
 
@@ -6,17 +6,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import PROMPT, cat, dog, latents_of, run, tiny_pipeline
-from torch._dynamo.backends.common import aot_autograd
 
-from realcustom import Request, apply_memory_tier
+from realcustom import Request
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["blocks", "whole"])
-def compiled(request):
+@pytest.fixture(scope="module")
+def compiled():
     torch.compiler.reset()
     pipeline = tiny_pipeline()
-    # aot_eager captures the same graphs as the default backend but does not generate code.
-    pipeline.compile(whole=request.param, backend="aot_eager")
+    # The programs and their guards are those of the default backend, but no code is generated.
+    pipeline.compile(backend="eager")
     yield pipeline
     torch.compiler.reset()
 
@@ -43,8 +42,8 @@ def test_compiled_pipeline_matches_eager(compiled):
         assert torch.allclose(latents_of(compiled, request), latents_of(eager, request), atol=1e-4)
 
 
-def test_stacked_texts_are_not_reused_for_another_prompt(compiled):
-    """Consecutive runs with different prompts match eager runs: stacked text keys and values are not stale."""
+def test_compiled_blocks_read_the_current_texts(compiled):
+    """Consecutive runs with different prompts match eager runs."""
     eager = tiny_pipeline()
     for prompt in (PROMPT, "the dog", PROMPT):
         request = Request(prompt=prompt, subjects=(dog(),), seed=1)
@@ -59,30 +58,6 @@ def test_no_recompilation_after_warm_up(compiled):
         for count in range(1, 6):
             for mix in (exact[:count], exact[-count:], approximated[:count], approximated[count:] + exact[:count]):
                 run(compiled, [compiled.prepare(request) for request in mix])
-
-
-def test_compiled_programs_are_not_shared_between_unets():
-    """With `compile(whole=True)`, a UNet reuses neither the programs of another UNet with the same shapes nor its own
-    programs from before a second compilation, although most guards on its modules are dropped."""
-    torch.compiler.reset()
-    request = Request(prompt=PROMPT, subjects=(dog(),), seed=1)
-    first, second, eager = (tiny_pipeline() for _ in range(3))
-    for pipeline in (first, second):
-        pipeline.compile(whole=True, backend="aot_eager")
-    before = latents_of(first, request)
-    for changed in (second, eager):
-        _halve_one_attention_output(changed)
-    expected = latents_of(eager, request)
-    assert (expected - before).abs().max() > 1e-2
-    assert torch.allclose(latents_of(second, request), expected, atol=1e-4)
-    _halve_one_attention_output(first)
-    first.compile(whole=True, backend="aot_eager")
-    assert torch.allclose(latents_of(first, request), expected, atol=1e-4)
-
-
-def _halve_one_attention_output(pipeline) -> None:
-    """Change the UNet's output without changing any of its tensors."""
-    pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.rescale_output_factor = 2.0
 
 
 def test_lora_changes_take_effect_after_compilation(compiled, tmp_path):
@@ -112,48 +87,14 @@ def test_lora_changes_take_effect_after_compilation(compiled, tmp_path):
     assert torch.allclose(disabled, before, atol=1e-5) and torch.allclose(unloaded, before, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"mode": "default"}, {"options": {"max_autotune": False}}])
-def test_torch_compile_options_apply_to_the_whole_unet(options):
-    """`compile(whole=True)` accepts the mode or the options of `torch.compile`, with equal results."""
+def test_compiled_residual_blocks_match_eager():
+    """With compiled residual blocks, the latents equal those of an eager pipeline."""
     torch.compiler.reset()
-    pipeline, eager = tiny_pipeline(), tiny_pipeline()
-    pipeline.compile(whole=True, **options)
-    request = Request(prompt=PROMPT, seed=1, guidance_scale=1.0, num_inference_steps=1)
-    assert torch.allclose(latents_of(pipeline, request), latents_of(eager, request), atol=1e-4)
-
-
-def test_compiled_guidance_branch_skips_layers_after_the_last_recording():
-    """With `compile(whole=True)`, the guidance branch has no more convolutions than eager execution runs before it ends
-    early."""
-    torch.compiler.reset()
-    convolutions = []
-
-    def count(graph, _):
-        convolutions.append(sum(node.target is torch.ops.aten.convolution.default for node in graph.graph.nodes))
-        return graph
-
     pipeline = tiny_pipeline()
-    pipeline.compile(whole=True, backend=aot_autograd(fw_compiler=count))
-    request = Request(prompt=PROMPT, subjects=(dog(),), seed=1)
-    pipeline.denoiser.guidance_branch([pipeline.prepare(request)])
-    eager, calls = tiny_pipeline(), []
-    modules = [module for module in eager.unet.modules() if isinstance(module, torch.nn.Conv2d)]
-    for module in modules:
-        module.register_forward_hook(lambda *_: calls.append(1))
-    eager.denoiser.guidance_branch([eager.prepare(request)])
-    assert convolutions[0] <= len(calls) < len(modules)
-
-
-def test_low_memory_tier_and_whole_compilation_exclude_each_other():
-    """Memory tier "low" and `compile(whole=True)` raise a ValueError in either order."""
-    low = tiny_pipeline()
-    apply_memory_tier(low, "cpu", "low")
-    with pytest.raises(ValueError, match=r"'low'.*'medium'"):
-        low.compile(whole=True)
-    whole = tiny_pipeline()
-    whole.compile(whole=True, backend="eager")
-    with pytest.raises(ValueError, match=r"compiled whole.*'medium'"):
-        apply_memory_tier(whole, "cpu", "low")
+    pipeline.compile(resnets=True, backend="aot_eager")
+    request = Request(prompt=PROMPT, seed=1, guidance_scale=1.0, num_inference_steps=1)
+    assert torch.allclose(latents_of(pipeline, request), latents_of(tiny_pipeline(), request), atol=1e-4)
+    torch.compiler.reset()
 
 
 def test_second_compilation_hits_the_inductor_cache(tmp_path, monkeypatch):

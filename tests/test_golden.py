@@ -27,10 +27,12 @@ from transformers import (
 from realcustom import MethodConfig, RealCustomAdapter, RealCustomConfig, RealCustomPipeline, Request, Subject
 from realcustom.config import VisionConfig
 from realcustom.convert import convert_official, convert_timm_vit
+from realcustom.keys_values import PackedKeysValues
 from realcustom.mask import aggregate_attention_maps, guidance_masks
+from realcustom.recorder import AttentionRecorder
 from realcustom.scheduler import AlternatingDPMSolverScheduler
+from realcustom.unet_call import stack_columns
 from realcustom.vision import VisionFeatures, reference_views, to_pixels
-from realcustom.visual_attention import SparseMask, VisualAttention
 from realcustom.words import find_phrase, target_token_positions
 
 FOLDER = Path(os.environ.get("REALCUSTOM_GOLDEN", Path(__file__).parent / "golden"))
@@ -40,14 +42,17 @@ TOLERANCE_FACTOR = 5  # times the difference between the stored fp32 numbers and
 class GoldenSet:
     """The stored numbers and a pipeline built from the stored weights."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder, self.device = folder, device
         self.meta = json.loads((folder / "meta.json").read_text())
-        self.inputs = load_file(folder / "inputs.safetensors")
-        self.outputs = load_file(folder / "outputs.safetensors")
-        self.vision = load_file(folder / "vision.safetensors")
-        self.loops = load_file(folder / "loops.safetensors")
-        self.crossmaps = load_file(folder / "crossmaps.safetensors")
+        self.inputs = self.load("inputs")
+        self.outputs = self.load("outputs")
+        self.vision = self.load("vision")
+        self.loops = self.load("loops")
+        self.crossmaps = self.load("crossmaps")
+
+    def load(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / f"{name}.safetensors", device=self.device)
 
     @property
     def batch(self) -> int:
@@ -62,16 +67,16 @@ class GoldenSet:
         if reference == "neg":
             return Image.new("RGB", (8, 8))
         index = {"ref1": 0, "ref2": self.meta["ref2_image_index"]}[reference]
-        return Image.fromarray(self.vision[f"image_{index}_uint8_hwc"].numpy())
+        return Image.fromarray(self.vision[f"image_{index}_uint8_hwc"].cpu().numpy())
 
     @cached_property
     def official_state(self):
-        return load_file(self.folder / "unet_weights.safetensors")
+        return self.load("unet_weights")
 
     @cached_property
     def encoders(self):
         config = json.loads((self.folder / "vision_config.json").read_text())
-        state = load_file(self.folder / "vision_weights.safetensors")
+        state = self.load("vision_weights")
         width = config["embed_dim"]
         common = dict(
             hidden_size=width,
@@ -96,12 +101,12 @@ class GoldenSet:
         shallow = tuple(config["feature_index_shallow"][:-1])
         (deep,) = config["feature_index_highres"]
         layers = VisionConfig(siglip_shallow=shallow, siglip_deep=deep, dino_shallow=shallow, dino_deep=deep)
-        return siglip.eval(), dino.eval(), layers
+        return siglip.to(self.device).eval(), dino.to(self.device).eval(), layers
 
     def adapter(self, shallow: bool = False) -> RealCustomAdapter:
         state = dict(self.official_state)
         if shallow:
-            state |= load_file(self.folder / "projector_shallow_extra_weights.safetensors")
+            state |= self.load("projector_shallow_extra_weights")
         own, _ = convert_official(state)
         siglip, dino, _ = self.encoders
         adapter = RealCustomAdapter.for_unet(
@@ -111,7 +116,7 @@ class GoldenSet:
             cross_scale=not shallow,
         )
         adapter.load_state_dict(own, strict=True)
-        return adapter.requires_grad_(False).eval()
+        return adapter.to(self.device).requires_grad_(False).eval()
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
@@ -120,7 +125,7 @@ class GoldenSet:
         unet = UNet2DConditionModel.from_config(config)
         _, plain = convert_official(self.official_state)
         unet.load_state_dict(plain, strict=True)
-        return unet.requires_grad_(False).eval()
+        return unet.to(self.device).requires_grad_(False).eval()
 
     @cached_property
     def pipeline(self) -> RealCustomPipeline:
@@ -154,7 +159,7 @@ class GoldenSet:
             adapter=self.adapter(),
             realcustom_config=replace(config, vision=layers, sampling=sampling),
             force_zeros_for_empty_prompt=False,
-        )
+        ).to(self.device)
 
     def features(self, reference: str) -> VisionFeatures:
         v = self.vision
@@ -166,8 +171,15 @@ class GoldenSet:
 
     def keys_values(self, reference: str, adapter: RealCustomAdapter | None = None):
         """Keys and values of a reference for each batch item."""
-        keys_values = (adapter or self.pipeline.adapter)(self.features(reference))
-        return [{n: (k[i : i + 1], v[i : i + 1]) for n, (k, v) in keys_values.items()} for i in range(self.batch)]
+        adapter = adapter or self.pipeline.adapter
+        keys_values = adapter(self.features(reference))
+        first = next(iter(keys_values.values()))[0]
+        return [
+            PackedKeysValues.pack(
+                ((n, k[i : i + 1], v[i : i + 1]) for n, (k, v) in keys_values.items()), adapter.config["layers"], first
+            )
+            for i in range(self.batch)
+        ]
 
     def generations(
         self, references=("ref1",), phrases=("phrase",), adapter=None, scheduler=None, scope_ratio=None, **settings
@@ -198,9 +210,10 @@ class GoldenSet:
 
 
 @pytest.fixture(scope="module")
-def golden() -> GoldenSet:
+def golden(request) -> GoldenSet:
     torch.set_grad_enabled(False)
-    yield GoldenSet(FOLDER)
+    torch.backends.cudnn.allow_tf32 = False  # the numbers are of full fp32
+    yield GoldenSet(FOLDER, request.config.getoption("--device"))
     torch.set_grad_enabled(True)
 
 
@@ -289,8 +302,19 @@ def test_guidance_pass_and_its_recorded_maps(golden):
     computed, _ = denoiser.predict(generations, [g.text for g in generations])
     close(computed, golden.outputs["unet_guidance"], golden.tolerance("unet_guidance"))
 
-    recorder = denoiser.make_recorder(generations)
-    denoiser.predict(generations, [g.text for g in generations], recorder=recorder, return_output=False)
+    recorder = AttentionRecorder(
+        denoiser.attention.levels, denoiser.method.mask_maps, stack_columns([g.target_tokens for g in generations])
+    )
+    with denoiser.attention.attention_context(recordings=recorder.layers):
+        golden.unet(
+            torch.stack([g.model_input() for g in generations]),
+            torch.stack([g.timestep for g in generations]),
+            encoder_hidden_states=torch.stack([g.text.embeds for g in generations]),
+            added_cond_kwargs={
+                "text_embeds": torch.stack([g.text.pooled for g in generations]),
+                "time_ids": torch.stack([g.time_ids for g in generations]),
+            },
+        )
     recorded = recorder.cross_maps
     assert list(recorded) == golden.meta["attn2_layers_in_order"]
     target = golden.inputs["target_token"][0].bool()
@@ -337,17 +361,9 @@ def predict_generation_row(golden, generations, masks, *, negative: bool = False
     references = [(black[i],) * len(g.references) if negative else g.references for i, g in enumerate(generations)]
     sizes = denoiser.sizes(generations[0])
     for i, g in enumerate(generations):
-        g.set_masks(torch.ones(len(g.references), *sizes[0]) if masks is None else masks[i])
-    sparse = {
-        level: SparseMask.stack(
-            [g.sparse_masks(sizes[level], "height_factor") for g in generations],
-            [i * sizes[level][0] * sizes[level][1] for i in range(len(generations))],
-        )
-        for level in set(denoiser.attention.levels.values())
-    }
-    vision = VisualAttention(keys_values=[kv for r in references for kv in r], masks=sparse)
+        g.set_masks(torch.ones(len(g.references), *sizes[0], device=golden.device) if masks is None else masks[i])
     texts = [g.negative_text if negative else g.text for g in generations]
-    return denoiser.predict(generations, texts, vision=vision)[0]
+    return denoiser.predict(generations, texts, references=references)[0]
 
 
 def test_generation_negative_and_guided_passes(golden):
@@ -420,7 +436,8 @@ def test_sampling_loop(golden, name, monkeypatch):
     """Masks, latents and clean estimates match after every step, with all images in one batch."""
     settings = golden.meta["loops"][name]
     steps, scope = settings["steps"], settings["mask_scope"]
-    monkeypatch.setattr(golden.pipeline.denoiser, "method", method_of(settings["mask_strategy"]))
+    for part in (golden.pipeline.denoiser, golden.pipeline.denoiser.executor):
+        monkeypatch.setattr(part, "method", method_of(settings["mask_strategy"]))
     stop = min(steps, settings["mask_reused_step"])
     generations = golden.generations(
         scheduler=LOOPS[name], scope_ratio=scope, num_inference_steps=steps, early_stop_step=stop

@@ -13,8 +13,8 @@ from realcustom.mask import (
     scope_size,
     top_k_mask,
 )
-from realcustom.recorder import SelfRecording, attention_times, recorded_levels
-from realcustom.visual_attention import LayerVision, SparseMask
+from realcustom.recorder import SelfRecording, attention_times, recorded_levels, self_attention_times
+from realcustom.visual_attention import LayerVision, SparseMask, sort_masks
 
 PAPER = MethodConfig()
 
@@ -69,7 +69,7 @@ def test_half_precision_keeps_the_ranking_of_small_relevance():
     for dtype in (torch.float32, torch.float16):
         recording = SelfRecording()
         recording.record(query.to(dtype), key.to(dtype))
-        products.append(recording.times(columns).flatten())
+        products.append(self_attention_times([recording], columns.view(1, 1, 8, 8)).flatten())
     exact, half = products
     assert (half - exact).abs().max() <= 0.01 * exact.max()
     assert torch.corrcoef(torch.stack([exact, half]))[0, 1] > 0.999
@@ -181,11 +181,13 @@ def test_sparse_visual_attention_equals_dense_masked_attention():
     thresholds = torch.tensor([[0.4], [0.8], [0.2], [2.0]])
     masks = relevance(4, positions, seed=4) * (relevance(4, positions, seed=5) > thresholds)
     rows = [0, 0, 2, 3]
-    sparse = SparseMask.stack(
-        [SparseMask.from_dense(masks[:2]), SparseMask.from_dense(masks[2:3]), SparseMask.from_dense(masks[3:])],
-        offsets=[0, 2 * positions, 3 * positions],
+    in_order = [mask for group in sort_masks([masks[:2], masks[2:3], masks[3:]], masks.dtype) for mask in group]
+    count = max(mask.count for mask in in_order)
+    assert count == (masks > 0).sum(1).max() < positions
+    sparse = SparseMask(
+        torch.stack([mask.index[:count] + row * positions for mask, row in zip(in_order, rows, strict=True)]),
+        torch.stack([mask.weight[:count] for mask in in_order]),
     )
-    assert sparse.index.shape[1] == (masks > 0).sum(1).max() < positions
     expected = out.clone()
     for row, k, v, mask in zip(rows, key, value, masks, strict=True):
         split = lambda x: x.unflatten(-1, (heads, -1)).transpose(0, 1)

@@ -1,11 +1,14 @@
 """Properties of the complete pipeline at toy size."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -214,7 +217,7 @@ def test_references_are_encoded_once(pipeline, monkeypatch):
     pipeline.clear_caches()
     calls = []
     forward = pipeline.adapter.forward
-    monkeypatch.setattr(pipeline.adapter, "forward", lambda f: (calls.append(1), forward(f))[1])
+    monkeypatch.setattr(pipeline.adapter, "forward", lambda f, **options: (calls.append(1), forward(f, **options))[1])
     latents_of(pipeline, Request(prompt=PROMPT, subjects=(dog("navy"), cat("navy"))))
     latents_of(pipeline, Request(prompt="a dog", subjects=(dog("navy"),), seed=9))
     assert len(calls) == 1
@@ -239,13 +242,11 @@ def test_precomputed_text_keys_and_values_equal_those_of_the_layers(pipeline):
     """The result is the same whether text keys and values are computed in advance or in each layer call."""
     request = Request(prompt=PROMPT, negative_prompt="a cat", subjects=(dog(), cat()), seed=3)
     precomputed = latents_of(pipeline, request)
-    pipeline.clear_caches()
-    pipeline.denoiser.allow_early_exit = False
-    try:
-        in_layers = latents_of(pipeline, request)
-    finally:
-        pipeline.denoiser.allow_early_exit = True
-        pipeline.clear_caches()
+    generation = pipeline.prepare(request)
+    generation.text, generation.negative_text = (
+        replace(text, keys_values=None) for text in (generation.text, generation.negative_text)
+    )
+    (in_layers,) = run(pipeline, [generation])
     assert torch.allclose(precomputed, in_layers, atol=1e-5)
 
 
@@ -464,16 +465,17 @@ def test_invalid_masks_raise(pipeline, masks, message):
         pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), seed=0), masks=masks)
 
 
-class SeededScheduler(DDIMScheduler):
-    """A scheduler that draws its noise from a seed of its own, as DPM++ SDE does."""
-
-    noise_sampler_seed = None
-
-
-def test_scheduler_with_its_own_noise_seed_gets_the_seed_of_the_request(pipeline):
-    scheduler = SeededScheduler.from_config(pipeline.scheduler.config)
-    generation = pipeline.prepare(Request(prompt=PROMPT, seed=7), scheduler=scheduler)
-    assert generation.scheduler.noise_sampler_seed == 7
+def test_the_seed_determines_the_noise_of_dpm_sde():
+    """DPM++ SDE, which draws noise from its own seed, gives one image per seed, alone and in a batch."""
+    pytest.importorskip("torchsde")
+    pipeline = tiny_pipeline(scheduler=DPMSolverSDEScheduler(beta_schedule="scaled_linear"))
+    first, again, other = (
+        latents_of(pipeline, Request(prompt=PROMPT, subjects=(dog(),), seed=seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and (first - other).abs().max() > 1
+    together = run(pipeline, [pipeline.prepare(Request(prompt=PROMPT, subjects=(dog(),), seed=s)) for s in (1, 2)])
+    for batched, alone in zip(together, (first, other)):
+        assert torch.allclose(batched, alone, rtol=1e-4, atol=1e-3)
 
 
 def test_fp8_storage_equals_rounded_weights():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import PROMPT, cat, dog, tiny_pipeline
 
+from realcustom.execution import GraphCaptureError
 from realcustom.generation import Generation
 from realcustom.request import Request, ResolvedRequest
 from serving.engine.engine import Engine
@@ -642,4 +643,16 @@ def test_an_internal_error_ends_every_request_and_makes_the_engine_unhealthy(wat
         asyncio.run(last(engine, request(1)))
     with pytest.raises(RuntimeError, match="MemoryError"):
         engine.check_health()
+    engine.close()
+
+
+def test_a_failed_graph_capture_is_not_retried(watched):
+    """A failed capture ends the engine instead of being tried with fewer images: the process cannot use its device."""
+    watched.step_error = GraphCaptureError("a UNet call could not be captured as a CUDA graph")
+    engine = Engine(watched)
+    with pytest.raises(ServerError):
+        asyncio.run(last(engine, request(1)))
+    with pytest.raises(RuntimeError, match="GraphCaptureError"):
+        engine.check_health()
+    assert len(watched.batches) == 1
     engine.close()

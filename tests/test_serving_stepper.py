@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestral
 from tiny import PROMPT, dog, tiny_pipeline
 
 from realcustom.request import Request, ResolvedRequest
+from serving.engine.device_clock import CudaClock, HostClock
 from serving.engine.job import Job
 from serving.engine.observer import Observer
 from serving.engine.stepper import Checkpoint, Stepper
@@ -74,7 +75,7 @@ def test_only_the_faulty_image_of_a_batch_fails(pipeline):
 
     stepper = Stepper(
         Faulty(),
-        synchronize=lambda: None,
+        clock=HostClock(),
         observer=Recorder(),
         on_out_of_memory=lambda: pytest.fail("the fault was another one"),
         on_step=lambda kind, seconds: None,
@@ -97,7 +98,7 @@ def test_calls_and_rows_of_a_step_are_measured(pipeline):
     measured = []
     stepper = Stepper(
         pipeline,
-        synchronize=lambda: None,
+        clock=HostClock(),
         observer=Observer(),
         on_out_of_memory=lambda: None,
         on_step=lambda kind, seconds: measured.append((kind.calls, kind.row_pixels / kind.pixels)),
@@ -106,3 +107,43 @@ def test_calls_and_rows_of_a_step_are_measured(pipeline):
     for _ in range(5):
         assert not stepper.step(jobs)
     assert measured == [(2, 6.0)] * 3 + [(1, 4.0)] * 2
+
+
+class Event:
+    """A CUDA event whose time is the number of events recorded before it."""
+
+    recorded = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = -1
+
+    def record(self) -> None:
+        self.at = Event.recorded
+        Event.recorded += 1
+
+    def synchronize(self) -> None:
+        assert self.at >= 0
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1000.0 * (end.at - self.at)
+
+
+def test_the_clock_of_a_gpu_reports_a_step_when_the_next_one_has_been_started(monkeypatch):
+    """Python runs one step ahead of the GPU: each step is reported after the following one was queued, and a failed
+    step is not reported."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock, started, reported = CudaClock(), [], []
+
+    def step(number: int) -> None:
+        due = clock.time(lambda: started.append(number), lambda seconds: reported.append((number, seconds)))
+        for report, seconds in due:
+            report(seconds)
+
+    step(1)
+    assert (started, reported) == ([1], [])
+    step(2)
+    assert (started, reported) == ([1, 2], [(1, 1.0)])
+    with pytest.raises(ZeroDivisionError):
+        clock.time(lambda: 1 / 0, lambda seconds: reported.append((3, seconds)))
+    step(4)
+    assert [number for number, _ in reported] == [1, 2]

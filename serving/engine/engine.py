@@ -17,6 +17,7 @@ from realcustom.request import ResolvedRequest
 
 from ..protocol.errors import DeadlineExceeded, InvalidRequest, QueueFull, ServerError, Unavailable
 from ..protocol.events import Event, Progress, Queued, Result
+from .device_clock import DeviceClock, HostClock
 from .health import Health
 from .job import Job
 from .memory import MemoryBudget, is_out_of_memory, release
@@ -46,7 +47,7 @@ class Engine:
             Empty allows any number.
         budget: memory for all images in the engine; None does not limit it.
         step_time: predicts the seconds of a step; updated with each measured step.
-        synchronize: waits for the device after a step. Without it, steps queued on a GPU would delay cancellation.
+        clock: times steps on the device; default: the clock of a CPU.
         observer: receives the engine's numbers, for metrics.
     """
 
@@ -61,7 +62,7 @@ class Engine:
         batch_sizes: Sequence[int] = (),
         budget: MemoryBudget | None = None,
         step_time: StepTimeModel | None = None,
-        synchronize: Callable[[], None] | None = None,
+        clock: DeviceClock | None = None,
         observer: Observer | None = None,
     ) -> None:
         self._pipeline = pipeline
@@ -79,7 +80,7 @@ class Engine:
         self._previewing: Job | None = None
         self._stepper = Stepper(
             pipeline,
-            synchronize=synchronize or (lambda: None),
+            clock=clock or HostClock(),
             observer=self._observer,
             on_out_of_memory=self._shrink_budget,
             on_step=self._learn_step_time,

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from realcustom import RealCustomPipeline, Request, Subject
+from realcustom.execution import device_lock
 
 logger = logging.getLogger("ray.serve.realcustom")
 
@@ -106,7 +107,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release() -> None:
     """Release the GPU memory that torch caches."""
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with device_lock.shared():
+            torch.cuda.empty_cache()
 
 
 def available(device: str) -> float:
@@ -180,8 +182,10 @@ class GpuAccount:
 def measure(pipeline: RealCustomPipeline) -> MemoryModel:
     """Generate gray images of the default size and of half its sides, one and two at a time, and count bytes.
 
-    Call it before `pipeline.compile()`: in main memory only single operations can be counted.
+    Calls run eagerly: in main memory, only single operations can be counted, and the memory of CUDA graphs is part of
+    what is used when `available` is called after the warm-up. Call it before `pipeline.compile()`.
     """
+    pipeline.execution = "eager"
     account = GpuAccount() if pipeline.unet.device.type == "cuda" else TensorAccount()
     sampling, grid = pipeline.sampling, pipeline.vae_scale_factor
     full = (sampling.height, sampling.width)

@@ -5,13 +5,14 @@ fails alone ends with an error.
 """
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from realcustom.execution import GraphCaptureError
 from realcustom.generation import Generation
 
 from ..protocol.errors import Unavailable
+from .device_clock import DeviceClock
 from .job import Job
 from .memory import is_out_of_memory, release
 from .observer import Observer
@@ -63,7 +64,7 @@ class Stepper:
 
     Args:
         pipeline: a `RealCustomPipeline`, or an object with its `step`.
-        synchronize: waits for the device after a step.
+        clock: times steps on the device.
         observer: receives the numbers of every successful step.
         on_out_of_memory: called when a group did not fit into memory, before its halves are retried.
         on_step: called after every successful step with its kind and seconds.
@@ -73,12 +74,12 @@ class Stepper:
         self,
         pipeline: Any,
         *,
-        synchronize: Callable[[], None],
+        clock: DeviceClock,
         observer: Observer,
         on_out_of_memory: Callable[[], None],
         on_step: Callable[[Step, float], None],
     ) -> None:
-        self._pipeline, self._synchronize, self._observer = pipeline, synchronize, observer
+        self._pipeline, self._clock, self._observer = pipeline, clock, observer
         self._on_out_of_memory, self._on_step = on_out_of_memory, on_step
 
     def step(self, batch: Sequence[Job]) -> dict[Job, Exception]:
@@ -89,19 +90,23 @@ class Stepper:
         checkpoints = [Checkpoint(generation) for generation in generations]
         rows, mask_rows = sum(map(num_rows, generations)), sum(g.needs_guidance_branch for g in generations)
         kind = step_kind(generations)
-        start = time.monotonic()
+
+        def report(seconds: float) -> None:
+            logger.debug("step of %d images in %.3f s", len(batch), seconds, extra=fields)
+            self._on_step(kind, seconds)
+            self._observer.step(images=len(batch), rows=rows, mask_rows=mask_rows, seconds=seconds)
+
         try:
-            self._pipeline.step(generations)
-            self._synchronize()
+            due = self._clock.time(lambda: self._pipeline.step(generations), report)
+        except GraphCaptureError:
+            raise  # the process cannot use the device any more: the step thread ends, and the replica is unhealthy
         except Exception as error:
             out_of_memory, name = is_out_of_memory(error), type(error).__name__
             exc_info = None if out_of_memory else error
             logger.warning("a step of %d images failed", len(batch), exc_info=exc_info, extra=fields)
         else:
-            seconds = time.monotonic() - start
-            logger.debug("step of %d images in %.3f s", len(batch), seconds, extra=fields)
-            self._on_step(kind, seconds)
-            self._observer.step(images=len(batch), rows=rows, mask_rows=mask_rows, seconds=seconds)
+            for report_step, seconds in due:
+                report_step(seconds)
             return {}
         # Outside the handler, so that the failed step's traceback does not hold its tensors.
         for checkpoint in checkpoints:
