@@ -181,7 +181,9 @@ def _visual_attention(call: UNetCall) -> VisualAttention | None:
         for tensor in (masks[level].index, masks[level].weight):
             torch._dynamo.mark_dynamic(tensor, 1)  # it changes with every mask and must not trigger recompilation
     real = [pair.keys_values for pair in call.pairs if pair.keys_values is not None]
-    zeros = {name: (torch.zeros_like(k), torch.zeros_like(v)) for name, (k, v) in real[0].items()} if call.pairs else {}
+    zeros: KeysValues = {}
+    if len(real) < len(call.pairs):  # padding
+        zeros = {name: (torch.zeros_like(keys), torch.zeros_like(values)) for name, (keys, values) in real[0].items()}
     return VisualAttention(keys_values=[pair.keys_values or zeros for pair in call.pairs], masks=masks)
 
 
@@ -490,6 +492,7 @@ class GraphExecutor(ReplayExecutor):
         self._state = UNetState(attention.unet)
         self._graphs: dict[CallKey, tuple[Graph, Result]] = {}
         self._seen: set[CallKey] = set()
+        self._too_large: set[CallKey] = set()  # shapes for which memory did not suffice
         self._captures_at_once = False
         self._eager_reason: str | None = None
 
@@ -521,6 +524,7 @@ class GraphExecutor(ReplayExecutor):
                 self._backend.reset([graph for graph, _ in self._graphs.values()])
             self.statistics.retired += 1
             self._graphs.clear()
+            self._too_large.clear()
 
     def start_step(self) -> None:
         if self._state.changed():
@@ -534,6 +538,8 @@ class GraphExecutor(ReplayExecutor):
         if self._eager_reason or call.texts[0].keys_values is None:
             return self._run_eagerly(call)
         key = key_of(padded(call))
+        if key in self._too_large:
+            return self._run_eagerly(call)
         if key not in self._graphs and key not in self._seen and not self._captures_at_once:
             if len(self._seen) >= MAX_SEEN:
                 self._seen.clear()
@@ -551,6 +557,7 @@ class GraphExecutor(ReplayExecutor):
                 self._discard_graphs()
             captured = self._capture(inputs)
             if captured is None:
+                self._too_large.add(key)
                 self.statistics.eager += 1
                 return compute(self.attention, self.method, inputs())
             self._graphs[key] = captured

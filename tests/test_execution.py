@@ -361,6 +361,16 @@ def test_a_failed_capture_is_an_error():
         latents_of(pipeline, REQUEST)
 
 
+def test_a_shape_that_does_not_fit_into_memory_runs_eagerly():
+    """If the device has too little memory for a capture, the shape runs eagerly and is not tried again."""
+    pipeline = graph_pipeline()
+    executor, tries = pipeline.denoiser.executor, []
+    executor._backend.capture = lambda work: tries.append(1)
+    request = replace(REQUEST, subjects=(), num_inference_steps=6)
+    assert torch.allclose(latents_of(pipeline, request), latents_of(tiny_pipeline(), request), atol=1e-5)
+    assert len(tries) == 1 and executor.num_graphs == 0
+
+
 def test_graphs_are_discarded_together():
     """Discarding resets all graphs at once, and none is replayed afterwards (a tape asserts it)."""
     pipeline = graph_pipeline()
