@@ -358,6 +358,10 @@ class GpuBenchmark:
         self.graphs.retire()
         report["contiguous"] = self._call_times(work)
         unet.to(memory_format=torch.channels_last)
+        self.pipeline.fuse_projections()
+        self.graphs.retire()
+        report["fused projections"] = self._call_times(work)
+        self.pipeline.denoiser.attention.unfuse_projections()
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
             self.graphs.retire()
             try:

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .keys_values import KeysValues, PackedKeysValues, stack_keys_values
@@ -50,9 +51,12 @@ class RealCustomAttnProcessor:
         text: keys and values of the texts, each [R, T, C], projected before the call; None projects them here.
         vision: references and masks of the layer, or None.
         recording: receives queries and keys for the guidance masks, or None.
+        projections: weights of the query, key and value projections of a self-attention layer in one tensor [3C, C],
+            or None; see `AttentionLayers.fuse_projections`.
     """
 
     def __init__(self) -> None:
+        self.projections: Tensor | None = None
         self.text: tuple[Tensor, Tensor] | None = None
         self.vision: LayerVision | None = None
         self.recording: LayerRecording | None = None
@@ -65,12 +69,16 @@ class RealCustomAttnProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [R, H, Q, d]
-        if self.text is None:
-            text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-            key, value = attn.to_k(text), attn.to_v(text)
+        if self.projections is not None and encoder_hidden_states is None:
+            query, key, value = F.linear(hidden_states, self.projections).chunk(3, dim=-1)
         else:
-            key, value = self.text
+            query = attn.to_q(hidden_states)
+            if self.text is None:
+                text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+                key, value = attn.to_k(text), attn.to_v(text)
+            else:
+                key, value = self.text
+        query = query.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [R, H, Q, d]
         key, value = split_heads(key, query), split_heads(value, query)
         if attention_mask is not None:
             mask: Tensor = attn.prepare_attention_mask(attention_mask, key.shape[2], len(key))
@@ -112,6 +120,7 @@ class AttentionLayers:
         for name in names:
             if name.endswith("attn2"):
                 self._text_layers.setdefault(_transformer(name), []).append(name)
+        self._projections: dict[str, Tensor] = {}  # self-attention layer -> its fused weights
         self._lock = threading.RLock()  # the processors hold the state of one call at a time
 
     def _install(self) -> None:
@@ -143,6 +152,44 @@ class AttentionLayers:
         if names != {RealCustomAttnProcessor.__name__}:
             logger.warning("RealCustom++ replaces the attention processors %s with its own", ", ".join(sorted(names)))
         self._install()
+
+    @torch.no_grad()
+    def fuse_projections(self) -> None:
+        """Store the weights of the query, key and value projections of each self-attention layer in one tensor.
+
+        The three projections are then one product. They remain layers of their own, whose weights are parts of that
+        tensor, so weights that change in place take effect. A layer whose weights are replaced, for example by a LoRA
+        or by moving the UNet to another device, computes three products again.
+        """
+        for name, attn in self._attentions.items():
+            layers = (attn.to_q, attn.to_k, attn.to_v)
+            if name.endswith("attn1") and all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+                self._projections[name] = torch.cat([layer.weight for layer in layers])
+                for layer, part in zip(layers, self._projections[name].chunk(3), strict=True):
+                    layer.weight.data = part
+
+    def unfuse_projections(self) -> None:
+        """Give each projection weights of its own again."""
+        for name in self._projections:
+            for layer in (self._attentions[name].to_q, self._attentions[name].to_k, self._attentions[name].to_v):
+                if type(layer) is nn.Linear:
+                    layer.weight.data = layer.weight.data.clone()
+        self._projections.clear()
+
+    def is_fused(self, name: str) -> bool:
+        """Whether a layer computes its query, key and value in one product."""
+        return self._fused(name) is not None
+
+    def _fused(self, name: str) -> Tensor | None:
+        """The fused weights of a layer, if its projections still are parts of them."""
+        weights = self._projections.get(name)
+        if weights is None:
+            return None
+        attn = self._attentions[name]
+        for layer, part in zip((attn.to_q, attn.to_k, attn.to_v), weights.chunk(3), strict=True):
+            if type(layer) is not nn.Linear or layer.weight.data_ptr() != part.data_ptr():
+                return None
+        return weights
 
     def text_keys_values(self, embeds: Tensor) -> PackedKeysValues:
         """Keys and values of a text [1, T, C] in every cross-attention layer. They do not depend on the timestep."""
@@ -179,6 +226,7 @@ class AttentionLayers:
             try:
                 for name, processor in self._processors.items():
                     processor.recording = recordings.get(name)
+                    processor.projections = self._fused(name)
                 needs_stacking = max(len(text), 0 if vision is None else len(vision.keys_values)) > 1
                 for transformer, layers in self._text_layers.items():
                     if needs_stacking:
@@ -190,7 +238,7 @@ class AttentionLayers:
                 yield
             finally:
                 for processor in self._processors.values():
-                    processor.text = processor.vision = processor.recording = None
+                    processor.text = processor.vision = processor.recording = processor.projections = None
                 for hook in hooks:
                     hook.remove()
 

@@ -289,6 +289,13 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         """Whether UNet calls are replayed as CUDA graphs."""
         return isinstance(self.denoiser.executor, GraphExecutor)
 
+    def fuse_projections(self) -> None:
+        """Compute query, key and value of each self-attention layer of the UNet in one product.
+
+        Call it when the UNet is on its device. Results change by rounding. See `AttentionLayers.fuse_projections`.
+        """
+        self.denoiser.attention.fuse_projections()
+
     def compile(self, *, resnets: bool = False, **options) -> None:
         """Compile the transformer blocks of the UNet with `torch.compile`; CUDA graphs then replay compiled kernels.
 

@@ -523,3 +523,26 @@ def test_captures_and_other_device_work_exclude_each_other():
         thread.join(10)
     later.join(10)
     assert events == ["work", "capture", "captured", "later"]
+
+
+@pytest.mark.parametrize("change", ["none", "in place", "lora", "dtype"])
+def test_fused_projections_give_the_same_latents(change):
+    """One product for query, key and value gives the latents of three, also after their weights have changed."""
+    expected, fused = tiny_pipeline(), tiny_pipeline()
+    fused.fuse_projections()
+    attention = fused.denoiser.attention
+    layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    assert attention.is_fused(layer)
+    for pipeline in (expected, fused):
+        if change == "in place":
+            with torch.no_grad():
+                pipeline.unet.get_submodule(layer).to_q.weight.mul_(1.5)
+        elif change == "lora":
+            _lora(pipeline.unet)
+        elif change == "dtype":
+            pipeline.to(torch.float64)
+    assert attention.is_fused(layer) == (change in ("none", "in place"))
+    assert torch.allclose(latents_of(fused, REQUEST), latents_of(expected, REQUEST), atol=1e-4)
+    attention.unfuse_projections()
+    assert not attention.is_fused(layer)
+    assert torch.allclose(latents_of(fused, REQUEST), latents_of(expected, REQUEST), atol=1e-5)
