@@ -14,7 +14,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 
-# Test files that start Ray or listen on ports. They share a process, because two local clusters may find each other.
+# Test files that start Ray or listen on ports. They share a process, because two local clusters may find each other, and
+# run after all others, because each of them keeps the whole machine busy.
 RAY_FILES = {
     "test_app.py",
     "test_browser.py",
@@ -31,6 +32,7 @@ RAY_FILES = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests of a file in one process, so that they share its fixtures."""
+    items.sort(key=lambda item: item.path.name in RAY_FILES)
     for item in items:
         group = "ray" if item.path.name in RAY_FILES else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
