@@ -14,8 +14,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 
-# Test files that start Ray or listen on ports. They share a process, because two local clusters may find each other, and
-# run after all others, because each of them keeps the whole machine busy.
+# Test files that start Ray or listen on ports. They share a process, because two local clusters may find each other,
+# and run after all others, because each of them keeps the whole machine busy.
 RAY_FILES = {
     "test_app.py",
     "test_browser.py",
