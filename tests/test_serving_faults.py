@@ -136,7 +136,7 @@ def test_chaos(server, clients):
         Request(**SHORT, seed=3, height=96, guidance_scale=1.0),
     ]
     responses, killed = asyncio.run(
-        chaos(clients, wanted, rate=3, seconds=15, kinds=["replica"], every_s=4, deadline_s=DEADLINE_S)
+        chaos(clients, wanted, rate=2, seconds=25, kinds=["replica"], every_s=4, deadline_s=DEADLINE_S)
     )
     outcomes = Counter(response.outcome for response in responses)
     assert killed["replica"] >= 2
