@@ -18,14 +18,12 @@ class Tape(TorchDispatchMode):
     """Records the operations inside a `with` block; `replay` repeats them.
 
     Attributes:
-        num_replays: number of calls of `replay`.
         closed: whether the tape has been reset.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._operations: list[tuple[Any, tuple, dict, Any]] = []
-        self.num_replays = 0
         self.closed = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -41,7 +39,6 @@ class Tape(TorchDispatchMode):
 
     def replay(self) -> None:
         assert not self.closed, "a graph was replayed after its reset"
-        self.num_replays += 1
         for func, args, kwargs, recorded in self._operations:
             result = func(*args, **kwargs)
             for old, new in zip(tree_leaves(recorded), tree_leaves(result), strict=True):

@@ -281,8 +281,7 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         if execution not in get_args(Execution):
             raise ValueError(f"execution is {execution!r}; it must be 'auto', 'eager' or 'graphs'.")
         self._execution = execution
-        self.denoiser.retire()
-        self._denoiser = Denoiser(self.unet, self.realcustom_config.method, execution)
+        self.denoiser.set_execution(execution)
 
     @property
     def uses_graphs(self) -> bool:

@@ -32,7 +32,7 @@ class Denoiser:
 
     def __init__(self, unet, method: MethodConfig, execution: Execution = "auto") -> None:
         self.unet, self.method = unet, method
-        self.execution: Execution = execution
+        self._execution: Execution = execution
         self.attention = AttentionLayers(unet)
         self._executor: Executor | None = None
         self._device = torch.device("meta")
@@ -42,13 +42,18 @@ class Denoiser:
         """Runs the UNet calls; it is created when the UNet is on its device."""
         device = next(self.unet.parameters()).device
         if self._executor is None or device != self._device:
-            self._executor = create_executor(self.execution, self.attention, self.method)
+            self._executor = create_executor(self._execution, self.attention, self.method)
             self._device = device
         return self._executor
 
     @executor.setter
     def executor(self, executor: Executor) -> None:
         self._executor, self._device = executor, next(self.unet.parameters()).device
+
+    def set_execution(self, execution: Execution) -> None:
+        """Change how UNet calls run."""
+        self.retire()
+        self._execution, self._executor = execution, None
 
     def retire(self) -> None:
         """Discard the executor's buffers and graphs, if it has any."""

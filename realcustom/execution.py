@@ -301,7 +301,9 @@ class ReplayExecutor:
 
     def run(self, call: UNetCall) -> Result:
         call = padded(call)
-        key = key_of(call)
+        return self._run_padded(key_of(call), call)
+
+    def _run_padded(self, key: CallKey, call: UNetCall) -> Result:
         output, relevance = self._execute(key, self._fill(key, call))
         return (None if output is None else output.clone()), (None if relevance is None else relevance.clone())
 
@@ -500,10 +502,6 @@ class GraphExecutor(ReplayExecutor):
     def num_graphs(self) -> int:
         return len(self._graphs)
 
-    def has_graph(self, call: UNetCall) -> bool:
-        """Whether a call of this shape has been captured."""
-        return key_of(padded(call)) in self._graphs
-
     @contextmanager
     def capturing_at_once(self) -> Iterator[None]:
         """Capture each shape when it occurs for the first time, as a warm-up needs it."""
@@ -537,7 +535,8 @@ class GraphExecutor(ReplayExecutor):
     def run(self, call: UNetCall) -> Result:
         if self._eager_reason or call.texts[0].keys_values is None:
             return self._run_eagerly(call)
-        key = key_of(padded(call))
+        padded_call = padded(call)
+        key = key_of(padded_call)
         if key in self._too_large:
             return self._run_eagerly(call)
         if key not in self._graphs and key not in self._seen and not self._captures_at_once:
@@ -545,7 +544,7 @@ class GraphExecutor(ReplayExecutor):
                 self._seen.clear()
             self._seen.add(key)
             return self._run_eagerly(call)
-        return super().run(call)
+        return self._run_padded(key, padded_call)
 
     def _run_eagerly(self, call: UNetCall) -> Result:
         self.statistics.eager += 1

@@ -185,13 +185,14 @@ def measure(pipeline: RealCustomPipeline) -> MemoryModel:
     Calls run eagerly: in main memory, only single operations can be counted, and the memory of CUDA graphs is part of
     what is used when `available` is called after the warm-up. Call it before `pipeline.compile()`.
     """
-    pipeline.execution = "eager"
+    execution, pipeline.execution = pipeline.execution, "eager"
     account = GpuAccount() if pipeline.unet.device.type == "cuda" else TensorAccount()
     sampling, grid = pipeline.sampling, pipeline.vae_scale_factor
     full = (sampling.height, sampling.width)
     half = (max(grid, full[0] // 2 // grid * grid), max(grid, full[1] // 2 // grid * grid))
     with account if isinstance(account, TensorAccount) else nullcontext():
         small, large = (_measure_at(pipeline, account, *size) for size in (half, full))
+    pipeline.execution = execution
 
     def line(name: str) -> AffineCost:
         pixels = (half[0] * half[1], full[0] * full[1])
