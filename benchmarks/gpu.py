@@ -28,21 +28,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.full_size import make_masks_compact, random_pipeline
+from benchmarks.report import rounded
 from benchmarks.tape import TapeBackend
-from benchmarks.workbench import Workbench, benchmark_request, peak_bytes, seconds, time_alternately
+from benchmarks.workbench import (
+    APPROXIMATIONS,
+    Workbench,
+    benchmark_request,
+    peak_bytes,
+    seconds,
+    time_alternately,
+)
 from realcustom import Generation, RealCustomPipeline, Request
 from realcustom.assets import MINI_MODEL
 from realcustom.execution import EagerExecutor, GraphExecutor
 from realcustom.request import seed_variations
 
 Report = dict[str, Any]
-APPROXIMATIONS = {
-    "exact": {},
-    "mask of the generation branch": {"mask_source": "generation_branch"},
-    "mask every 2nd step": {"mask_interval": 2},
-    "mask every 3rd step": {"mask_interval": 3},
-    "mask every 6th step": {"mask_interval": 6},
-}
 
 
 class GpuBenchmark:
@@ -416,12 +417,6 @@ SECTIONS = (
 def machine(device: torch.device) -> str:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'} (rehearsal)"
     return f"{name}; torch {torch.__version__}"
-
-
-def rounded(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {name: rounded(value) for name, value in values.items()}
-    return float(f"{values:.4g}") if isinstance(values, float) else values
 
 
 def main() -> None:

@@ -25,19 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.full_size import FAMILIES, default_dtype, make_masks_compact, random_pipeline
-from benchmarks.workbench import Workbench, benchmark_request, peak_bytes, time_alternately
+from benchmarks.report import rounded
+from benchmarks.workbench import APPROXIMATIONS, Workbench, benchmark_request, peak_bytes, time_alternately
 from realcustom import Generation, RealCustomPipeline, Request
 from realcustom.assets import MINI_MODEL
 from realcustom.denoiser import Denoiser
 from realcustom.visual_attention import SortedMask
-
-APPROXIMATIONS = {
-    "exact": {},
-    "mask of the generation branch": {"mask_source": "generation_branch"},
-    "mask every 2nd step": {"mask_interval": 2},
-    "mask every 3rd step": {"mask_interval": 3},
-    "mask every 6th step": {"mask_interval": 6},
-}
 
 
 def time_images(benches: dict[str, Workbench], batch_size: int, rounds: int) -> dict[str, float]:
@@ -222,7 +215,7 @@ def measure(args: argparse.Namespace) -> dict:
     report: dict = {}
 
     def add(section: str, values: object) -> None:
-        report[section] = _rounded(values)
+        report[section] = rounded(values)
         print(json.dumps({section: report[section]}, indent=2), flush=True)
 
     add("machine", f"{describe_machine(args.device)}; torch {torch.__version__}")
@@ -247,12 +240,6 @@ def measure(args: argparse.Namespace) -> dict:
         num_images = 0 if has_random_weights else args.iou_images
         add("approximations", approximations(list(benches.values())[-1], args.rounds, num_images))
     return report
-
-
-def _rounded(values):
-    if isinstance(values, dict):
-        return {name: _rounded(value) for name, value in values.items()}
-    return float(f"{values:.4g}") if isinstance(values, float) else values
 
 
 SECTIONS = ("operations", "memory", "images", "parts", "approximations")

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -18,6 +18,13 @@ from realcustom.execution import compile_blocks
 from realcustom.request import seed_variations
 
 PROMPT, PHRASES = "a dog on the beach", ("dog", "beach")
+APPROXIMATIONS: dict[str, dict[str, Any]] = {  # approximate mode -> settings of its request
+    "exact": {},
+    "mask of the generation branch": {"mask_source": "generation_branch"},
+    "mask every 2nd step": {"mask_interval": 2},
+    "mask every 3rd step": {"mask_interval": 3},
+    "mask every 6th step": {"mask_interval": 6},
+}
 
 
 class Workbench:
