@@ -25,14 +25,9 @@ from tiny import (
     PROMPT,
     cat,
     dog,
-    tiny_sd15_unet,
-    tiny_text_config,
-    tiny_tokenizer,
-    tiny_unet,
-    tiny_vae,
+    stock_pipeline,
     tiny_vision_encoders,
 )
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from realcustom import AlternatingDPMSolverScheduler, RealCustomAdapter, RealCustomPipeline, Request
 from realcustom.from_parts import single_file_family
@@ -41,28 +36,11 @@ from realcustom.weights import save_adapter
 REPOSITORY = Path(__file__).parents[1]
 
 
-def base_model(family: str):
-    """A complete stock pipeline with random weights."""
-    torch.manual_seed(0)
-    common = dict(
-        vae=tiny_vae(),
-        # Widths differ between families, because diffusers identifies the family of a single file by them.
-        text_encoder=CLIPTextModel(tiny_text_config(8 if family == "sdxl" else 16)),
-        tokenizer=tiny_tokenizer(),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
-    )
-    if family == "sdxl":
-        second = dict(text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(24)), tokenizer_2=tiny_tokenizer())
-        return StableDiffusionXLPipeline(**common, **second, unet=tiny_unet())
-    options = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    return StableDiffusionPipeline(**common, **options, unet=tiny_sd15_unet())
-
-
 @pytest.fixture(scope="module", params=["sdxl", "sd15"])
 def parts(request, tmp_path_factory):
     """Folders of a base model and both vision encoders (with 27 blocks, as SigLIP has), and an adapter file."""
     folder = tmp_path_factory.mktemp(request.param)
-    base = base_model(request.param)
+    base = stock_pipeline(request.param)
     base.save_pretrained(folder / "base")
     for name, encoder in zip(("siglip", "dinov2"), tiny_vision_encoders(num_layers=27)):
         encoder.save_pretrained(folder / name)
@@ -133,7 +111,7 @@ def test_save_and_load_round_trip(assembled, tmp_path):
 def test_single_file_equals_the_folder(parts, assembled, tmp_path):
     """A single file in the layout of the original checkpoints loads the same model as the diffusers folder."""
     _, folder = parts
-    write_single_file(base_model(parts[0]), tmp_path / "model.safetensors")
+    write_single_file(stock_pipeline(parts[0]), tmp_path / "model.safetensors")
     pipeline = RealCustomPipeline.from_parts(
         tmp_path / "model.safetensors",
         folder / "adapter.safetensors",
@@ -268,7 +246,7 @@ def test_other_models_and_files_raise(tmp_path):
 
 def test_inpainting_models_raise(tmp_path):
     """A UNet with more input channels than the VAE has latent channels raises a ValueError."""
-    base = base_model("sd15")
+    base = stock_pipeline("sd15")
     base.register_modules(unet=UNet2DConditionModel.from_config(base.unet.config, in_channels=9))
     base.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="9 input channels and its VAE 4 latent channels"):
@@ -365,7 +343,7 @@ def test_markers_of_single_files_are_applied(parts, tmp_path):
     family, folder = parts
     if family != "sdxl":
         pytest.skip("the markers are used by fine-tunes of SDXL")
-    write_single_file(base_model(family), tmp_path / "model.safetensors")
+    write_single_file(stock_pipeline(family), tmp_path / "model.safetensors")
     markers = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     save_file({**load_file(tmp_path / "model.safetensors"), **markers}, tmp_path / "v.safetensors")
     config = RealCustomPipeline.from_parts(

@@ -8,7 +8,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image, ImageDraw
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -188,6 +195,23 @@ def tiny_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     torch.set_rng_state(rng_state)
     return pipeline
+
+
+def stock_pipeline(family: str) -> StableDiffusionXLPipeline | StableDiffusionPipeline:
+    """Return a complete stock pipeline of a family with random weights."""
+    torch.manual_seed(0)
+    common = dict(
+        vae=tiny_vae(),
+        # Widths differ between families, because diffusers identifies the family of a single file by them.
+        text_encoder=CLIPTextModel(tiny_text_config(8 if family == "sdxl" else 16)),
+        tokenizer=tiny_tokenizer(),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+    )
+    if family == "sdxl":
+        second = dict(text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(24)), tokenizer_2=tiny_tokenizer())
+        return StableDiffusionXLPipeline(**common, **second, unet=tiny_unet())
+    options = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return StableDiffusionPipeline(**common, **options, unet=tiny_sd15_unet())
 
 
 def subject_image(color: str = "red", size: tuple[int, int] = (48, 40)) -> Image.Image:

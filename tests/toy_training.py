@@ -6,19 +6,12 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from tiny import (
+    stock_pipeline,
     tiny_pipeline,
-    tiny_sd15_unet,
-    tiny_text_config,
-    tiny_tokenizer,
-    tiny_unet,
-    tiny_vae,
     tiny_vision_encoders,
 )
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from train.config import TrainConfig
 from train.overrides import override
@@ -31,20 +24,7 @@ def write_base(folder: Path, family: str) -> list[str]:
     if family == "mini":
         tiny_pipeline().save_pretrained(folder / "mini")
         return [f"model.base={folder / 'mini'}"]
-    torch.manual_seed(0)
-    common = dict(
-        vae=tiny_vae(),
-        text_encoder=CLIPTextModel(tiny_text_config(8 if family == "sdxl" else 16)),
-        tokenizer=tiny_tokenizer(),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
-    )
-    if family == "sdxl":
-        second = dict(text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(24)), tokenizer_2=tiny_tokenizer())
-        stock = StableDiffusionXLPipeline(**common, **second, unet=tiny_unet())
-    else:
-        options = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        stock = StableDiffusionPipeline(**common, **options, unet=tiny_sd15_unet())
-    stock.save_pretrained(folder / "base")
+    stock_pipeline(family).save_pretrained(folder / "base")
     for name, encoder in zip(("siglip", "dinov2"), tiny_vision_encoders(num_layers=27)):
         encoder.save_pretrained(folder / name)
     return [f"model.{name}={folder / name}" for name in ("base", "siglip", "dinov2")]

@@ -43,7 +43,7 @@ class MultiviewSource:
         limits: which images are used.
         may_flip: mirror half of the samples, except those whose caption names left or right.
     Attributes:
-        findings: what is broken, as far as the index can tell.
+        findings: what is broken, as far as the index shows.
         fingerprint: hash of the records and their order.
     Raises:
         ValueError: there is no view, or no instance with two usable views.

@@ -36,7 +36,7 @@ class TextImageSource:
         limits: which images are used.
         may_flip: mirror half of the samples, except those whose caption names left or right. Not for images of text.
     Attributes:
-        findings: what is broken, as far as the index can tell. Images are decoded only when they are loaded.
+        findings: what is broken, as far as the index shows. Images are decoded only when they are loaded.
         fingerprint: hash of the records and their order; a run can be resumed exactly only with the same one.
     Raises:
         ValueError: there is no shard, or no usable record.
