@@ -38,6 +38,16 @@ async def hung_replicas(handle: Any, timeout_s: float) -> set[str]:
     return {name for name, probe in probes.items() if probe in pending}
 
 
+def forget_queue_lengths(handle: Any) -> None:
+    """Let the router of a handle ask the replicas for their queue lengths before it sends the next request.
+
+    It remembers a length for 10 s and would send requests to a replica that no longer responds. One that does not
+    answer the question gets none.
+    """
+    for replica in running_replicas(handle).values():
+        handle._router._asyncio_router.request_router.on_replica_actor_unavailable(replica.replica_id)
+
+
 def local_clusters() -> list[str]:
     """Addresses (host:port) of the Ray clusters that have their head on this machine, sorted."""
     from ray._private.services import find_gcs_addresses

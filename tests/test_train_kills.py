@@ -1,6 +1,7 @@
 """A run that is killed at random moments and resumed equals an unbroken one, bit for bit."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,9 @@ def kill_and_resume(base, folder: Path, *, steps: int, kills: int) -> list[Path]
         assignments = [*base, f"steps={steps}", f"data.workers={workers}", "data.validation=none"]
         out = folder / str(workers)
         runs.append({"out": str(out), "assignments": assignments, "kills": kills, "seed": 10 * steps + workers})
-    done = subprocess.run([sys.executable, DRIVER, json.dumps(runs)], capture_output=True, text=True, timeout=1200)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, DRIVER, json.dumps(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")] == [{"killed": kills}] * 2
     return [Path(settings["out"]) for settings in runs]

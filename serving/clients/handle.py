@@ -14,7 +14,7 @@ from ..protocol.cost import image_cost
 from ..protocol.errors import DeadlineExceeded, Unavailable
 from ..protocol.events import HEARTBEAT_S, Event, Heartbeat, Queued, Result, result_of
 from ..protocol.model_info import ModelInfo
-from ..ray_private import hung_replicas, running_replicas
+from ..ray_private import forget_queue_lengths, hung_replicas, running_replicas
 from .admission import Admission, Reservation, Ticket
 from .ray_errors import translate_ray_errors
 from .retry import RetryPolicy, resume, short_backoff
@@ -167,6 +167,7 @@ class HandleClient:
         self._probing = None
         if not probe.cancelled():
             self._hung = frozenset(probe.result())
+            forget_queue_lengths(self._handle)
 
     async def _attempt(
         self,
@@ -205,6 +206,7 @@ class HandleClient:
                 elif time.monotonic() >= deadline:
                     raise DeadlineExceeded(f"the image was not finished within {timeout_s:.3g} s.")
                 elif silent and ticket.answered:
+                    forget_queue_lengths(self._handle)
                     response.cancel()
                     raise Unavailable(f"the replica has not responded for {SILENCE_S:.0f} s; try again.", 1.0)
                 elif silent and not await self._find_hung_replicas() <= hung:
