@@ -1,7 +1,7 @@
 """The training loss: sample -> keys and values -> unmasked visual attention -> loss on epsilon or v (Eq. 1, 2, 4).
 
 All random numbers of a sample are a function of (seed, step, position in the global batch), so that any number of
-processes computes the same noise, timestep and dropout for it.
+processes on any device computes the same noise, timestep and dropout for it.
 
 Legend: B batch, C latent channels, h, w latent size, T text tokens, D channels of the text, N vision tokens.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -20,7 +21,8 @@ from realcustom.vision import VisionFeatures
 from realcustom.visual_attention import KeysValues, VisualAttention
 
 from .config import ObjectiveConfig
-from .data.order import derive_key
+from .data.order import derive_key, generator, uniforms
+from .noise import normals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +51,9 @@ class Draws:
     """The random numbers of B samples.
 
     Attributes:
-        noise: standard normal, float32 [B, C, h, w].
-        timesteps: int64 [B].
-        keep_text, keep_vision: whether each sample keeps its condition, bool [B].
+        noise: standard normal, float32 [B, C, h, w], on the device of the computation.
+        timesteps: int64 [B], on the CPU.
+        keep_text, keep_vision: whether each sample keeps its condition, bool [B], on the CPU.
     """
 
     noise: Tensor
@@ -63,14 +65,15 @@ class Draws:
 def draw(
     config: ObjectiveConfig,
     latent_shape: Sequence[int],
-    positions: Sequence[int],
+    positions: range,
     *,
     seed: int,
     step: int,
     batch_size: int,
     num_timesteps: int,
+    device: torch.device | str = "cpu",
 ) -> Draws:
-    """The random numbers of the samples at `positions` of the global batch, on the CPU.
+    """The random numbers of the samples at `positions` of the global batch.
 
     Timesteps are stratified: position p draws from the p-th of `batch_size` equal intervals, in an order that is
     shuffled at each step. This lowers the variance of the loss.
@@ -80,31 +83,24 @@ def draw(
         seed, step: of the run.
         batch_size: of the global batch.
         num_timesteps: training timesteps of the noise schedule.
+        device: of the noise.
     """
-    order = torch.randperm(batch_size, generator=_generator(seed, "strata", step))
-    noise, timesteps, keep_text, keep_vision = [], [], [], []
-    for position in positions:
-        generator = _generator(seed, "sample", step, position)
-        noise.append(torch.randn(tuple(latent_shape), generator=generator))
-        uniform, dropout = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-        uniform = (int(order[position]) + uniform) / batch_size
-        timesteps.append(min(int(uniform**config.timestep_exponent * num_timesteps), num_timesteps - 1))
-        # One number decides: [0, text) drops the text, then the vision, then both.
-        text_end = config.drop_text
-        vision_end = text_end + config.drop_vision
-        both_end = vision_end + config.drop_both
-        keep_text.append(not (dropout < text_end or vision_end <= dropout < both_end))
-        keep_vision.append(not text_end <= dropout < both_end)
+    order = generator(seed, "strata", step).permutation(batch_size)[positions.start : positions.stop]
+    numbers = np.arange(positions.start, positions.stop)
+    uniform = (order + uniforms(derive_key(seed, "timestep", step), numbers)) / batch_size
+    timesteps = (uniform**config.timestep_exponent * num_timesteps).astype(np.int64).clip(max=num_timesteps - 1)
+    # One number decides: [0, text) drops the text, then the vision, then both.
+    dropout = uniforms(derive_key(seed, "dropout", step), numbers)
+    text_end = config.drop_text
+    vision_end = text_end + config.drop_vision
+    both_end = vision_end + config.drop_both
+    drop_both = (vision_end <= dropout) & (dropout < both_end)
     return Draws(
-        noise=torch.stack(noise),
-        timesteps=torch.tensor(timesteps),
-        keep_text=torch.tensor(keep_text),
-        keep_vision=torch.tensor(keep_vision),
+        noise=normals(derive_key(seed, "noise", step), positions, latent_shape, device),
+        timesteps=torch.from_numpy(timesteps),
+        keep_text=torch.from_numpy((dropout >= text_end) & ~drop_both),
+        keep_vision=torch.from_numpy((dropout < text_end) | (dropout >= both_end)),
     )
-
-
-def _generator(*key: int | str) -> torch.Generator:
-    return torch.Generator().manual_seed(derive_key(*key) >> 1)
 
 
 def noisy_and_target(

@@ -212,6 +212,7 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
                     step=step,
                     batch_size=config.batch_size,
                     num_timesteps=objective.num_timesteps,
+                    device=device,
                 )
                 with nullcontext() if is_last else accelerator.no_sync(model):
                     with frozen.autocast():

@@ -60,6 +60,7 @@ class Validation:
             step=0,
             batch_size=NUM_SAMPLES,
             num_timesteps=self._objective.num_timesteps,
+            device=self._frozen.device,
         )
         draws = replace(draws, keep_vision=torch.full_like(draws.keep_vision, keep_vision))
         with self._frozen.autocast():
