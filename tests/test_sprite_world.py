@@ -1,13 +1,12 @@
 """The sprite world: samples are determined by their index, and training never uses held-out instances."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 
+from train.data.sprite_world.renderer import draw_instances
 from train.data.sprite_world.scenes import SCENES, draw_scene
-from train.data.sprite_world.sprites import CATEGORIES, HELD_OUT, TRAINED, Instance, draw_instance
-from train.data.sprite_world.world import SpriteWorld, make_reference
+from train.data.sprite_world.sprites import CATEGORIES, HELD_OUT, TRAINED, Instance
+from train.data.sprite_world.world import SpriteWorld, make_reference, render_views
 from train.mini.pool import SamplePool
 from train.mini.render import RenderSamples, pack_caption, unpack_captions
 
@@ -19,10 +18,64 @@ def test_index_determines_the_sample():
     assert one.image.tobytes() != other.image.tobytes()
 
 
+# Index, caption, subjects, boxes and target phrases of pairs. Trained models depend on them: do not change them.
+PAIRS = {
+    ("train", 0, 1): ("a car on a wooden floor", [("car", 2885)], [(0, 30, 128, 128)], ("car",)),
+    ("train", 0, 7): (
+        "a photo of a rabbit and a car in the city",
+        [("rabbit", 8784), ("car", 12888)],
+        [(0, 44, 71, 118), (60, 49, 123, 91)],
+        ("rabbit", "car"),
+    ),
+    ("held_out", 2, 2): (
+        "a boot and a penguin at night under stars",
+        [("boot", 1007505), ("penguin", 1015528)],
+        [(0, 46, 74, 120), (61, 49, 128, 113)],
+        ("boot",),
+    ),
+    ("held_out", 2, 7): (
+        "a bear next to a dog in the city",
+        [("bear", 1006711), ("dog", 1010419)],
+        [(3, 39, 64, 99), (59, 41, 128, 110)],
+        ("bear", "dog"),
+    ),
+}
+
+
+@pytest.mark.parametrize("key", PAIRS)
+def test_pairs_are_those_of_earlier_versions(key):
+    """The random numbers of an index have not changed."""
+    split, seed, index = key
+    pair = SpriteWorld(seed, split).pair(index)
+    subjects = [(s.category, s.number) for s in pair.sample.subjects]
+    assert (pair.sample.caption, subjects, list(pair.sample.boxes), pair.target_phrases) == PAIRS[key]
+
+
+def test_batch_contains_the_pairs_of_its_indices():
+    """Images, references, captions, boxes and the subjects of the reference are those of the single pairs."""
+    indices = [0, 1, 2, 7, 40]
+    world, categories = SpriteWorld(), list(CATEGORIES)
+    batch = world.plan_pairs(indices)
+    images, references = render_views(batch.images), render_views(batch.references)
+    for row, index in enumerate(indices):
+        pair = world.pair(index)
+        count = len(pair.sample.subjects)
+        named = [categories[i] for i in batch.images.category[row, batch.in_reference[row]]]
+        assert batch.captions[row] == pair.sample.caption
+        assert batch.target_phrases[row] == pair.target_phrases and set(named) == set(pair.target_phrases)
+        assert batch.images.number[row, :count].tolist() == [s.number for s in pair.sample.subjects]
+        assert tuple(map(tuple, batch.images.boxes[row, :count].tolist())) == pair.sample.boxes
+        assert images[row].tobytes() == pair.sample.image.tobytes()
+        assert references[row].tobytes() == pair.reference.tobytes()
+    samples = world.plan_samples(indices)
+    assert samples.captions == [world.sample(i).caption for i in indices]
+    assert (np.asarray(render_views(samples.images)[2]) == np.asarray(world.sample(2).image)).all()
+
+
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_instances_differ_in_color_only(category):
     """Two instances of a category have the same outline and different colors."""
-    one, other = (np.asarray(draw_instance(Instance(category, number))) for number in (1, 2))
+    one, other = map(np.asarray, draw_instances([Instance(category, number) for number in (1, 2)]))
     assert (one[..., 3] == other[..., 3]).all()
     assert np.abs(one[..., :3].astype(int) - other[..., :3])[one[..., 3] > 0].mean() > 5
 
@@ -75,7 +128,7 @@ def test_references_of_two_subjects_have_random_order():
 
 
 def _mean_color(subject: Instance, plain: np.ndarray) -> np.ndarray:
-    sprite = np.asarray(draw_instance(subject).convert("RGBA"), float)
+    sprite = np.asarray(draw_instances([subject])[0], float)
     alpha = sprite[..., 3:] / 255
     return (sprite[..., :3] * alpha + plain * (1 - alpha)).mean((0, 1))
 
@@ -88,7 +141,8 @@ def test_scene_variants_differ(scene):
 
 def test_reference_has_the_size_of_a_sample():
     rng = np.random.default_rng(0)
-    assert make_reference(rng, (Instance("house", 3),)).size == (128, 128)
+    (image,) = render_views([make_reference(rng, (Instance("house", 3),))])
+    assert image.size == (128, 128)
 
 
 def test_unpacking_restores_the_caption():
@@ -108,41 +162,3 @@ def test_pool_contents_depend_on_the_step_only(tmp_path):
     for name in fields:
         assert (running.batch(3, draws)[name] == started.batch(3, draws)[name]).all()
         assert (running.groups(3, draws, 2)[name] == started.groups(3, draws, 2)[name]).all()
-
-
-def test_reopened_pool_renders_missing_samples_only(tmp_path):
-    """A resumed run reads the samples on disk and renders the new samples of its step."""
-    options = dict(start=6, capacity=8, per_step=2)
-    SamplePool(tmp_path, {"a": ((), "int64")}, partial(_ones, names="a"), **options).refresh(3)
-    rendered = []
-
-    def render(indices):
-        rendered.extend(indices)
-        return _ones(indices, "a")
-
-    reopened = SamplePool(tmp_path, {"a": ((), "int64")}, render, **options)
-    reopened.refresh(3)
-    assert rendered == []
-    reopened.refresh(4)
-    assert rendered == [12, 13]
-
-
-def test_pool_with_a_new_field_is_rendered_again(tmp_path):
-    """Entries that were written before a field existed are replaced; the new field has no zeros left."""
-    fields = {"a": ((), "int64")}
-    SamplePool(tmp_path, fields, partial(_ones, names="a"), start=4, capacity=8, per_step=1).refresh(0)
-    fields["b"] = ((), "int64")
-    pool = SamplePool(tmp_path, fields, partial(_ones, names="ab"), start=4, capacity=8, per_step=1)
-    pool.refresh(0)
-    assert (pool.batch(0, np.arange(4) / 4)["b"] == 1).all()
-
-
-def test_empty_pool_is_filled_in_the_middle_of_a_run(tmp_path):
-    """If a run starts at step 100 without files, worker processes render everything that a batch can contain."""
-    pool = SamplePool(tmp_path, {"a": ((), "int64")}, partial(_ones, names="a"), start=4, capacity=150, per_step=1)
-    pool.refresh(100)
-    assert len(drawn := pool.batch(100, np.arange(104) / 104)["a"]) == 104 and (drawn == 1).all()
-
-
-def _ones(indices, names):
-    return {name: np.ones(len(indices), np.int64) for name in names}

@@ -1,4 +1,7 @@
-"""The sample pool of the embedded model's pretraining ends when it should, also while its workers render samples."""
+"""The sample pool of the embedded model's pretraining renders missing samples only, and ends when it should.
+
+Worker processes import this file, so it does not import torch.
+"""
 
 import os
 import signal
@@ -7,9 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from train.mini.pool import SamplePool
 
 ROOT = Path(__file__).parents[1]
 # What a stage does at its start, without the networks.
@@ -70,3 +77,41 @@ def test_workers_end_with_the_main_process(tmp_path):
     with rendering(tmp_path) as process:
         process.kill()
         process.wait()
+
+
+def test_reopened_pool_renders_missing_samples_only(tmp_path):
+    """A resumed run reads the samples on disk and renders the new samples of its step."""
+    options = dict(start=6, capacity=8, per_step=2)
+    SamplePool(tmp_path, {"a": ((), "int64")}, partial(_ones, names="a"), **options).refresh(3)
+    rendered = []
+
+    def render(indices):
+        rendered.extend(indices)
+        return _ones(indices, "a")
+
+    reopened = SamplePool(tmp_path, {"a": ((), "int64")}, render, **options)
+    reopened.refresh(3)
+    assert rendered == []
+    reopened.refresh(4)
+    assert rendered == [12, 13]
+
+
+def test_pool_with_a_new_field_is_rendered_again(tmp_path):
+    """Entries that were written before a field existed are replaced; the new field has no zeros left."""
+    fields = {"a": ((), "int64")}
+    SamplePool(tmp_path, fields, partial(_ones, names="a"), start=4, capacity=8, per_step=1).refresh(0)
+    fields["b"] = ((), "int64")
+    pool = SamplePool(tmp_path, fields, partial(_ones, names="ab"), start=4, capacity=8, per_step=1)
+    pool.refresh(0)
+    assert (pool.batch(0, np.arange(4) / 4)["b"] == 1).all()
+
+
+def test_empty_pool_is_filled_in_the_middle_of_a_run(tmp_path):
+    """If a run starts at step 100 without files, worker processes render everything that a batch can contain."""
+    pool = SamplePool(tmp_path, {"a": ((), "int64")}, partial(_ones, names="a"), start=4, capacity=150, per_step=1)
+    pool.refresh(100)
+    assert len(drawn := pool.batch(100, np.arange(104) / 104)["a"]) == 104 and (drawn == 1).all()
+
+
+def _ones(indices, names):
+    return {name: np.ones(len(indices), np.int64) for name in names}

@@ -14,6 +14,7 @@ from ..data.sprite_world.world import (
     compose,
     make_reference,
     random_instance,
+    render_views,
     scene_background,
     with_article,
 )
@@ -49,16 +50,17 @@ class Case:
         candidates = [
             [random_instance(rng, category, "held_out") for _ in range(NUM_CANDIDATES)] for category in self.categories
         ]
-        self.references = [
-            [make_reference(rng, (instance,), on_scene=0.0) for instance in instances] for instances in candidates
-        ]
+        views = [make_reference(rng, (instance,), on_scene=0.0) for instances in candidates for instance in instances]
         right = tuple(instances[0] for instances in candidates)
         # An image of both instances shows them in random order.
         shown = [right[:: rng.choice([1, -1])]] if task == "One2Many" else [(instance,) for instance in right]
-        images = [make_reference(rng, instances, on_scene=0.0) for instances in shown]
-        self.given = images * num_subjects if task == "One2Many" else images
-        self.truth = scene_background(rng, SCENES[self.scene])
-        compose(rng, right, self.truth)
+        views += [make_reference(rng, instances, on_scene=0.0) for instances in shown]
+        views.append(compose(rng, right, scene_background(rng, self.scene)))
+        images = iter(render_views(views))
+        self.references = [[next(images) for _ in instances] for instances in candidates]
+        given = [next(images) for _ in shown]
+        self.given = given * num_subjects if task == "One2Many" else given
+        self.truth = next(images)
 
     @property
     def prompt(self) -> str:

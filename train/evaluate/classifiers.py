@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.sprite_world.scenes import SCENES
+from ..data.sprite_world.views import View
 from ..data.sprite_world.world import (
     TRAINED_CATEGORIES,
     Split,
@@ -21,6 +22,7 @@ from ..data.sprite_world.world import (
     compose,
     make_reference,
     random_instance,
+    render_views,
     scene_background,
 )
 from ..images import to_signed
@@ -47,26 +49,35 @@ class RenderLabeled:
     split: Split = "train"
 
     def __call__(self, indices: Sequence[int]) -> Entry:
-        entry: dict[str, list] = {"image": [], "reference": [], "scene": [], "category": []}
+        views: list[View] = []  # image and reference of each index in turn
+        sides: list[int | None] = []  # which of two subjects an image is cropped to
+        scenes, labels = [], []
         for i in indices:
             rng = np.random.default_rng((self.seed, self.split == "held_out", i))
             label = i // GROUP % len(TRAINED_CATEGORIES)
             category = TRAINED_CATEGORIES[label]
             instance = random_instance(rng, category, self.split)
             scene = int(rng.integers(len(SCENES)))
-            image = scene_background(rng, SCENES[scene])
-            if i % 3:
-                compose(rng, (instance,), image)
-            else:
+            background = scene_background(rng, scene)
+            side, shown = None, (instance,)
+            if i % 3 == 0:
                 other = random_instance(rng, another_category(rng, category), self.split)
                 side = int(rng.integers(2))
-                compose(rng, (instance, other) if side == 0 else (other, instance), image)
-                image = crop_subject(image, side)
-            entry["image"].append(pixels_of(image))
-            entry["reference"].append(pixels_of(make_reference(rng, (instance,), on_scene=0.0)))
-            entry["scene"].append(scene)
-            entry["category"].append(label)
-        return {name: np.stack(values) for name, values in entry.items()}
+                shown = (instance, other) if side == 0 else (other, instance)
+            views += compose(rng, shown, background), make_reference(rng, (instance,), on_scene=0.0)
+            sides.append(side)
+            scenes.append(scene)
+            labels.append(label)
+        images = render_views(views)
+        cropped = [
+            image if side is None else crop_subject(image, side) for image, side in zip(images[::2], sides, strict=True)
+        ]
+        return {
+            "image": np.stack([pixels_of(image) for image in cropped]),
+            "reference": np.stack([pixels_of(image) for image in images[1::2]]),
+            "scene": np.array(scenes),
+            "category": np.array(labels),
+        }
 
 
 class ConvNet(nn.Module):

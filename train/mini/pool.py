@@ -108,12 +108,13 @@ class SamplePool:
 
 
 def _start_worker() -> None:
-    """Leave signals to the main process, which ends the workers, and end with it if it is killed."""
+    """Leave signals to the main process, which ends the workers, and end with it if it is killed. Use one CPU core."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when rendering imports torch
 
 
 def _reopen(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:

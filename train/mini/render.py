@@ -1,6 +1,6 @@
 """Rendering of samples in worker processes: sample indices -> arrays.
 
-Every worker imports this file, so its imports are light (no torch).
+Each call renders its samples together, with torch on the CPU.
 
 Legend: n samples, S image size in px.
 """
@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ..data.sprite_world.renderer import cpu_renderer
 from ..data.sprite_world.scenes import SCENE_SIZE
-from ..data.sprite_world.world import Box, SpriteWorld
+from ..data.sprite_world.views import pack_views
+from ..data.sprite_world.world import SpriteWorld
 from .pool import Entry
 
 CAPTION_BYTES = 96
@@ -50,12 +52,11 @@ class RenderSamples:
     seed: int = 0
 
     def __call__(self, indices: Sequence[int]) -> Entry:
-        world = SpriteWorld(self.seed)
-        samples = [world.sample(i) for i in indices]
+        batch = SpriteWorld(self.seed).plan_samples(indices)
         return {
-            "pixels": np.stack([pixels_of(s.image, self.size) for s in samples]),
-            "caption": np.stack([pack_caption(s.caption) for s in samples]),
-            "subject_bits": np.stack([_subject_bits(s.boxes, self.size) for s in samples]),
+            "pixels": _resize(cpu_renderer().render(batch.images).numpy(), self.size),
+            "caption": np.stack([pack_caption(caption) for caption in batch.captions]),
+            "subject_bits": np.stack([_subject_bits(boxes, self.size) for boxes in batch.images.boxes]),
         }
 
 
@@ -67,14 +68,25 @@ class RenderImages:
 
     def __call__(self, indices: Sequence[int]) -> Entry:
         world = SpriteWorld(self.seed)
-        images = [world.sample(i).image if i % 5 else world.pair(i).reference for i in indices]
-        return {"pixels": np.stack([pixels_of(image) for image in images])}
+        views = [world.sample(i).view if i % 5 else world.pair(i).reference_view for i in indices]
+        return {"pixels": cpu_renderer().render(pack_views(views)).numpy()}
 
 
-def _subject_bits(boxes: Sequence[Box], size: int) -> np.ndarray:
-    """Map with bit i set at the latent positions of box i, uint8 [size / 4, size / 4]; boxes in px of the scene."""
+def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Images [n, 3, 128, 128] resized to S x S px."""
+    if size == SCENE_SIZE:
+        return pixels
+    return np.stack([pixels_of(Image.fromarray(image), size) for image in pixels.transpose(0, 2, 3, 1)])
+
+
+def _subject_bits(boxes: np.ndarray, size: int) -> np.ndarray:
+    """Map with bit i set at the latent positions of box i, uint8 [size / 4, size / 4].
+
+    Args:
+        boxes: [2, 4] in px of the scene; zeros for no subject.
+    """
     bits = np.zeros((SCENE_SIZE // 4, SCENE_SIZE // 4), np.uint8)
-    for subject, (left, top, right, bottom) in enumerate(boxes):
+    for subject, (left, top, right, bottom) in enumerate(boxes.tolist()):
         bits[top // 4 : -(-bottom // 4), left // 4 : -(-right // 4)] |= 1 << subject
     stride = SCENE_SIZE // size
     return bits[::stride, ::stride]

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from realcustom.config import MethodConfig, VisionConfig
 from realcustom.vision import VisionEncoders
 
+from ..data.sprite_world.renderer import cpu_renderer, draw_instances
 from ..data.sprite_world.scenes import SCENE_SIZE
-from ..data.sprite_world.sprites import SPRITE_SIZE, draw_instance
+from ..data.sprite_world.sprites import SPRITE_SIZE
+from ..data.sprite_world.views import View, pack_views
 from ..data.sprite_world.world import (
     TRAINED_CATEGORIES,
-    Box,
     Split,
     SpriteWorld,
     another_category,
@@ -76,25 +77,33 @@ class RenderViews:
 
     def __call__(self, indices: Sequence[int]) -> Entry:
         world = SpriteWorld(self.seed, self.split)
-        entry: dict[str, list] = {name: [] for name in FIELDS}
+        views: list[View] = []  # first and second of each index in turn
+        slots: list[int] = []  # of the instance in each view
+        instances, labels = [], []
         for i in indices:
             rng = world.generator(i, 2)
             label = i // GROUP % len(TRAINED_CATEGORIES)
             category = TRAINED_CATEGORIES[label]
             instance = random_instance(rng, category, self.split)
             distractor = random_instance(rng, another_category(rng, category), self.split)
-            for view in VIEWS:
+            for _ in VIEWS:
                 shown = ((instance,), (instance,), (instance, distractor), (distractor, instance))[rng.integers(4)]
-                image = reference_background(rng, on_scene=0.35)
-                boxes = compose(rng, shown, image, large=True)
-                entry[view].append(pixels_of(image))
-                entry[f"{view}_inside"].append(_tokens_in(boxes[shown.index(instance)]))
-            entry["portrait"].append(pixels_of(_portrait(draw_instance(instance)), THUMBNAIL))
-            entry["category"].append(label)
-        return {name: np.stack(values) for name, values in entry.items()}
+                views.append(compose(rng, shown, reference_background(rng, on_scene=0.35), large=True))
+                slots.append(shown.index(instance))
+            instances.append(instance)
+            labels.append(label)
+        packed = pack_views(views)
+        pixels = cpu_renderer().render(packed).numpy()
+        inside = np.stack([_tokens_in(box) for box in packed.boxes[np.arange(len(views)), slots].tolist()])
+        return {
+            **{view: pixels[offset :: len(VIEWS)] for offset, view in enumerate(VIEWS)},
+            **{f"{view}_inside": inside[offset :: len(VIEWS)] for offset, view in enumerate(VIEWS)},
+            "portrait": np.stack([pixels_of(_portrait(sprite), THUMBNAIL) for sprite in draw_instances(instances)]),
+            "category": np.array(labels),
+        }
 
 
-def _tokens_in(box: Box) -> np.ndarray:
+def _tokens_in(box: Sequence[int]) -> np.ndarray:
     """Mark the tokens whose patch is at least half inside the box (px of the image) with 1, uint8 [8, 8]."""
     left, top, right, bottom = (int(side * GRID / SCENE_SIZE + 0.5) for side in box)
     inside = np.zeros((GRID, GRID), np.uint8)

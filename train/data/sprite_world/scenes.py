@@ -1,10 +1,9 @@
 """Scenes of the sprite world, drawn procedurally from a seed.
 
-Each scene has `NUM_VARIANTS` variants. They are cached to speed up rendering of training samples.
+Each scene has `NUM_VARIANTS` variants. The renderer draws each of them once.
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -143,9 +142,8 @@ _DRAW: dict[str, DrawScene] = dict(
 )
 
 
-@cache
 def draw_scene(scene: str, variant: int) -> Image.Image:
-    """One variant of a scene, RGB 128 x 128 px. The image is cached: copy it before drawing on it."""
+    """One variant of a scene, RGB 128 x 128 px."""
     rng = np.random.default_rng((SCENES.index(scene), variant % NUM_VARIANTS))
     pixels, details = _DRAW[scene](rng, int(rng.uniform(0.32, 0.55) * SCENE_SIZE))
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))

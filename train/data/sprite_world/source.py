@@ -8,7 +8,8 @@ from PIL import Image
 
 from ..sample import Record
 from .scenes import SCENE_SIZE
-from .world import Box, Split, SpriteWorld
+from .views import pack_views
+from .world import Split, SpriteWorld, render_views
 
 
 class SpriteSource:
@@ -38,16 +39,17 @@ class SpriteSource:
         """The pair of a number. If it shows two subjects in one reference, the target phrase is the first one's."""
         pair = self._world.pair(number)
         sample = pair.sample
-        shown = [box for s, box in zip(sample.subjects, sample.boxes) if s.category in pair.target_phrases]
-        reference = pair.reference if other_view else sample.image
+        views = pack_views([sample.view, pair.reference_view])
+        image, reference = render_views(views) if other_view else render_views(views[:1]) * 2
+        boxes = zip(sample.subjects, views.boxes[0].tolist())
         return Record(
-            image=sample.image,
+            image=image,
             reference=reference,
-            content=(_content(sample.image), _content(reference)),
+            content=(_content(image), _content(reference)),
             caption=sample.caption,
             target_phrase=pair.target_phrases[0],
             key=f"{self.name}:{number}",
-            masks={"inside": _inside(shown)},
+            masks={"inside": _inside([box for s, box in boxes if s.category in pair.target_phrases])},
         )
 
 
@@ -55,7 +57,7 @@ def _content(image: Image.Image) -> str:
     return blake2b(image.tobytes(), digest_size=16).hexdigest()
 
 
-def _inside(boxes: Sequence[Box]) -> Image.Image:
+def _inside(boxes: Sequence[Sequence[int]]) -> Image.Image:
     """A mask of the scene's size that is 1 inside the boxes."""
     mask = np.zeros((SCENE_SIZE, SCENE_SIZE), np.uint8)
     for left, top, right, bottom in boxes:

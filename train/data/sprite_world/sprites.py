@@ -1,14 +1,13 @@
-"""Sprites and instances: one drawing per category, recolored into many different instances.
+"""Sprites: one drawing per category, prepared for recoloring into many different instances.
 
-An instance is a category and a number. The number is the seed of everything that distinguishes the instance: the colors
-of its regions, their strength and a pattern. Numbers from `HELD_OUT` on are never used in training.
+An instance is a category and a number; `appearance` says what the number determines. Numbers from `HELD_OUT` on are
+never used in training.
 
 Legend: H, W size of a sprite; R regions of a sprite; colors are float32 RGB in [0, 1].
 """
 
-import colorsys
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +61,8 @@ class Sprite:
     Attributes:
         color, alpha: [H, W, 3] and [H, W, 1] in [0, 1].
         regions: soft assignment of pixels to regions, [R, H, W, 1] with sum 1; the largest region comes first.
-        shade, highlight: brightness of each pixel relative to its region, [R, H, W, 1]; see `_tint`.
+        shade, highlight: brightness of each pixel relative to its region, [R, H, W, 1]. A recolored pixel is
+            shade * (target + (1 - target) * highlight): shadows stay dark and highlights stay bright.
         keep: 1 for dark pixels (eyes, outlines), which are never recolored, [H, W, 1].
     """
 
@@ -87,17 +87,27 @@ def prepare_sprites(package_assets: Path, target: Path = SPRITES, size: int = 12
 
 
 @cache
+def sprite_size(category: str) -> tuple[int, int]:
+    """Width and height in px of the drawing of a category, cropped to its outline."""
+    return _crop_drawing(category).size
+
+
+def _crop_drawing(category: str) -> Image.Image:
+    """The RGBA drawing of a category, cropped to its outline and resized to `SPRITE_SIZE`."""
+    drawing = Image.open(SPRITES / category / f"{CATEGORIES[category]}.webp").convert("RGBA")
+    drawing = drawing.crop(drawing.getbbox())
+    scale = SPRITE_SIZE / max(drawing.size)
+    width, height = (max(1, round(side * scale)) for side in drawing.size)
+    return drawing.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def load_sprite(category: str) -> Sprite:
-    """The drawing of a category, cropped to its outline.
+    """The drawing of a category, prepared for recoloring.
 
     Raises:
         KeyError: an unknown category.
     """
-    drawing = Image.open(SPRITES / category / f"{CATEGORIES[category]}.webp").convert("RGBA")
-    drawing = drawing.crop(drawing.getbbox())
-    scale = SPRITE_SIZE / max(drawing.size)
-    drawing = drawing.resize([max(1, round(side * scale)) for side in drawing.size], Image.Resampling.LANCZOS)
-    values = np.asarray(drawing, dtype=np.float32) / 255
+    values = np.asarray(_crop_drawing(category), dtype=np.float32) / 255
     color, alpha = values[..., :3], values[..., 3:]
     regions = _regions(color, alpha[..., 0] > 0.5)
     light = color.max(-1, keepdims=True)
@@ -126,52 +136,3 @@ def _regions(color: np.ndarray, inside: np.ndarray) -> np.ndarray:
     distance = ((color[None] - centers[order][:, None, None]) ** 2).sum(-1, keepdims=True)
     weights = np.exp(-distance / 0.01 + (distance / 0.01).min(0))
     return (weights / weights.sum(0)).astype(np.float32)
-
-
-def _random_color(rng: np.random.Generator) -> np.ndarray:
-    hue, saturation, value = rng.random(), rng.uniform(0.25, 0.95), rng.uniform(0.45, 1.0)
-    return np.array(colorsys.hsv_to_rgb(hue, saturation, value), dtype=np.float32)
-
-
-def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray | None:
-    """A random mask of stripes or spots, [H, W, 1] in [0, 1], or None for no pattern."""
-    pattern = rng.choice(("none", "stripes", "spots"), p=(0.4, 0.35, 0.25))
-    if pattern == "none":
-        return None
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    period, angle = rng.uniform(14, 26), rng.uniform(0, np.pi)
-    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    if pattern == "stripes":
-        wave = np.sin(along * (2 * np.pi / period)) - rng.uniform(-0.2, 0.4)
-        return np.clip(wave * 3 + 0.5, 0, 1)[..., None]
-    half = period / 2
-    distance = np.hypot(along % period - half, across % period - half)
-    return np.clip(period * rng.uniform(0.24, 0.36) - distance + 0.5, 0, 1)[..., None]
-
-
-def _tint(sprite: Sprite, region: int, target: np.ndarray) -> np.ndarray:
-    """`target` with the shading of the region it replaces, so that shadows stay dark and highlights stay bright."""
-    return sprite.shade[region] * (target + (1 - target) * sprite.highlight[region])
-
-
-@lru_cache(maxsize=512)
-def draw_instance(instance: Instance) -> Image.Image:
-    """The instance, upright, RGBA; its longest side is `SPRITE_SIZE` px. The image is cached."""
-    sprite = load_sprite(instance.category)
-    color = sprite.color
-    if instance.number:
-        seed = (list(CATEGORIES).index(instance.category), instance.number)
-        rng = np.random.default_rng(seed)
-        painted = np.zeros_like(color)
-        for i, region in enumerate(sprite.regions):
-            target, strength = _random_color(rng), rng.uniform(0.75, 0.95)
-            if i and rng.random() < 0.5:
-                strength = 0.0  # original colors keep the category recognizable
-            painted += region * (color * (1 - strength) + _tint(sprite, i, target) * strength if strength else color)
-        pattern, second = _pattern(rng, *color.shape[:2]), _random_color(rng)
-        if pattern is not None:
-            amount = pattern * sprite.regions[0] * 0.85
-            painted = painted * (1 - amount) + _tint(sprite, 0, second) * amount
-        color = painted * (1 - sprite.keep) + color * sprite.keep
-    rgba = np.concatenate([color, sprite.alpha], axis=-1)
-    return Image.fromarray((rgba * 255 + 0.5).astype(np.uint8))

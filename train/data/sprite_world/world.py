@@ -2,16 +2,21 @@
 
 A sample shows one or two instances (`Instance`) in a scene, and its caption names them and the scene. A reference shows
 the same instances in another view. The same index gives the same sample on every machine.
+
+Everything here only draws random numbers. Images are rendered when they are needed, by `renderer`.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from .scenes import NUM_VARIANTS, SCENE_SIZE, SCENES, draw_scene
-from .sprites import HELD_OUT, TRAINED, Instance, draw_instance
+from .scenes import NUM_VARIANTS, SCENES
+from .sprites import HELD_OUT, TRAINED, Instance
+from .views import DRAWS_PER_SUBJECT, NUM_SLOTS, Background, PackedViews, View, pack_views
 
 TRAINED_CATEGORIES = tuple(TRAINED)
 NUM_TRAINED_INSTANCES = 20_000  # per category
@@ -54,27 +59,79 @@ class Sample:
     """A captioned image.
 
     Attributes:
-        image: RGB, 128 x 128 px.
+        view: what the image shows.
         caption: names the subjects from left to right, and usually the scene.
-        subjects: the instances, from left to right.
-        boxes: bounding box of each subject.
         scene: one of `SCENES`.
     """
 
-    image: Image.Image
+    view: View
     caption: str
-    subjects: tuple[Instance, ...]
-    boxes: tuple[Box, ...]
     scene: str
+
+    @property
+    def subjects(self) -> tuple[Instance, ...]:
+        """The instances, from left to right."""
+        return self.view.subjects
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """RGB, 128 x 128 px."""
+        return render_views([self.view])[0]
+
+    @cached_property
+    def boxes(self) -> tuple[Box, ...]:
+        """Bounding box of each subject."""
+        return tuple(map(tuple, pack_views([self.view]).boxes[0, : len(self.subjects)].tolist()))
 
 
 @dataclass(frozen=True)
 class ReferencePair:
-    """A sample, a reference image of some of its subjects, and the caption's words for these subjects."""
+    """A sample, a view of some of its subjects, and the caption's words for these subjects."""
 
     sample: Sample
-    reference: Image.Image
+    reference_view: View
     target_phrases: tuple[str, ...]
+
+    @cached_property
+    def reference(self) -> Image.Image:
+        """The reference image, RGB, 128 x 128 px."""
+        return render_views([self.reference_view])[0]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleBatch:
+    """Samples whose images are not rendered yet: `Renderer.render(batch.images)` renders them.
+
+    Attributes:
+        images: what the B images show, with the boxes, categories and numbers of their subjects from left to right.
+        captions: the caption of each sample.
+    """
+
+    images: PackedViews
+    captions: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch(SampleBatch):
+    """Reference pairs whose images are not rendered yet.
+
+    Attributes:
+        references: what the B references show. Their subjects are in random order.
+        target_phrases: the caption's words for the subjects of each reference.
+        in_reference: which subjects of the image the reference shows, bool [B, 2].
+    """
+
+    references: PackedViews
+    target_phrases: list[tuple[str, ...]]
+    in_reference: np.ndarray
+
+
+def render_views(views: PackedViews | Sequence[View]) -> list[Image.Image]:
+    """Render views on the CPU as RGB images, 128 x 128 px."""
+    from .renderer import cpu_renderer  # imports torch, which drawing random numbers does not need
+
+    packed = views if isinstance(views, PackedViews) else pack_views(views)
+    return [Image.fromarray(pixels) for pixels in cpu_renderer().render(packed).permute(0, 2, 3, 1).numpy()]
 
 
 def random_instance(rng: np.random.Generator, category: str, split: Split = "train") -> Instance:
@@ -88,83 +145,28 @@ def another_category(rng: np.random.Generator, category: str) -> str:
     return str(rng.choice([other for other in TRAINED_CATEGORIES if other != category]))
 
 
-def _random_corners(
-    rng: np.random.Generator, sprite: Image.Image, height: float, center: tuple[float, float], max_width: float
-) -> np.ndarray:
-    """Corners of a sprite in the image after a random perspective, rotation, mirroring and aspect; float64 [4, 2]."""
-    sprite_width, sprite_height = sprite.size
-    scale = height / sprite_height * np.array([rng.uniform(0.88, 1.14), 1.0])
-    scale *= min(1.0, max_width / (sprite_width * scale[0]))
-    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * (sprite_width / 2, sprite_height / 2) * scale
-    corners *= 1 + rng.uniform(-0.07, 0.07, (4, 2))
-    angle = rng.uniform(-0.35, 0.35)
-    rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    corners = corners @ rotation
-    if rng.random() < 0.5:
-        corners[:, 0] *= -1
-    return corners + center
+def scene_background(rng: np.random.Generator, scene: int) -> Background:
+    """A random variant of the scene with this number in `SCENES`."""
+    return Background(scene * NUM_VARIANTS + int(rng.integers(NUM_VARIANTS)), flipped=rng.random() < 0.5)
 
 
-def _perspective(corners: np.ndarray, size: tuple[int, int]) -> list[float]:
-    """PIL's perspective coefficients, which map positions in the image to positions in the sprite."""
-    width, height = size
-    rows, values = [], []
-    for (x, y), (u, v) in zip(corners, ((0, 0), (width, 0), (width, height), (0, height))):
-        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
-        values += [u, v]
-    return np.linalg.solve(np.array(rows), np.array(values, float)).tolist()
-
-
-def _paste(image: Image.Image, sprite: Image.Image, corners: np.ndarray) -> Box:
-    """Draw the sprite into the image and return its bounding box, clipped to the image."""
-    left, top = (max(0, int(side)) for side in np.floor(corners.min(0)))
-    right, bottom = (min(limit, int(side)) for limit, side in zip(image.size, np.ceil(corners.max(0))))
-    coefficients = _perspective(corners - (left, top), sprite.size)
-    view = sprite.transform(
-        (right - left, bottom - top), Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BILINEAR
-    )
-    image.paste(view, (left, top), view)
-    return left, top, right, bottom
-
-
-def scene_background(rng: np.random.Generator, scene: str) -> Image.Image:
-    """A random variant of a scene, without subjects."""
-    background = draw_scene(scene, int(rng.integers(NUM_VARIANTS)))
-    return background.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else background.copy()
-
-
-def reference_background(rng: np.random.Generator, on_scene: float = 0.2) -> Image.Image:
+def reference_background(rng: np.random.Generator, on_scene: float = 0.2) -> Background:
     """The background of a reference: a random scene with probability `on_scene`, otherwise a single light color."""
     if rng.random() < on_scene:
-        return scene_background(rng, SCENES[int(rng.integers(len(SCENES)))])
-    color = cast(tuple[int, int, int], tuple(rng.integers(150, 256, 3).tolist()))
-    return Image.new("RGB", (SCENE_SIZE, SCENE_SIZE), color)
+        return scene_background(rng, int(rng.integers(len(SCENES))))
+    red, green, blue = rng.integers(150, 256, 3).tolist()
+    return Background(-1, color=(red, green, blue))
 
 
 def compose(
-    rng: np.random.Generator, subjects: tuple[Instance, ...], background: Image.Image, large: bool = False
-) -> tuple[Box, ...]:
-    """Draw one or two subjects side by side on `background`, in place, and return their bounding boxes.
+    rng: np.random.Generator, subjects: tuple[Instance, ...], background: Background, large: bool = False
+) -> View:
+    """A view of one or two subjects side by side in random poses.
 
     Args:
         large: a single subject fills most of the image, as in references.
     """
-    boxes = []
-    for i, subject in enumerate(subjects):
-        sprite = draw_instance(subject)
-        if len(subjects) == 1:
-            height = rng.uniform(0.72, 0.92) if large else rng.uniform(0.5, 0.8)
-            margin = 0.5 - height / 2
-            x, y = 0.5 + rng.uniform(-margin, margin) * 0.9, 0.5 + margin * rng.uniform(-0.2, 0.8)
-            max_width = 0.95
-        else:
-            height = rng.uniform(0.42, 0.56)
-            x, y = (0.27, 0.73)[i] + rng.uniform(-0.03, 0.03), rng.uniform(0.5, 0.68)
-            max_width = 0.46
-        center = (x * SCENE_SIZE, y * SCENE_SIZE)
-        corners = _random_corners(rng, sprite, height * SCENE_SIZE, center, max_width * SCENE_SIZE)
-        boxes.append(_paste(background, sprite, corners))
-    return tuple(boxes)
+    return View(background, subjects, tuple(rng.random(len(subjects) * DRAWS_PER_SUBJECT).tolist()), large)
 
 
 def make_sample(
@@ -182,26 +184,24 @@ def make_sample(
         categories: categories to choose from.
     """
     num_subjects = 2 if rng.random() < two_subjects else 1
-    chosen = rng.choice(len(categories), size=num_subjects, replace=False)
+    chosen = rng.choice(len(categories), size=num_subjects, replace=False).tolist()
     subjects = tuple(random_instance(rng, categories[i], split) for i in chosen)
-    scene = SCENES[int(rng.integers(len(SCENES)))]
-    image = scene_background(rng, scene)
-    boxes = compose(rng, subjects, image)
+    scene = int(rng.integers(len(SCENES)))
+    view = compose(rng, subjects, scene_background(rng, scene))
     templates = _TWO if num_subjects == 2 else (_NO_SCENE if rng.random() < without_scene else _ONE)
     template = templates[int(rng.integers(len(templates)))]
-    caption = template.format(*(_Noun(s.category) for s in subjects), scene=scene)
-    return Sample(image, caption, subjects, boxes, scene)
+    caption = template.format(*(_Noun(s.category) for s in subjects), scene=SCENES[scene])
+    return Sample(view, caption, SCENES[scene])
 
 
-def make_reference(rng: np.random.Generator, subjects: tuple[Instance, ...], on_scene: float = 0.2) -> Image.Image:
+def make_reference(rng: np.random.Generator, subjects: tuple[Instance, ...], on_scene: float = 0.2) -> View:
     """A random view of the subjects on a reference background."""
-    image = reference_background(rng, on_scene)
-    compose(rng, subjects, image, large=True)
-    return image
+    background = reference_background(rng, on_scene)
+    return compose(rng, subjects, background, large=True)
 
 
 class SpriteWorld:
-    """Samples and reference pairs by index: `world.sample(i)`, `world.pair(i)`.
+    """Samples and reference pairs by index: one, `world.sample(i)`, or many, `world.plan_samples(indices)`.
 
     Args:
         seed: worlds with different seeds share no sample.
@@ -233,5 +233,26 @@ class SpriteWorld:
         else:
             shown = (sample.subjects[int(rng.integers(len(sample.subjects)))],)
         order = rng.permutation(len(shown))  # the order in the reference must not reveal the order in the sample
-        reference = make_reference(rng, tuple(shown[i] for i in order))
+        reference = make_reference(rng, tuple(shown[i] for i in order.tolist()))
         return ReferencePair(sample, reference, tuple(s.category for s in shown))
+
+    def plan_samples(self, indices: Iterable[int], **options) -> SampleBatch:
+        """The samples of indices, without rendering them; `options` are those of `sample`."""
+        samples = [self.sample(i, **options) for i in indices]
+        return SampleBatch(pack_views([s.view for s in samples]), [s.caption for s in samples])
+
+    def plan_pairs(self, indices: Iterable[int], **options) -> PairBatch:
+        """The pairs of indices, without rendering them; `options` are those of `pair`."""
+        pairs = [self.pair(i, **options) for i in indices]
+        packed = pack_views([p.sample.view for p in pairs] + [p.reference_view for p in pairs])
+        in_reference = np.zeros((len(pairs), NUM_SLOTS), bool)
+        for row, pair in zip(in_reference, pairs):
+            for slot, subject in enumerate(pair.sample.subjects):
+                row[slot] = subject.category in pair.target_phrases
+        return PairBatch(
+            images=packed[: len(pairs)],
+            captions=[p.sample.caption for p in pairs],
+            references=packed[len(pairs) :],
+            target_phrases=[p.target_phrases for p in pairs],
+            in_reference=in_reference,
+        )
