@@ -1,8 +1,7 @@
 """Rendering of views as pixels, for many views at once and on any device.
 
-A sprite is painted in the colors of its instance, quantized to 8 bits like an image file, transformed into the view
-with bilinear interpolation, and blended over the background. The result agrees with Pillow's `Image.transform` and
-`Image.paste` up to rounding.
+A sprite is painted in the colors of its instance, transformed into the view with bilinear interpolation, and blended
+over the background. The result agrees with Pillow's `Image.transform` and `Image.paste` up to rounding.
 
 Legend: B views, N sprites, R = 3 regions, P = 112 px, the side of a padded sprite. Levels are in [0, 255].
 """
@@ -23,9 +22,11 @@ from .scenes import NUM_VARIANTS, SCENE_SIZE, SCENES, draw_scene
 from .sprites import CATEGORIES, NUM_REGIONS, SPRITE_SIZE, Instance, load_sprite, sprite_size
 from .views import NUM_SLOTS, PackedViews
 
-CHUNK_CPU, CHUNK_GPU = 16, 256  # views rendered together: a CPU needs a small chunk in its cache, a GPU a large one
+# Views that are rendered together. A small chunk fits the cache of a CPU; a large one keeps a GPU busy, and its
+# intermediate results take about 1 GB.
+CHUNK_CPU, CHUNK_GPU = 8, 512
 PATTERN_STRENGTH = 0.85
-NEAR_ONE = 1 / 256  # added before rounding down: a weighted mean of equal levels may be slightly below them
+NEAR_ONE = 1 / 256  # added before rounding down: the weighted mean of equal levels may be slightly below them
 
 # Planes of a sprite's table: color and alpha in levels; the weights of the regions; the levels that recoloring adds
 # without and with the target color; the same two for the pattern; the pattern's weight; 1 where pixels are recolored.
@@ -81,7 +82,7 @@ class Renderer:
                     chosen = torch.from_numpy(rows).to(self.device)
                     drawn = self._draw(image[chosen], **{name: values[chosen] for name, values in subjects.items()})
                     image[chosen] = drawn
-            images[part] = image
+            images[part] = image.add_(NEAR_ONE)  # and rounded down, as in Pillow
         return images
 
     @torch.no_grad()
@@ -144,10 +145,10 @@ class Renderer:
         changed = _weighted_sum(weight, strengths).lerp_(recolored, amount)
         color.addcmul_(color, changed, value=-1)
         color += _weighted_sum(light, strengths).lerp_(pattern_light, amount)
-        tint *= strengths[..., None, None]
         tint *= 1 - amount
+        colors = (colors * strengths[..., None])[..., None, None]
         for region in range(NUM_REGIONS):
-            color.addcmul_(tint[:, region, None], colors[:, region, :, None, None])
+            color.addcmul_(tint[:, region, None], colors[:, region])
         color.addcmul_(pattern_tint * amount, pattern_color[..., None, None])
         return planes[:, :4]
 
@@ -180,10 +181,9 @@ def _paste(image: Tensor, sprites: Tensor, sizes: Tensor, coefficients: Tensor, 
     grid[..., 1] = torch.minimum(v, bottom - 1 / SPRITE_SIZE)
     # Transparent pixels have no color: colors are interpolated after multiplication with alpha.
     sprites[:, :3].mul_(sprites[:, 3:] * (1 / 255)).add_(0.5).floor_()
-    levels = F.grid_sample(sprites, grid, "bilinear", "border", align_corners=False)
-    levels = levels.add_(NEAR_ONE).floor_().mul_(inside[:, None])
+    levels = F.grid_sample(sprites, grid, "bilinear", "border", align_corners=False).mul_(inside[:, None])
     color, alpha = levels.split((3, 1), 1)
-    return color.add_(image).addcmul_(image, alpha, value=-1 / 255).add_(0.5).floor_()
+    return color.add_(image).addcmul_(image, alpha, value=-1 / 255)
 
 
 def _weighted_sum(planes: Tensor, weights: Tensor) -> Tensor:
@@ -197,11 +197,11 @@ def _weighted_sum(planes: Tensor, weights: Tensor) -> Tensor:
 def _pattern(pattern: Tensor, parameters: Tensor, side: Tensor) -> Tensor:
     """Masks of stripes or spots in [0, 1], [N, 1, P, P]; zeros for no pattern. `side` is 0, 1, ... P - 1."""
     period, angle, threshold = parameters[:, :, None, None, None].unbind(1)
-    x, y, cos, sin = side, side[:, None], angle.cos(), angle.sin()
-    along, across = x * cos + y * sin, y * cos - x * sin
-    stripes = (along * (2 * math.pi / period)).sin_().sub_(threshold).mul_(3)
-    half = period / 2
-    spots = period * threshold - torch.hypot(along.remainder_(period) - half, across.remainder_(period) - half)
+    x, y, cos, sin = side, side[:, None], angle.cos() / period, angle.sin() / period
+    along, across = x * cos + y * sin, y * cos - x * sin  # in periods
+    stripes = (along * (2 * math.pi)).sin_().sub_(threshold).mul_(3)
+    along, across = along.sub_(along.floor()).sub_(0.5), across.sub_(across.floor()).sub_(0.5)
+    spots = (threshold - (along.square_().addcmul_(across, across)).sqrt_()).mul_(period)
     kind = pattern[:, None, None, None]
     return torch.where(kind == STRIPES, stripes, spots).add_(0.5).clamp_(0, 1).masked_fill_(kind == NO_PATTERN, 0)
 
