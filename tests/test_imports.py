@@ -29,6 +29,7 @@ LIGHT = [
     "import serving.protocol.errors, serving.protocol.events, serving.protocol.limits, serving.protocol.model_info",
     "import serving.clients",
     "import serving.settings",
+    "from train.data.sprite_world.world import SpriteWorld; SpriteWorld().plan_pairs(range(2))",
 ]
 
 
@@ -99,7 +100,7 @@ def test_test_modules_do_not_import_each_other():
 
 @pytest.mark.parametrize("statement", LIGHT)
 def test_light_modules_do_not_load_model_libraries(statement):
-    """A client, a command line or a web page starts without loading torch, Ray or Gradio."""
+    """A client, a command line, a web page or a data worker starts without loading torch, Ray or Gradio."""
     code = f"import sys; {statement}; loaded = {HEAVY} & set(sys.modules); sys.exit(str(loaded) if loaded else 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
