@@ -1,8 +1,8 @@
 """Trains a toy run and records what each process trains on, for test_train_distributed.py: `record` in this process,
 or `accelerate launch record_driver.py SETTINGS` in several.
 
-Writes `samples-RANK.jsonl` with one line per sample: step, position in the global batch, key and hashes of the sample,
-and a hash of its noise with the timestep and the dropout.
+Writes `samples-RANK.jsonl` with one line per sample: step, position in the global batch, caption and a hash of the
+pixels, and a hash of its noise with the timestep and the dropout.
 """
 
 import hashlib
@@ -19,21 +19,21 @@ def record(out: Path, assignments: list[str], resume: bool = False) -> None:
     """Train in this process and record the samples."""
     config = toy_config("mini", out, assignments)
     draw, encode = trainer.draw, trainer.FrozenModels.encode
-    encoded_samples = []
+    encoded = []
 
-    def recording_encode(self, samples):
-        encoded_samples[:] = samples
-        return encode(self, samples)
+    def recording_encode(self, batch):
+        encoded[:] = zip(batch.captions, batch.images, batch.references, strict=True)
+        return encode(self, batch)
 
     def recording_draw(objective, latent_shape, positions, *, step, **options):
         draws = draw(objective, latent_shape, positions, step=step, **options)
         rank = trainer.Accelerator(cpu=True).process_index
         with open(config.out / f"samples-{rank}.jsonl", "a") as file:
-            for row, (position, sample) in enumerate(zip(positions, encoded_samples, strict=True)):
+            for row, (position, (caption, image, reference)) in enumerate(zip(positions, encoded, strict=True)):
                 noise = hashlib.sha256(draws.noise[row].numpy().tobytes()).hexdigest()
-                pixels = hashlib.sha256(sample.image.tobytes() + sample.reference.tobytes()).hexdigest()
+                pixels = hashlib.sha256(image.numpy().tobytes() + reference.numpy().tobytes()).hexdigest()
                 numbers = [int(draws.timesteps[row]), bool(draws.keep_text[row]), bool(draws.keep_vision[row])]
-                file.write(json.dumps([step, position, sample.key, pixels, noise, *numbers]) + "\n")
+                file.write(json.dumps([step, position, caption, pixels, noise, *numbers]) + "\n")
         return draws
 
     trainer.draw, trainer.FrozenModels.encode = recording_draw, recording_encode

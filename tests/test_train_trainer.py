@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from toy_training import losses, toy_config, write_base
 
 from train import trainer
-from train.data import loader
+from train.data.sprite_world.batches import SpriteMixture
 from train.monitor import Monitor
 from train.trainer import run
 
@@ -62,7 +62,7 @@ def test_signal_ends_the_run_with_a_checkpoint(base, unbroken, tmp_path, monkeyp
         patch.setattr(trainer, "draw", in_the_step)
         assert run(toy_config("mini", tmp_path, base)) == 1
 
-    samples = loader.Mixture.samples
+    samples = SpriteMixture.samples
 
     def while_waiting(self, step, positions):
         if step == 2:
@@ -71,7 +71,7 @@ def test_signal_ends_the_run_with_a_checkpoint(base, unbroken, tmp_path, monkeyp
         return samples(self, step, positions)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loader.Mixture, "samples", while_waiting)
+        patch.setattr(SpriteMixture, "samples", while_waiting)
         start = time.monotonic()
         assert run(toy_config("mini", tmp_path, base), resume=True) == 2
         assert time.monotonic() - start < 20

@@ -19,6 +19,7 @@ from realcustom.vision import VisionFeatures
 from realcustom.weights import load_adapter
 
 from .config import ModelConfig
+from .data.pixels import PixelBatch
 from .data.sample import Sample
 from .objective import Encoded, inside_of_latents
 
@@ -114,8 +115,10 @@ class FrozenModels:
         return embeds, pooled
 
     @torch.no_grad()
-    def encode(self, samples: Sequence[Sample]) -> Encoded:
+    def encode(self, samples: Sequence[Sample] | PixelBatch) -> Encoded:
         """Latents, text conditions and vision features of samples of one bucket."""
+        if isinstance(samples, PixelBatch):
+            return self._encode_pixels(samples)
         features = [self._lookup(sample) or {} for sample in samples]
 
         def complete(names: tuple[str, ...], encode: Callable[[list[Sample]], Sequence[tuple[Tensor, ...]]]):
@@ -142,8 +145,29 @@ class FrozenModels:
             embeds=embeds,
             pooled=pooled[0] if pooled else None,
             features=VisionFeatures(shallow=shallow.float(), deep=deep.float(), local=local.float()),
-            time_ids=torch.tensor([self._time_ids(sample) for sample in samples], device=self.device).float(),
+            time_ids=torch.tensor(
+                [self._time_ids(s.original_size, s.crop, s.image.shape[:2]) for s in samples], device=self.device
+            ).float(),
             inside=inside,
+        )
+
+    def _encode_pixels(self, batch: PixelBatch) -> Encoded:
+        encoders = self.pipeline.vision_encoders
+        assert encoders is not None
+        height, width = batch.images.shape[-2:]
+        latents = self._decoder.scaled(self._decoder.encode(batch.images * 2 - 1)).float()
+        embeds, *pooled = (torch.stack(values) for values in zip(*self.encode_texts(batch.captions), strict=True))
+        features = encoders.encode_pixels(batch.references)
+        time_ids = torch.tensor(self._time_ids(batch.original_size, (0, 0), (height, width)), device=self.device)
+        return Encoded(
+            latents=latents,
+            embeds=embeds,
+            pooled=pooled[0] if pooled else None,
+            features=VisionFeatures(
+                shallow=features.shallow.float(), deep=features.deep.float(), local=features.local.float()
+            ),
+            time_ids=time_ids.float().expand(len(latents), -1),
+            inside=inside_of_latents(batch.inside, (latents.shape[-2], latents.shape[-1])),
         )
 
     def autocast(self) -> torch.autocast:
@@ -155,9 +179,8 @@ class FrozenModels:
     def _has_pooled_text(self) -> bool:
         return len(self.pipeline.text_encoders.pairs) > 1
 
-    def _time_ids(self, sample: Sample) -> tuple[int, ...]:
-        """SDXL's size condition: original size, top-left corner of the crop, target size."""
-        pairs = (sample.original_size, sample.crop, sample.image.shape[:2])
+    def _time_ids(self, *pairs: tuple[int, ...]) -> tuple[int, ...]:
+        """SDXL's size condition from original size, top-left corner of the crop and target size, height first."""
         if self.pipeline.realcustom_config.method.time_ids == "width_first":
             pairs = tuple(pair[::-1] for pair in pairs)
         return tuple(int(side) for pair in pairs for side in pair)

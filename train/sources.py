@@ -8,6 +8,7 @@ from .data.mixture import Mixture
 from .data.multiview import MultiviewSource
 from .data.overlap import warn_if_overlapping
 from .data.sample import Source
+from .data.sprite_world.batches import SpriteMixture
 from .data.sprite_world.source import SpriteSource
 from .data.text_image import TextImageSource
 from .data.transforms import aspect_buckets
@@ -31,8 +32,22 @@ def open_source(config: SourceConfig, split: Literal["train", "held_out"] = "tra
     return opened
 
 
+def open_training_data(config: TrainConfig, reference_size: int) -> Mixture | SpriteMixture:
+    """What a run trains on: the sprite world rendered on the run's device if it is the only source, or a mixture.
+
+    Args:
+        reference_size: side of the references in px.
+    """
+    alone = [source.kind for source in config.data.sources] == ["sprite_world"]
+    if alone and not config.data.aspect_buckets and config.data.features is None:
+        return SpriteMixture(
+            SpriteSource(), batch_size=config.batch_size, seed=config.seed, curriculum=config.curriculum
+        )
+    return open_mixture(config, reference_size)
+
+
 def open_mixture(config: TrainConfig, reference_size: int) -> Mixture:
-    """The mixture of a run's sources.
+    """The mixture of a run's sources, whose records are images.
 
     Args:
         reference_size: side of the references in px.

@@ -29,7 +29,11 @@ from .checkpoint import (
 )
 from .config import TrainConfig
 from .data.features import open_features
-from .data.loader import batches, count_skipped
+from .data.loader import batches, count_other_views, count_skipped
+from .data.pixels import PixelBatch
+from .data.sample import Sample
+from .data.sprite_world.batches import SpriteBatch, SpriteMixture
+from .data.sprite_world.rendered import BatchRenderer
 from .ema import EMA
 from .frozen import FrozenModels, load_pipeline, start_adapter
 from .metrics import MetricWindow, append_json, remove_later_steps, rounded
@@ -41,7 +45,7 @@ from .preview import adapter_with, render_previews
 from .publish import push_to_hub, write_results
 from .results import CHECKPOINTS, LOG, PREVIEWS, TRACKERS
 from .schedule import learning_rate
-from .sources import open_mixture
+from .sources import open_training_data
 from .stop import StopSignal
 from .validation import Validation
 
@@ -110,7 +114,10 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
     ema = EMA(adapter, config.optimizer.ema_decay)
 
     # ---- data ----------------------------------------------------------------------------------------------------
-    mixture = open_mixture(config, frozen.reference_size)
+    mixture = open_training_data(config, frozen.reference_size)
+    render = None
+    if isinstance(mixture, SpriteMixture):
+        render = BatchRenderer(config.data.resolution, frozen.reference_size, device)
     first = config.batch_size * rank // world_size  # of this process in the global batch
     validation = None
     if config.data.validation is not None and config.preview.every_steps and is_main and not monitor.validates:
@@ -203,7 +210,7 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
 
             loss_sum = torch.zeros((), device=device)
             for part, is_last in _micro_batches(len(samples), config.micro_batch_size):
-                encoded = frozen.encode(samples[part.start : part.stop])
+                encoded = frozen.encode(_rendered(samples[part.start : part.stop], render))
                 draws = draw(
                     config.objective,
                     encoded.latents.shape[1:],
@@ -233,7 +240,7 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
                 window.skipped_steps += 1
             optimizer.zero_grad(set_to_none=True)
             ema.update(adapter, step)
-            counts = [sum(s.other_view for s in samples), sum(count_skipped(samples).values())]
+            counts = [count_other_views(samples), sum(count_skipped(samples).values())]
             totals = torch.cat([loss_sum[None], torch.tensor(counts, dtype=torch.float32, device=device)])
             loss, other_views, skipped = _sum_over_processes(accelerator, totals).tolist()
             window.add(
@@ -284,6 +291,14 @@ def _micro_batches(count: int, size: int) -> Iterator[tuple[range, bool]]:
     """Parts of at most `size` of `count` samples, and whether each is the last."""
     for start in range(0, count, size):
         yield range(start, min(start + size, count)), start + size >= count
+
+
+def _rendered(samples: list[Sample] | SpriteBatch, render: BatchRenderer | None) -> list[Sample] | PixelBatch:
+    """The samples with pixels."""
+    if isinstance(samples, SpriteBatch):
+        assert render is not None
+        return render(samples)
+    return samples
 
 
 def _sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:

@@ -20,14 +20,28 @@ from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any, Protocol, TypeVar
 
-from .mixture import Mixture
 from .sample import Sample
+from .sprite_world.batches import SpriteBatch
 
 log = logging.getLogger(__name__)
 
-Steps = Generator[tuple[int, list[Sample]], None, None]
+T = TypeVar("T", covariant=True)
+Steps = Generator[tuple[int, T], None, None]
+Samples = list[Sample] | SpriteBatch
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+class StepSource(Protocol[T]):
+    """Makes the samples of any step, for example a `Mixture`. `batch_size` is that of the global batch."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def samples(self, step: int, positions: range) -> T:
+        """The samples at some positions of a step's global batch; a pure function of its arguments."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,8 +53,14 @@ class _Failure:
 
 
 def batches(
-    mixture: Mixture, *, first_step: int, last_step: int, rank: int = 0, world_size: int = 1, workers: int = 0
-) -> Steps:
+    mixture: StepSource[T],
+    *,
+    first_step: int,
+    last_step: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Steps[T]:
     """The samples of a rank for each step in [first_step, last_step).
 
     Together, the ranks of a step have the mixture's global batch. If the batch size is not a multiple of `world_size`,
@@ -68,12 +88,26 @@ def batches(
     return _logged(mixture, first_step, last_step, positions, num_workers)
 
 
-def count_skipped(samples: list[Sample]) -> Counter[str]:
+def count_skipped(samples: Samples) -> Counter[str]:
     """Number of broken records that were skipped for these samples, by reason."""
-    return Counter(dict(skipped for sample in samples for skipped in sample.skipped).values())
+    return Counter(_skipped(samples).values())
 
 
-def _logged(mixture: Mixture, first: int, last: int, positions: range, num_workers: int) -> Steps:
+def count_other_views(samples: Samples) -> int:
+    """Number of samples whose reference is another view of the subject."""
+    if isinstance(samples, SpriteBatch):
+        return int(samples.other_view.sum())
+    return sum(sample.other_view for sample in samples)
+
+
+def _skipped(samples: object) -> dict[str, str]:
+    """Key and reason of the broken records that were skipped for these samples; only samples from disk skip any."""
+    if not isinstance(samples, list):
+        return {}
+    return dict(skipped for sample in samples for skipped in sample.skipped)
+
+
+def _logged(mixture: StepSource[T], first: int, last: int, positions: range, num_workers: int) -> Steps[T]:
     """The steps' samples; each broken record that was skipped is logged once."""
     reasons: dict[str, str] = {}
     if num_workers:
@@ -82,7 +116,7 @@ def _logged(mixture: Mixture, first: int, last: int, positions: range, num_worke
         make = _in_process(mixture, first, last, positions)
     with closing(make) as steps:
         for step, samples in steps:
-            skipped = dict(skipped for sample in samples for skipped in sample.skipped)
+            skipped = _skipped(samples)
             if new := [f"{key} ({reason})" for key, reason in skipped.items() if key not in reasons]:
                 reasons.update(skipped)
                 total = dict(Counter(reasons.values()))
@@ -90,19 +124,19 @@ def _logged(mixture: Mixture, first: int, last: int, positions: range, num_worke
             yield step, samples
 
 
-def _in_process(mixture: Mixture, first: int, last: int, positions: range) -> Steps:
+def _in_process(mixture: StepSource[T], first: int, last: int, positions: range) -> Steps[T]:
     for step in range(first, last):
         yield step, mixture.samples(step, positions)
 
 
-def _in_workers(mixture: Mixture, first: int, last: int, positions: range, num_workers: int) -> Steps:
+def _in_workers(mixture: StepSource[T], first: int, last: int, positions: range, num_workers: int) -> Steps[T]:
     with _running(mixture, first, last, positions, num_workers) as workers:
         for step in range(first, last):
             process, connection = workers[(step - first) % num_workers]
             yield step, _receive(process, connection, step)
 
 
-def _receive(process: BaseProcess, connection: Connection, step: int) -> list[Sample]:
+def _receive(process: BaseProcess, connection: Connection, step: int) -> Any:
     """The samples of a step from its worker."""
     wait([connection, process.sentinel])
     try:
@@ -124,7 +158,7 @@ def _receive(process: BaseProcess, connection: Connection, step: int) -> list[Sa
 
 @contextmanager
 def _running(
-    mixture: Mixture, first: int, last: int, positions: range, num_workers: int
+    mixture: StepSource[T], first: int, last: int, positions: range, num_workers: int
 ) -> Iterator[list[tuple[BaseProcess, Connection]]]:
     """Start the workers, and end them at the end, also if the interpreter exits before."""
     context = get_context("spawn")
@@ -167,7 +201,7 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(connection: Connection, mixture: Mixture, steps: range, positions: range) -> None:
+def _work(connection: Connection, mixture: StepSource[T], steps: range, positions: range) -> None:
     """Main function of a worker: send the samples of its steps, or the traceback of what went wrong."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -13,6 +13,8 @@ from .loop import load_stage
 from .networks import build_vae, module_to
 from .render import RenderImages
 
+CHUNK_CPU, CHUNK_GPU = 32, 512  # images encoded together
+
 
 class LatentCodec:
     """The frozen VAE of `out/vae` with its scaling factor.
@@ -37,7 +39,7 @@ class LatentCodec:
         """Images [B, 3, S, S] in [-1, 1] -> scaled latents [B, 4, S / 4, S / 4]."""
         parts = [
             self._autocast(lambda chunk: self.vae.encode(chunk, return_dict=False)[0], chunk)
-            for chunk in pixels.to(self.device).split(32)
+            for chunk in pixels.to(self.device).split(CHUNK_CPU if self.device == "cpu" else CHUNK_GPU)
         ]
         return torch.cat(parts).float() * self.scaling_factor
 

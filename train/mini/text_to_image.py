@@ -7,9 +7,9 @@ which train details.
 """
 
 import math
+from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -17,24 +17,25 @@ from transformers import PreTrainedTokenizerBase
 from realcustom.attention import AttentionLayers
 from realcustom.recorder import AttentionRecorder
 
-from ..images import save_grid, to_signed
+from ..images import save_grid
+from ..noise import normals
 from ..objective import position_weight
 from ..precision import autocast, differentiable_attention
 from .captions import CaptionCache
 from .diffusion import OUTSIDE_WEIGHT, diffusion_loss, sample_latents, sample_timesteps
-from .grounding import GROUNDING_WEIGHT, grounding_loss, subject_maps, subject_token_masks
+from .grounding import GROUNDING_WEIGHT, grounding_loss, subject_token_masks
+from .latent_samples import LatentPool, LatentSource, LatentStream
 from .latents import LatentCodec
 from .loop import LoopConfig, load_stage, run_loop
 from .networks import IMAGE_SIZE, LATENT_FACTOR, build_scheduler, build_text_encoders, build_unet
-from .pool import Entry, SamplePool
-from .render import CAPTION_BYTES, RenderSamples, unpack_captions
 from .tokenizer import load_tokenizer
 
 CAPTION_DROPOUT = 0.1
-BATCH_SIZE = 64
+BATCH_SIZE, GPU_BATCH_SIZE = 64, 1024
+LEARNING_RATE, GPU_LEARNING_RATE = 1e-3, 2e-3
 FULL_SIZE_EVERY = 20
-# The text encoders are trained for this many steps. Afterwards they are frozen, and each caption is encoded only once.
-TEXT_STEPS = 200_000 // BATCH_SIZE
+# The text encoders are trained on this many samples. Afterwards they are frozen, and each caption is encoded once.
+TEXT_SAMPLES = 200_000
 # A step that records attention takes a third longer. The number divides FULL_SIZE_EVERY, so that steps of both sizes
 # have the grounding loss.
 GROUNDED_EVERY = 5
@@ -121,8 +122,14 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
         compiled: compile the UNet.
         options: fields of `LoopConfig`.
     """
+    on_cpu = device == "cpu"
     config = LoopConfig(
-        out=out / "base", batch_size=BATCH_SIZE, learning_rate=1e-3, warmup_steps=100, decay=0.2, **options
+        out=out / "base",
+        batch_size=BATCH_SIZE if on_cpu else GPU_BATCH_SIZE,
+        learning_rate=LEARNING_RATE if on_cpu else GPU_LEARNING_RATE,
+        warmup_steps=100,
+        decay=0.2,
+        **options,
     )
     torch.manual_seed(0)
     model = TextToImage(load_tokenizer(out)).to(device)
@@ -132,36 +139,19 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
     codec = LatentCodec(out, device)
     full_size_from = first_decay_step(config)
     unet = torch.compile(model.unet, dynamic=False) if compiled else model.unet
-    pools: dict[int, SamplePool] = {}
-
-    def encode(raw: Entry) -> Entry:
-        latents = codec.encode(to_signed(raw["pixels"])).cpu().half().numpy()
-        return {"latents": latents, "caption": raw["caption"], "subject_bits": raw["subject_bits"]}
-
-    def pool_for(size: int) -> SamplePool:
-        if size not in pools:
-            side = size // LATENT_FACTOR
-            fields = {
-                "latents": ((4, side, side), "float16"),
-                "caption": ((CAPTION_BYTES,), "uint8"),
-                "subject_bits": ((side, side), "uint8"),
-            }
-            folder = config.out / f"pool_{size}"
-            render = RenderSamples(size=size)
-            pools[size] = SamplePool(folder, fields, render, encode, start=8000, capacity=60_000, per_step=6)
-        return pools[size]
+    samples: LatentSource = (
+        LatentPool(config.out, codec, config.batch_size) if on_cpu else LatentStream(codec, config.batch_size)
+    )
 
     def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        size, pool_step = resolution_of_step(step, full_size_from)
-        pool = pool_for(size)
-        pool.refresh(pool_step)
-        entry = pool.batch(pool_step, torch.rand(config.batch_size, generator=generator).numpy())
-        clean = torch.from_numpy(entry["latents"].astype(np.float32)).to(device)
-        subjects = subject_maps(torch.from_numpy(entry["subject_bits"]).to(device))
+        size, size_step = resolution_of_step(step, full_size_from)
+        batch = samples.batch(step, size, size_step, generator)
+        clean, subjects = batch.latents, batch.subjects
         weight = position_weight(subjects.amax(1, keepdim=True), OUTSIDE_WEIGHT)
         dropped = torch.rand(len(clean), generator=generator) < CAPTION_DROPOUT
-        captions = ["" if drop else text for text, drop in zip(unpack_captions(entry["caption"]), dropped)]
-        noise = torch.randn(clean.shape, generator=generator).to(device)
+        captions = ["" if drop else text for text, drop in zip(batch.captions, dropped.tolist())]
+        key = int(torch.randint(1 << 62, (), generator=generator))
+        noise = normals(key, range(len(clean)), clean.shape[1:], device)
         timesteps = sample_timesteps(len(clean), generator).to(device)
         recorder = None
         if step % GROUNDED_EVERY == GROUNDED_EVERY - 1:
@@ -169,7 +159,7 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
             recorder = AttentionRecorder(attention.levels, "all_cross", target_tokens)
         recordings = recorder and recorder.layers
         with autocast(device), differentiable_attention(device), attention.attention_context(recordings=recordings):
-            encode_text = model.encode_text if step < TEXT_STEPS else frozen_text
+            encode_text = model.encode_text if step * config.batch_size < TEXT_SAMPLES else frozen_text
             embeds, pooled = encode_text(captions)
             loss = diffusion_loss(unet, scheduler, clean, noise, timesteps, embeds, pooled, weight).mean()
         if recorder is None:
@@ -184,7 +174,8 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
         latents = sample_latents(model.unet, scheduler, embeds[:-1], pooled[:-1], embeds[-1:], pooled[-1:], noise)
         save_grid(codec.decode(latents), config.out / "previews" / f"{step * config.batch_size:08d}.png", columns=5)
 
-    run_loop(config, model, loss_of_step, preview)
+    with closing(samples):
+        run_loop(config, model, loss_of_step, preview)
 
 
 def load_base(out: Path, device: str = "cpu") -> TextToImage:

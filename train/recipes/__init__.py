@@ -8,10 +8,10 @@ counted by PyTorch's `FlopCounterMode`, with gradient checkpointing and all enco
 from collections.abc import Callable
 
 from ..config import TrainConfig
-from .mini import mini
+from .mini import mini, mini_gpu
 from .sd15 import sd15_512
 from .sdxl import sdxl_512, sdxl_1024
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    recipe.__name__: recipe for recipe in (sdxl_512, sdxl_1024, sd15_512, mini)
+    recipe.__name__: recipe for recipe in (sdxl_512, sdxl_1024, sd15_512, mini, mini_gpu)
 }

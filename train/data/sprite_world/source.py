@@ -33,11 +33,11 @@ class SpriteSource:
         self.name = name
         self.sizes = None if num_records is None else np.full((num_records, 2), SCENE_SIZE)
         self.fingerprint = f"{seed} {split} {num_records}"
-        self._world = SpriteWorld(seed, split)
+        self.world = SpriteWorld(seed, split)
 
     def load(self, number: int, other_view: bool, rng: np.random.Generator) -> Record:
         """The pair of a number. If it shows two subjects in one reference, the target phrase is the first one's."""
-        pair = self._world.pair(number)
+        pair = self.world.pair(number)
         sample = pair.sample
         views = pack_views([sample.view, pair.reference_view])
         image, reference = render_views(views) if other_view else render_views(views[:1]) * 2

@@ -82,6 +82,15 @@ class PackedViews:
         return PackedViews(**{field.name: getattr(self, field.name)[key] for field in fields(self)})
 
 
+def choose_views(first: np.ndarray, ones: PackedViews, others: PackedViews) -> PackedViews:
+    """Row i of `ones` where `first[i]`, otherwise of `others`."""
+    columns = {}
+    for field in fields(PackedViews):
+        one, other = getattr(ones, field.name), getattr(others, field.name)
+        columns[field.name] = np.where(first.reshape(-1, *[1] * (one.ndim - 1)), one, other)
+    return PackedViews(**columns)
+
+
 def pack_views(views: Sequence[View]) -> PackedViews:
     """The arrays of views. Equal views give equal rows, whatever else is packed with them."""
     slots = [(row, slot) for row, view in enumerate(views) for slot in range(len(view.subjects))]
