@@ -5,6 +5,7 @@ are in `tiny.py` and `single_file.py`; a test module never imports another one.
 """
 
 import os
+import signal
 
 import pytest
 
@@ -12,6 +13,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests download nothing; a missing file fails immediately
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell script starts background jobs with SIGINT ignored, and the programs under test would ignore it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Test files that start Ray or listen on ports. They share a process, because two local clusters may find each other,

@@ -52,12 +52,15 @@ def interrupt(process: subprocess.Popen) -> None:
     """Send SIGINT once and wait. Ray's own processes must have ended, and no new ones may have started."""
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    while process.poll() is None and time.sleep(0.2) is None:
+    end = time.monotonic() + STOP_TIMEOUT_S
+    while process.poll() is None:
+        assert time.monotonic() < end, f"app.py did not end within {STOP_TIMEOUT_S} s after SIGINT"
+        time.sleep(0.2)
         try:
             children += psutil.Process(process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             break
-    process.wait(STOP_TIMEOUT_S)
+    process.wait()
     names = [child.pid for child in set(children)]
     _, alive = psutil.wait_procs(set(children), timeout=STOP_TIMEOUT_S)
     assert not alive, f"{len(alive)} of {len(names)} child processes are still running"

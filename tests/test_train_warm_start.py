@@ -28,7 +28,7 @@ def _weights(folder):
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
-    main(["start", "--model", str(MINI), "--out", str(out)])
+    main(["start", "--model", str(MINI), "--out", str(out), "--device", "cpu"])
     return out
 
 
@@ -47,9 +47,17 @@ def test_weights_and_sample_counts_are_those_of_the_model(started):
         assert state["step"] == state["warmup_start_step"]
 
 
-def test_checkpoints_are_not_overwritten(started):
-    with pytest.raises(FileExistsError, match="already has a checkpoint"):
+def test_checkpoints_are_not_overwritten(started, capsys):
+    with pytest.raises(SystemExit, match="1"):
         main(["start", "--model", str(MINI), "--out", str(started)])
+    assert "already has a checkpoint" in capsys.readouterr().err
+
+
+def test_batch_size_of_a_run_cannot_change(started, capsys):
+    """The number of samples and the schedule are counted in steps of one batch size."""
+    with pytest.raises(SystemExit, match="1"):
+        main(["base", "--out", str(started), "--batch-size", "32", "--device", "cpu"])
+    assert "has 64 samples per step, not 32: continue it with --batch-size 64" in capsys.readouterr().err
 
 
 def test_export_of_a_started_run_equals_the_model(started, tmp_path):

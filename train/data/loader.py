@@ -206,6 +206,7 @@ def _work(connection: Connection, mixture: StepSource[T], steps: range, position
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which only the sprite world in a mixture imports here
     try:
         for step in steps:
             connection.send(mixture.samples(step, positions))

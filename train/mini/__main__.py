@@ -36,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-samples", type=int, help="total number of training samples; the learning rate falls toward this end"
     )
+    parser.add_argument(
+        "--batch-size", type=int, help="start, base: samples per step of stage base (default: 64, on a GPU 1024)"
+    )
     parser.add_argument("--max-seconds", type=float, help="stop after this time; the next call resumes")
     parser.add_argument(
         "--compile",
@@ -62,6 +65,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare_sprites(args.sprites)
         return
 
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error(f"--batch-size is {args.batch_size}; it must be at least 1.")
+    try:
+        run_stage(args)
+    except (ValueError, FileExistsError, FileNotFoundError) as error:  # a mistake in the arguments or their folders
+        logging.debug("Traceback:", exc_info=True)
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+
+
+def run_stage(args: argparse.Namespace) -> None:
+    """Run a stage other than `sprites`.
+
+    Raises:
+        ValueError, FileExistsError, FileNotFoundError: the arguments or their folders do not fit the stage.
+    """
     import torch
 
     if args.threads:
@@ -69,9 +87,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"device": device, "max_samples": args.max_samples, "max_seconds": args.max_seconds}
     if args.stage == "start":
+        from .text_to_image import default_batch_size
         from .warm_start import warm_start
 
-        warm_start(args.model, args.out)
+        warm_start(args.model, args.out, args.batch_size or default_batch_size(device))
     elif args.stage == "tokenizer":
         from .tokenizer import train_tokenizer
 
@@ -83,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.stage == "base":
         from .text_to_image import train_base
 
-        train_base(args.out, compiled=args.compile, **options)
+        train_base(args.out, compiled=args.compile, batch_size=args.batch_size, **options)
     elif args.stage == "vision":
         from .vision_encoders import train_vision
 

@@ -100,6 +100,9 @@ def run_loop(config: LoopConfig, module: nn.Module, loss_of_step: LossOfStep, pr
 
     Returns:
         Number of steps done, including those of earlier runs.
+
+    Raises:
+        ValueError: the checkpoint is of a run with another batch size.
     """
     with StopSignal().listen() as stop:
         return _run_loop(config, module, loss_of_step, preview, stop)
@@ -121,11 +124,15 @@ def _run_loop(
         ema.load(found.tensors("ema"))
         load_optimizer(optimizer, found.tensors("optimizer"))
         step, warmup_start_step = found.step, found.state["warmup_start_step"]
+        if (before := found.state["batch_size"]) != config.batch_size:
+            raise ValueError(
+                f"the run in {config.out} has {before} samples per step, not {config.batch_size}: continue it with "
+                f"--batch-size {before}, or use another folder."
+            )
         log.info("Resuming at step %d.", step)
 
     def save() -> None:
-        state = {"step": step, "samples": step * config.batch_size, "warmup_start_step": warmup_start_step}
-        save_stage(config.out, module, ema, optimizer, state)
+        save_stage(config.out, module, ema, optimizer, stage_counts(step, config.batch_size, warmup_start_step))
 
     def run_preview() -> None:
         if preview is None:
@@ -178,6 +185,13 @@ def _run_loop(
     return step
 
 
+def stage_counts(step: int, batch_size: int, warmup_start_step: int) -> dict[str, int]:
+    """What a checkpoint stores about the progress of a stage. The optimizer was created at `warmup_start_step`."""
+    return {
+        "step": step, "samples": step * batch_size, "batch_size": batch_size, "warmup_start_step": warmup_start_step,
+    }  # fmt: skip
+
+
 def save_stage(
     out: Path, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, state: Mapping[str, int]
 ) -> None:
@@ -187,12 +201,9 @@ def save_stage(
 
 
 def stage_state(out: Path) -> dict[str, int]:
-    """`step`, `samples` and `warmup_start_step` of the stage whose folder is `out`; zeros if it has not run.
-
-    `warmup_start_step` is the step at which the optimizer was created.
-    """
+    """The counts of the stage whose folder is `out`, see `stage_counts`; zeros if it has not run."""
     found = newest_checkpoint(out / CHECKPOINTS)
-    return {"step": 0, "samples": 0, "warmup_start_step": 0} if found is None else found.state
+    return stage_counts(0, 0, 0) if found is None else found.state
 
 
 def load_stage(out: Path, module: ModuleT) -> ModuleT:

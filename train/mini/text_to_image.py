@@ -32,7 +32,6 @@ from .tokenizer import load_tokenizer
 
 CAPTION_DROPOUT = 0.1
 BATCH_SIZE, GPU_BATCH_SIZE = 64, 1024
-LEARNING_RATE, GPU_LEARNING_RATE = 1e-3, 2e-3
 FULL_SIZE_EVERY = 20
 # The text encoders are trained on this many samples. Afterwards they are frozen, and each caption is encoded once.
 TEXT_SAMPLES = 200_000
@@ -114,19 +113,27 @@ class TextToImage(nn.Module):
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
-def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options) -> None:
+def default_batch_size(device: str) -> int:
+    """Samples per step, if nothing else is asked for."""
+    return BATCH_SIZE if device == "cpu" else GPU_BATCH_SIZE
+
+
+def train_base(
+    out: Path, device: str = "cpu", compiled: bool = False, batch_size: int | None = None, **options
+) -> None:
     """Train the text-to-image model; checkpoints and logs go to `out/base`.
 
     Args:
         out: folder of the run. The stage `vae` must have a checkpoint in it.
         compiled: compile the UNet.
+        batch_size: samples per step; None for `default_batch_size`.
         options: fields of `LoopConfig`.
     """
-    on_cpu = device == "cpu"
+    batch_size = batch_size or default_batch_size(device)
     config = LoopConfig(
         out=out / "base",
-        batch_size=BATCH_SIZE if on_cpu else GPU_BATCH_SIZE,
-        learning_rate=LEARNING_RATE if on_cpu else GPU_LEARNING_RATE,
+        batch_size=batch_size,
+        learning_rate=1e-3 * (batch_size / 64) ** 0.25,
         warmup_steps=100,
         decay=0.2,
         **options,
@@ -140,7 +147,7 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
     full_size_from = first_decay_step(config)
     unet = torch.compile(model.unet, dynamic=False) if compiled else model.unet
     samples: LatentSource = (
-        LatentPool(config.out, codec, config.batch_size) if on_cpu else LatentStream(codec, config.batch_size)
+        LatentPool(config.out, codec, batch_size) if device == "cpu" else LatentStream(codec, batch_size)
     )
 
     def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -159,7 +166,7 @@ def train_base(out: Path, device: str = "cpu", compiled: bool = False, **options
             recorder = AttentionRecorder(attention.levels, "all_cross", target_tokens)
         recordings = recorder and recorder.layers
         with autocast(device), differentiable_attention(device), attention.attention_context(recordings=recordings):
-            encode_text = model.encode_text if step * config.batch_size < TEXT_SAMPLES else frozen_text
+            encode_text = model.encode_text if step * batch_size < TEXT_SAMPLES else frozen_text
             embeds, pooled = encode_text(captions)
             loss = diffusion_loss(unet, scheduler, clean, noise, timesteps, embeds, pooled, weight).mean()
         if recorder is None:

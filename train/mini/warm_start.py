@@ -18,12 +18,14 @@ from ..checkpoint import has_checkpoint
 from ..ema import EMA
 from . import text_to_image, vae, vision_encoders
 from .export import PRETRAINED, TRAINING
-from .loop import CHECKPOINTS, new_optimizer, save_stage
+from .loop import CHECKPOINTS, new_optimizer, save_stage, stage_counts
 
 
-def warm_start(folder: Path, out: Path) -> None:
+def warm_start(folder: Path, out: Path, base_batch_size: int = text_to_image.BATCH_SIZE) -> None:
     """Write a checkpoint to `out/STAGE` for every stage that the model in `folder` has been trained in.
 
+    Args:
+        base_batch_size: samples per step of stage `base` from now on.
     Raises:
         FileExistsError: a stage already has a checkpoint in `out`.
     """
@@ -44,7 +46,7 @@ def warm_start(folder: Path, out: Path) -> None:
     pretrainer.dino.load_state_dict(pipeline.image_encoder_2.state_dict())
     modules: dict[str, tuple[nn.Module, int]] = {
         "vae": (pipeline.vae, vae.BATCH_SIZE),
-        "base": (model, text_to_image.BATCH_SIZE),
+        "base": (model, base_batch_size),
         "vision": (pretrainer, vision_encoders.BATCH_SIZE),
     }
     for stage, (module, batch_size) in modules.items():
@@ -52,7 +54,7 @@ def warm_start(folder: Path, out: Path) -> None:
             continue
         module.requires_grad_(True)
         step = samples[stage] // batch_size
-        state = {"step": step, "samples": step * batch_size, "warmup_start_step": step}
         optimizer = new_optimizer(list(module.parameters()))
-        save_stage(out / stage, module, EMA(module, 0.0), optimizer, state)
+        counts = stage_counts(step, batch_size, warmup_start_step=step)
+        save_stage(out / stage, module, EMA(module, 0.0), optimizer, counts)
     (out / "vae" / "scaling_factor.json").write_text(json.dumps(pipeline.vae.config.scaling_factor))
