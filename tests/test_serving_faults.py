@@ -109,7 +109,7 @@ HUNG_S = 30  # within which the images of a hung replica are finished elsewhere;
 def test_requests_complete_when_a_replica_hangs(clients):
     """A replica is stopped by SIGSTOP while it generates images of both clients. They are finished on the other
     replica, and so are requests that arrive afterwards."""
-    request = Request(**SHORT, seed=7, num_inference_steps=120)
+    request = Request(**SHORT, seed=7, num_inference_steps=60)
 
     async def run():
         await until(lambda: len(processes("replica")) == 2)
