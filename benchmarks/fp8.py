@@ -11,7 +11,6 @@ most three times as far from float32. A mode that fails must not become an optio
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.report import rounded
+from benchmarks.workbench import mask_iou
 from realcustom import Generation, RealCustomPipeline, Request
 from realcustom.assets import MINI_MODEL
 from train.evaluate.cases import Case
@@ -34,16 +34,6 @@ def generate(pipeline: RealCustomPipeline, requests: Sequence[Request]) -> list[
     for generation in generations:
         pipeline.run([generation])
     return generations
-
-
-def mask_iou(ones: Sequence[Generation], others: Sequence[Generation]) -> float:
-    """Mean IoU of the final guidance masks of the same requests."""
-    ious = []
-    for one, other in zip(ones, others, strict=True):
-        assert one.guidance_masks is not None and other.guidance_masks is not None
-        for a, b in zip(one.guidance_masks > 0, other.guidance_masks > 0, strict=True):
-            ious.append(float((a & b).sum() / (a | b).sum()))
-    return statistics.mean(ious)
 
 
 def latent_distance(ones: Sequence[Generation], others: Sequence[Generation]) -> float:

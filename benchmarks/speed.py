@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import platform
-import statistics
 import sys
 from dataclasses import replace
 from functools import partial
@@ -26,7 +25,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.full_size import FAMILIES, default_dtype, make_masks_compact, random_pipeline
 from benchmarks.report import rounded
-from benchmarks.workbench import APPROXIMATIONS, Workbench, benchmark_request, peak_bytes, time_alternately
+from benchmarks.workbench import (
+    APPROXIMATIONS,
+    Workbench,
+    benchmark_request,
+    mask_iou,
+    peak_bytes,
+    time_alternately,
+)
 from realcustom import Generation, RealCustomPipeline, Request
 from realcustom.assets import MINI_MODEL
 from realcustom.denoiser import Denoiser
@@ -120,13 +126,9 @@ def approximations(bench: Workbench, rounds: int, num_images: int) -> dict[str, 
     report = {name: {"realcustom / text_to_image": times[name] / times["text_to_image"]} for name in APPROXIMATIONS}
     if not num_images:
         return report
-    masks = {
-        name: [mask > 0 for g in bench.realcustom(num_images, **settings) for mask in g.guidance_masks]
-        for name, settings in APPROXIMATIONS.items()
-    }
-    iou = lambda a, b: float((a & b).sum() / (a | b).sum())
+    images = {name: bench.realcustom(num_images, **settings) for name, settings in APPROXIMATIONS.items()}
     for name in APPROXIMATIONS:
-        report[name]["mask IoU"] = statistics.mean(map(iou, masks["exact"], masks[name]))
+        report[name]["mask IoU"] = mask_iou(images["exact"], images[name])
     return report
 
 

@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -129,6 +129,16 @@ def stock_pipeline(pipeline: RealCustomPipeline) -> StableDiffusionPipeline | St
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
     return StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None)
+
+
+def mask_iou(ones: Sequence[Generation], others: Sequence[Generation]) -> float:
+    """Mean IoU of the final guidance masks of the same requests."""
+    ious = []
+    for one, other in zip(ones, others, strict=True):
+        assert one.guidance_masks is not None and other.guidance_masks is not None
+        for a, b in zip(one.guidance_masks > 0, other.guidance_masks > 0, strict=True):
+            ious.append(float((a & b).sum() / (a | b).sum()))
+    return statistics.mean(ious)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

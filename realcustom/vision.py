@@ -45,12 +45,13 @@ def to_pixels(images: Sequence[ArrayLike], size: int, method: MethodConfig) -> T
         if method.reference_resize == "bilinear_uint8":
             values = F.interpolate(values, (size, size), mode="bilinear", align_corners=False)
         else:
-            values = _resize_antialiased(values, size)
+            values = resize_antialiased(values, size)
         pixels.append(values)
     return torch.cat(pixels)
 
 
-def _resize_antialiased(pixels: Tensor, size: int) -> Tensor:
+def resize_antialiased(pixels: Tensor, size: int) -> Tensor:
+    """Resize images in [0, 1] to [B, 3, size, size]."""
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
@@ -73,7 +74,7 @@ def reference_views(pixels: Tensor, method: MethodConfig) -> tuple[Tensor, Tenso
     if method.reference_resize == "bilinear_uint8":
         view = F.interpolate(pixels, (size, size), mode="bilinear", align_corners=True)
         return _through_uint8(view), _through_uint8(local)
-    return _resize_antialiased(pixels, size), local
+    return resize_antialiased(pixels, size), local
 
 
 def _through_uint8(pixels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ number of processes trains on the same samples with the same noise.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from typing import Any, cast
 
@@ -30,9 +30,8 @@ from .checkpoint import (
 from .config import TrainConfig
 from .data.features import open_features
 from .data.loader import batches, count_other_views, count_skipped
-from .data.pixels import PixelBatch
-from .data.sample import Sample
-from .data.sprite_world.batches import SpriteBatch, SpriteMixture
+from .data.mixture import Mixture
+from .data.sprite_world.batches import SpriteMixture
 from .data.sprite_world.rendered import BatchRenderer
 from .ema import EMA
 from .frozen import FrozenModels, load_pipeline, start_adapter
@@ -115,9 +114,7 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
 
     # ---- data ----------------------------------------------------------------------------------------------------
     mixture = open_training_data(config, frozen.reference_size)
-    render = None
-    if isinstance(mixture, SpriteMixture):
-        render = BatchRenderer(config.data.resolution, frozen.reference_size, device)
+    render = _rendering(mixture, config.data.resolution, frozen.reference_size, device)
     first = config.batch_size * rank // world_size  # of this process in the global batch
     validation = None
     if config.data.validation is not None and config.preview.every_steps and is_main and not monitor.validates:
@@ -210,7 +207,7 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
 
             loss_sum = torch.zeros((), device=device)
             for part, is_last in _micro_batches(len(samples), config.micro_batch_size):
-                encoded = frozen.encode(_rendered(samples[part.start : part.stop], render))
+                encoded = frozen.encode(render(samples[part.start : part.stop]))
                 draws = draw(
                     config.objective,
                     encoded.latents.shape[1:],
@@ -293,12 +290,13 @@ def _micro_batches(count: int, size: int) -> Iterator[tuple[range, bool]]:
         yield range(start, min(start + size, count)), start + size >= count
 
 
-def _rendered(samples: list[Sample] | SpriteBatch, render: BatchRenderer | None) -> list[Sample] | PixelBatch:
-    """The samples with pixels."""
-    if isinstance(samples, SpriteBatch):
-        assert render is not None
-        return render(samples)
-    return samples
+def _rendering(
+    mixture: Mixture | SpriteMixture, size: int, reference_size: int, device: torch.device
+) -> Callable[[Any], Any]:
+    """Gives pixels to the samples of a mixture that have none."""
+    if isinstance(mixture, SpriteMixture):
+        return BatchRenderer(size, reference_size, device)
+    return lambda samples: samples
 
 
 def _sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..data.loader import batches
 from ..data.sprite_world.batches import SampleMixture
+from ..data.sprite_world.rendered import box_maps
 from ..data.sprite_world.renderer import Renderer
 from ..data.sprite_world.scenes import SCENE_SIZE
 from ..data.sprite_world.world import SampleBatch
@@ -129,24 +130,13 @@ class LatentStream:
         if size < SCENE_SIZE:
             pixels = F.avg_pool2d(pixels, SCENE_SIZE // size)
         boxes = torch.from_numpy(samples.images.boxes).to(pixels.device)
+        # As in `RenderSamples`, the maps of smaller images have every second position of those of full size.
         return LatentBatch(
             latents=self._codec.encode(pixels),
             captions=samples.captions,
-            subjects=_box_maps(boxes, size // LATENT_FACTOR),
+            subjects=box_maps(boxes, LATENT_FACTOR, SCENE_SIZE // size).float(),
         )
 
     def close(self) -> None:
         if self._steps is not None:
             self._steps.close()
-
-
-def _box_maps(boxes: Tensor, side: int) -> Tensor:
-    """Maps that are 1 at the latent positions of each box [B, S, 4] in px, float32 [B, S, side, side].
-
-    As in `RenderSamples`, the maps of smaller images have every second position of those of full size.
-    """
-    left, top, right, bottom = boxes[..., None, None].unbind(2)
-    x = torch.arange(0, SCENE_SIZE, SCENE_SIZE // side, device=boxes.device)
-    x = x // LATENT_FACTOR * LATENT_FACTOR
-    y = x[:, None]
-    return ((x + LATENT_FACTOR > left) & (x < right) & (y + LATENT_FACTOR > top) & (y < bottom)).float()

@@ -12,6 +12,7 @@ import numpy as np
 
 from ...curriculum import Curriculum
 from ..order import derive_key, generator, uniforms
+from ..transforms import reference_box
 from .source import SpriteSource
 from .views import PackedViews, choose_views
 from .world import SampleBatch, SpriteWorld
@@ -91,11 +92,10 @@ class SpriteMixture:
 
     def _reference_boxes(self, step: int, rows: np.ndarray) -> np.ndarray:
         """A random crop of each reference after resizing by r in [r_min, r_cur] (Eq. 12-13)."""
-        draw, right, down = (uniforms(derive_key(self.seed, name, step), rows) for name in ("ratio", "right", "down"))
+        draw, down, right = (uniforms(derive_key(self.seed, name, step), rows) for name in ("ratio", "down", "right"))
         r_min, r_cur = self.curriculum.resize_ratio_bounds(step)
-        side = 1 / (r_min + (r_cur - r_min) * draw)
-        left, top = right * (1 - side), down * (1 - side)
-        return np.stack([left, top, left + side, top + side], 1).astype(np.float32)
+        ratio = r_min + (r_cur - r_min) * draw
+        return np.array([reference_box(*draws) for draws in zip(ratio, down, right)], np.float32)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """Pixels of the sprite world's batches, on the device that trains on them.
 
-Legend: B samples, s side of the images, S side of the references; in px.
+Legend: B samples, S subjects of an image.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from realcustom.vision import resize_antialiased
 
 from ..pixels import PixelBatch
 from .batches import SpriteBatch
@@ -17,7 +19,7 @@ class BatchRenderer:
     """Renders the images, references and masks of batches.
 
     Args:
-        size, reference_size: s and S.
+        size, reference_size: sides of the images and of the references in px.
         device: of the results.
     """
 
@@ -48,14 +50,22 @@ class BatchRenderer:
 
     def _inside(self, batch: SpriteBatch) -> Tensor:
         """1 inside the subjects that the reference shows, float32 [B, 128, 128]."""
-        left, top, right, bottom = torch.from_numpy(batch.subject_boxes).to(self.device)[..., None, None].unbind(2)
-        x = torch.arange(SCENE_SIZE, device=self.device)
-        y = x[:, None]
-        return ((x >= left) & (x < right) & (y >= top) & (y < bottom)).any(1).float()
+        return box_maps(torch.from_numpy(batch.subject_boxes).to(self.device)).any(1).float()
+
+
+def box_maps(boxes: Tensor, cell: int = 1, stride: int = 1) -> Tensor:
+    """Which cells of the image each box covers at least in part, bool [B, S, n, n].
+
+    Args:
+        boxes: left, top, right, bottom in px, [B, S, 4]; zeros for no subject.
+        cell: side of a cell in px.
+        stride: every `stride`-th cell on both axes is returned.
+    """
+    left, top, right, bottom = boxes[..., None, None].unbind(2)
+    x = torch.arange(0, SCENE_SIZE, cell * stride, device=boxes.device)
+    y = x[:, None]
+    return (x + cell > left) & (x < right) & (y + cell > top) & (y < bottom)
 
 
 def _resized(pixels: Tensor, size: int) -> Tensor:
-    """Images in [0, 1] with another side; as for images on disk, with Pillow's bicubic filter."""
-    if pixels.shape[-1] == size:
-        return pixels
-    return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    return pixels if pixels.shape[-1] == size else resize_antialiased(pixels, size)
