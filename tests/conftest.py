@@ -34,12 +34,18 @@ RAY_FILES = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests of a file in one process, so that they share its fixtures."""
     items.sort(key=lambda item: item.path.name in RAY_FILES)
     for item in items:
         group = "ray" if item.path.name in RAY_FILES else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):
+        assert all("@" in item.nodeid for item in session.items), "pytest-xdist ignores the groups of this pytest version"
 
 
 def pytest_addoption(parser) -> None:
