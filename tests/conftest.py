@@ -12,14 +12,16 @@ import pytest
 # Set before any library is imported, and inherited by the processes that tests start.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests download nothing; a missing file fails immediately
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves replicas beside the other test process
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell script starts background jobs with SIGINT ignored, and the programs under test would ignore it too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Test files that start Ray or listen on ports. They share a process, because two local clusters may find each other,
-# and run after all others, because each of them keeps the whole machine busy.
+# Test files that start Ray or listen on ports. They share a process, because two local clusters may find each other
+# and compete for the processors. They take the longest and mostly wait, so they start first and the other process runs
+# all other files meanwhile.
 RAY_FILES = {
     "test_app.py",
     "test_browser.py",
@@ -37,7 +39,7 @@ RAY_FILES = {
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests of a file in one process, so that they share its fixtures."""
-    items.sort(key=lambda item: item.path.name in RAY_FILES)
+    items.sort(key=lambda item: item.path.name not in RAY_FILES)
     for item in items:
         group = "ray" if item.path.name in RAY_FILES else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
@@ -45,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     if hasattr(session.config, "workerinput"):
-        assert all("@" in item.nodeid for item in session.items), "pytest-xdist ignores the groups of this pytest version"
+        assert all("@" in item.nodeid for item in session.items), "pytest-xdist does not see the groups"
 
 
 def pytest_addoption(parser) -> None:

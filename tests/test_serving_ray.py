@@ -82,7 +82,7 @@ def as_bytes(result: Result) -> tuple[bytes, list[bytes]]:
     return encode_image(result.image), [encode_image(mask) for mask in result.masks]
 
 
-async def idle(server: LocalServer, timeout_s=10) -> dict:
+async def idle(server: LocalServer, timeout_s=30) -> dict:
     """Statistics of the replica as soon as it has no images."""
     end = time.monotonic() + timeout_s
     while True:
@@ -300,6 +300,9 @@ def test_overload_rejects_some_requests(server, http):
     asyncio.run(run())
 
 
+REFUSED_S = 2  # 0.03 to 0.15 s on an idle machine; the images of the queue take more than 10 s
+
+
 def test_overload_is_refused_at_once_and_shared_between_clients(server):
     """Streams beyond the queue get 429 at once and without an error after status 200. One request of another client is
     done before most images of the client that filled the queue."""
@@ -341,7 +344,7 @@ def test_overload_is_refused_at_once_and_shared_between_clients(server):
             num_before = len(finished) - num_finished - 1
             seconds = sorted(value for value in await asyncio.gather(*later) if value is not None)
             await asyncio.gather(*filling)
-        assert seconds and seconds[len(seconds) // 2] < 0.5, seconds
+        assert seconds and seconds[len(seconds) // 2] < REFUSED_S, seconds
         assert num_before <= 12, finished
         await idle(server)
 
