@@ -2,7 +2,7 @@
 
     python benchmarks/autoscaling.py      # 4 minutes; writes benchmarks/results/autoscaling.{json,md,png}
 
-Open loop: requests arrive by a Poisson process at a low rate, then at a rate above the capacity of one replica, then at
+Open loop: requests arrive as a Poisson process at a low rate, then at a rate above the capacity of one replica, then at
 the low rate again. Every image is compared with the image generated from the same seed before the run. Each node has
 resources for one replica.
 """

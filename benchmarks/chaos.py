@@ -3,7 +3,7 @@
     python benchmarks/chaos.py      # 5 minutes; writes benchmarks/results/chaos.{json,md}
     python benchmarks/chaos.py --kinds replica ingress proxy controller --every 10
 
-Open loop: requests arrive by a Poisson process over HTTP and a Ray handle, streamed or not, and some are cancelled.
+Open loop: requests arrive as a Poisson process over HTTP and a Ray handle, streamed or not, and some are cancelled.
 Meanwhile, a process is killed (SIGKILL) every few seconds. Each request must return the same image as before any
 process was killed, or raise a documented error of the client. A wrong image or a missing response is a failure.
 """

@@ -3,7 +3,7 @@
     python benchmarks/serving.py                         # minutes per load; writes benchmarks/results/serving.{json,md}
     python benchmarks/serving.py --seconds 5 --loads 0.8 # a short run
 
-Open loop: images arrive by a Poisson process, or in bursts, whether or not earlier ones are done, so that latencies
+Open loop: images arrive as a Poisson process, or in bursts, whether or not earlier ones are done, so that latencies
 include all waiting. The capacity of a mode is its throughput with full batches; loads are fractions of the capacity of
 `continuous`, with the same arrivals for all modes. Below capacity, the throughput of every mode is close to the arrival
 rate. The modes are measured one after another, within one process.

@@ -77,7 +77,7 @@ def build_controls(name: str, info: ModelInfo) -> Controls:
         )
         fast_masks = gr.Checkbox(
             sampling.mask_source == "generation_branch", label="Fast masks", elem_id=f"{name}-fast",
-            info="Approximate: skips the guidance pass and takes the mask from the previous step",
+            info="Approximate: skips the guidance branch and takes the mask from the previous step",
         )  # fmt: skip
     steps.release(  # not `change`, which also sees the first digits of a typed number
         lambda steps, stop: gr.Slider(maximum=steps, value=min(steps, stop)), [steps, early_stop_step],

@@ -1,4 +1,4 @@
-"""Attention processors for a stock UNet, and the only code that depends on the UNet's structure (Eq. 4, 16, 19).
+"""Attention processors for a stock UNet, and the order and resolution levels of its attention layers (Eq. 4, 16, 19).
 
 The processors own no weights. `AttentionLayers.attention_context` sets what each layer uses during one UNet call: keys
 and values of the texts, references with their masks (`LayerVision`), and what the layer records for the guidance masks
@@ -130,7 +130,7 @@ class AttentionLayers:
         """Restore the processors that were installed before."""
         self.unet.set_attn_processor(dict(self._original_processors))
 
-    def check_installed(self) -> None:
+    def ensure_installed(self) -> None:
         """Reinstall the processors if other code has replaced them.
 
         Other pipelines on the same UNet and diffusers' own variants of attention (sliced, fused projections, xFormers)
@@ -157,9 +157,9 @@ class AttentionLayers:
     def fuse_projections(self) -> None:
         """Store the weights of the query, key and value projections of each self-attention layer in one tensor.
 
-        The three projections are then one product. They remain layers of their own, whose weights are parts of that
-        tensor, so weights that change in place take effect. A layer whose weights are replaced, for example by a LoRA
-        or by moving the UNet to another device, computes three products again.
+        The three projections are then one matrix multiplication. They remain separate layers whose weights are views of
+        that tensor, so in-place changes take effect. A layer whose weights are replaced, for example by a LoRA or by
+        moving the UNet to another device, uses three matrix multiplications again.
         """
         for name, attn in self._attentions.items():
             layers = (attn.to_q, attn.to_k, attn.to_v)
@@ -177,11 +177,11 @@ class AttentionLayers:
         self._projections.clear()
 
     def is_fused(self, name: str) -> bool:
-        """Whether a layer computes its query, key and value in one product."""
+        """Whether a layer computes its query, key and value in one matrix multiplication."""
         return self._fused(name) is not None
 
     def _fused(self, name: str) -> Tensor | None:
-        """The fused weights of a layer, if its projections still are parts of them."""
+        """The fused weights of a layer, if its projections are still views of them."""
         weights = self._projections.get(name)
         if weights is None:
             return None
@@ -217,11 +217,11 @@ class AttentionLayers:
             recordings: layer name -> its recording.
             stop_after_recording: raise `StopForward` after the transformer of the last recording layer.
         Raises:
-            ValueError: see `check_installed`.
+            ValueError: see `ensure_installed`.
         """
         recordings = recordings or {}
         with self._lock:
-            self.check_installed()
+            self.ensure_installed()
             hooks: list[RemovableHandle] = []
             try:
                 for name, processor in self._processors.items():

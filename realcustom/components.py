@@ -271,8 +271,8 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         """How UNet calls run: "graphs" replays CUDA graphs, "eager" launches each kernel, "auto" (default) uses graphs
         on CUDA devices. Set it to change it.
 
-        Graphs are captured when a shape of call occurs for the second time, or in `warm_up`. Calls run eagerly, with a
-        warning, while the UNet has forward hooks or offloaded or cast weights.
+        Graphs are captured when a shape of call occurs for the second time, or in `warm_up`. Calls that cannot be
+        recorded run eagerly, with a warning (see `UNetState.eager_reason`).
         """
         return self._execution
 
@@ -289,7 +289,7 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         return isinstance(self.denoiser.executor, GraphExecutor)
 
     def fuse_projections(self) -> None:
-        """Compute query, key and value of each self-attention layer of the UNet in one product.
+        """Compute query, key and value of each self-attention layer of the UNet in one matrix multiplication.
 
         Call it when the UNet is on its device. Results change by rounding. See `AttentionLayers.fuse_projections`.
         """

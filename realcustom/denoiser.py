@@ -109,22 +109,22 @@ class Denoiser:
         Returns:
             the guided model output [channels, height, width] of each generation.
         """
-        # The recorded rows come first, then those of the guidance branch, so that both branches see the same texts in
-        # the same rows.
+        # The recorded rows must come first. Those of the guidance branch follow, so that both branches have the same
+        # texts in the same rows and the executor does not copy their keys and values again.
         conditional = sorted(generations, key=lambda g: (not g.records_next_mask, not g.needs_guidance_branch))
-        guided = [g for g in conditional if g.negative_text is not None]  # those with an unconditional row
+        with_uncond = [g for g in conditional if g.negative_text is not None]  # those with an unconditional row
         recorded = [g for g in conditional if g.records_next_mask]
         outputs, relevance = self.predict(
-            [*conditional, *guided],
-            [g.text for g in conditional] + [g.negative_text for g in guided if g.negative_text is not None],
-            references=[g.references for g in conditional] + [g.negative_references for g in guided],
+            [*conditional, *with_uncond],
+            [g.text for g in conditional] + [g.negative_text for g in with_uncond if g.negative_text is not None],
+            references=[g.references for g in conditional] + [g.negative_references for g in with_uncond],
             recorded=recorded,
         )
         assert outputs is not None
         if relevance is not None:
             self.set_masks(recorded, relevance)
         noise_text = dict(zip(map(id, conditional), outputs, strict=False))
-        noise_uncond = dict(zip(map(id, guided), outputs[len(conditional) :], strict=True))
+        noise_uncond = dict(zip(map(id, with_uncond), outputs[len(conditional) :], strict=True))
 
         def combine(generation: Generation) -> Tensor:
             text = noise_text[id(generation)]

@@ -1,4 +1,4 @@
-"""How a UNet call runs: eagerly, on static buffers, or as a CUDA graph. All private torch APIs are in this file.
+"""How a UNet call runs: eagerly, on static buffers, or as a CUDA graph. Private torch APIs for this are used only here.
 
 On a GPU, launching the 2,700 kernels of a call from Python takes several times longer than the kernels themselves. A
 CUDA graph launches them at once, but it reads fixed addresses. `ReplayExecutor` therefore copies the inputs of each
@@ -103,7 +103,7 @@ class Executor(Protocol):
     method: MethodConfig
 
     def start_step(self) -> None:
-        """Look at the state of the UNet. It must not change between the calls of a step."""
+        """Check the state of the UNet, which must not change between the calls of a step."""
         ...
 
     def run(self, call: UNetCall) -> Result:
@@ -419,7 +419,8 @@ class CudaGraphs:
         self.num_bytes = 0
 
     def capture(self, work: Callable[[], T]) -> tuple[Graph, T] | None:
-        # The first run loads kernels and creates the library's plans, which must not happen while recording.
+        # The first run loads kernels and creates library plans, which must not happen while recording. The second run
+        # measures the memory that the graph needs.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             work()
@@ -459,7 +460,9 @@ class GraphStatistics:
     """What a `GraphExecutor` has done.
 
     Attributes:
-        captures, replays, eager: number of calls of each kind; `eager` includes the first call of each shape.
+        captures: number of captured graphs.
+        replays: number of replayed calls, including the call for which a graph was captured.
+        eager: number of calls that ran eagerly, including the first call of each shape.
         retired: how often all graphs were discarded.
         capture_seconds: time spent on captures.
     """
@@ -474,9 +477,9 @@ class GraphStatistics:
 class GraphExecutor(ReplayExecutor):
     """Replays each call as a CUDA graph; a shape is captured when it occurs for the second time.
 
-    Calls run eagerly while the UNet has hooks, offloaded or cast weights, or is in training mode. When the weights, a
-    LoRA or FreeU change, all graphs are discarded. Single graphs never are: in current PyTorch, resetting one graph
-    releases a workspace that the others still use (pytorch issue 193402).
+    `UNetState.eager_reason` lists when calls run eagerly instead. When weights are replaced, or a LoRA or FreeU
+    changes, all graphs are discarded; weights changed in place keep them. Single graphs are never discarded: in current
+    PyTorch, resetting one graph releases a workspace that the others still use (pytorch issue 193402).
 
     Args:
         attention, method: of the UNet.
@@ -617,7 +620,8 @@ class UNetState:
         return True
 
     def eager_reason(self) -> str | None:
-        """Why calls cannot be recorded, or None."""
+        """Why calls cannot be recorded, or None: a UNet wrapped by torch.compile, training mode, autocast, offloaded
+        layers, or hooks, including those of layerwise casting."""
         if is_compiled(self._unet):
             return "the UNet is wrapped by torch.compile"
         if self._unet.training:

@@ -1,4 +1,7 @@
-"""Fingerprints of components: they change whenever a component is replaced or its weights or LoRA state change."""
+"""Fingerprints of components: they change whenever a component is replaced or its weights or LoRA state change.
+
+The private attribute `Tensor._version`, which counts in-place changes, is used in this file only.
+"""
 
 from collections.abc import Hashable
 

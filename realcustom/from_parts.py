@@ -64,6 +64,7 @@ def load_parts(
         "image_encoder_2": None if dinov2 is None else _load_dinov2(dinov2, dtype),
         "scheduler": _convert_scheduler(parts.scheduler, preset),
         "realcustom_config": RealCustomConfig.preset(preset, family),
+        # The release encodes an empty prompt like any other.
         "force_zeros_for_empty_prompt": preset == "paper" and parts.config.get("force_zeros_for_empty_prompt", False),
     }
 

@@ -40,7 +40,7 @@ class Generation:
         negative_references: keys and values that the unconditional row attends to instead; empty if none.
         target_tokens: marks the tokens of each subject's target phrase, [S, T].
         time_ids: size condition of models that take one, [6].
-        guidance_masks: [S, h, w] in [0, 1]; None until the first guided step.
+        guidance_masks: [S, h, w] in [0, 1]; None until the guidance branch has run.
         masks_fixed: the caller supplied the masks; the guidance branch does not run.
         predicted_clean: the scheduler's current estimate of the clean latents, for previews.
         sorted_masks: the guidance masks of each subject at each attention resolution, see `sort_guidance_masks`.
@@ -66,7 +66,8 @@ class Generation:
 
     @property
     def num_steps(self) -> int:
-        """UNet calls of the image; some samplers need more than `num_inference_steps`."""
+        """Scheduler steps, each with one call of the generation branch; some samplers need more than
+        `num_inference_steps`."""
         return len(self.scheduler.timesteps)
 
     @property
@@ -85,7 +86,7 @@ class Generation:
         return self.scheduler.timesteps[self.step_index]
 
     def mask_due(self, call: int) -> bool:
-        """Whether UNet call `call` starts with a new mask: steps before T_stop do, later ones reuse it (Sec. 3.3.1).
+        """Whether scheduler step `call` starts with a new mask; after T_stop, the last one is reused (Sec. 3.3.1).
 
         Samplers that call the UNet twice per step (Heun, KDPM2) have more calls than requested steps, so T_stop and
         the mask interval apply to the corresponding fraction of the calls.

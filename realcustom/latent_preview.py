@@ -1,7 +1,7 @@
 """Latents -> preview images with a single convolution, for a small fraction of the autoencoder's cost.
 
-Nearly all of a decoded pixel is a linear function of the latents around it. The linear function is fitted to the
-autoencoder at hand, so no per-model constants are needed.
+A decoded pixel is approximately a linear function of the latents around it. This function is fitted to the loaded
+autoencoder, so no per-model constants are needed.
 
 Legend: C latent channels, h x w latent size, f pixels per latent position and axis.
 """

@@ -45,11 +45,11 @@ def resize_by_height(values: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def aggregate_attention_maps(maps: Sequence[Tensor], size: tuple[int, int], normalization: str) -> Tensor:
-    """Resize the cross-attention of the target words to the largest map and average it over layers.
+    """Resize the cross-attention of the target words to one resolution and average it over layers.
 
     Args:
         maps: one [S, h_l, w_l] map per layer, each at its own resolution.
-        size: (h, w) of the largest map.
+        size: (h, w) of the highest resolution with attention.
         normalization: "min_max_per_layer" scales every layer to [0, 1] first; all other values average unscaled maps.
     Returns:
         [S, h, w].
@@ -142,8 +142,9 @@ def guidance_masks(relevance: Tensor, scope_ratios: Sequence[float], method: Met
     """
     relevance = normalize(relevance, method.mask_normalization)
     if method.mask_selection == "threshold":
-        floor = 1 - relevance.new_tensor(list(scope_ratios))[:, None, None]
-        kept = relevance > floor if method.mask_binary else relevance >= floor
+        threshold = 1 - relevance.new_tensor(list(scope_ratios))[:, None, None]
+        # Both comparisons are the release's.
+        kept = relevance > threshold if method.mask_binary else relevance >= threshold
     elif method.disjoint_masks and len(relevance) > 1:
         kept = round_robin_top_k(relevance, scope_ratios)
     else:

@@ -63,7 +63,7 @@ class RealCustomPipeline(RealCustomComponents):
         Args:
             request: unset settings of a `Request` are taken from `sampling`.
             generator: draws the noise in place of the request's seed.
-            latents: initial noise [channels, height, width] in place of drawing it.
+            latents: initial noise [channels, h, w] at latent resolution, in place of drawing it.
             masks: guidance masks [S, h, w] in [0, 1] in place of those of the guidance branch.
             scheduler: used in place of the pipeline's; it is copied.
             timesteps, sigmas: a custom schedule of `num_inference_steps` entries, if the scheduler supports it.
@@ -71,8 +71,8 @@ class RealCustomPipeline(RealCustomComponents):
             A generation ready for its first step.
         Raises:
             ValueError: the size is not a multiple of the VAE's scale factor, a target phrase is beyond the text
-                encoder's limit, the request has subjects but no adapter is loaded, the masks are invalid, or the
-                scheduler does not support a custom schedule.
+                encoder's limit, the request has subjects but no adapter is loaded, the latents or masks are invalid, or
+                the scheduler does not support a custom schedule.
         """
         if isinstance(request, Request):
             request = request.resolve(self.sampling)
@@ -208,12 +208,16 @@ class RealCustomPipeline(RealCustomComponents):
             seed: image i uses seed + i.
             num_images_per_prompt: images generated together.
             generator: draws the noise in place of the seed; a list has one generator per image.
-            latents: initial noise [N, channels, height, width] in place of drawing it.
+            latents: initial noise [N, channels, h, w] at latent resolution, in place of drawing it.
             timesteps, sigmas: a custom schedule, if the scheduler supports it; its length is the number of steps.
-            output_type: "pil", "np", "pt", or "latent" for undecoded latents [N, channels, height, width].
+            output_type: "pil", "np" [N, H, W, 3], "pt" [N, 3, H, W], or "latent" for undecoded latents
+                [N, channels, h, w].
             callback_on_step_end: called with the pipeline, step index, timestep and {"latents": [N, ...]} after
                 every step; latents it returns replace the current ones. `pipe._interrupt = True` ends the loop, as in
                 diffusers.
+            return_dict: False returns the tuple (images, masks, seeds).
+        Returns:
+            A `RealCustomOutput`, or the tuple.
         Raises:
             ValueError: a setting out of range, or an argument of other diffusers pipelines that is not supported.
             TypeError: an unknown argument.

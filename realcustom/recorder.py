@@ -1,4 +1,4 @@
-"""Records the attention of the guidance branch, reduced at the source: no attention map is stored at full size.
+"""Records attention for the guidance masks, reduced at the source: no attention map is stored at full size.
 
 The product of an attention map with a few columns is attention with these columns as values. The fused attention kernel
 therefore computes both factors of Eq. 14: cross-attention summed over the target words (the columns mark the words) and
@@ -147,7 +147,7 @@ class AttentionRecorder:
             sizes: (h, w) of every level.
             normalization: see `aggregate_attention_maps`.
         Returns:
-            [B, S, h, w] at the largest level with attention.
+            [B, S, h, w] at the highest resolution with attention.
         """
         maps = [m.flatten(0, 1).unflatten(-1, sizes[level]) for level, m in self.cross_maps.values()]
         relevance = aggregate_attention_maps(maps, sizes[min(self.levels.values())], normalization)  # [B * S, h, w]

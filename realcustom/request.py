@@ -100,15 +100,15 @@ class Request:
         negative_prompt: text of the unconditional row of Eq. 17.
         height, width: pixels, multiples of the VAE's scale factor (8).
         num_inference_steps: denoising steps, at least 1.
-        early_stop_step: T_stop (Sec. 3.3.1): a number of steps (int, at least 1) or a fraction of them (float in
-            (0, 1]).
+        early_stop_step: T_stop (Sec. 3.3.1): a number of steps (at least 1) or a fraction of them (float in (0, 1]).
+            The type decides: 1 is one step, 1.0 is all steps.
         guidance_scale: ω of Eq. 17, at least 1; 1 runs no unconditional row. 0 means the same as 1, because the model
             cards of distilled checkpoints use it to disable guidance.
         mask_source: "guidance_branch" is the paper's method: up to T_stop, each step has a text-only row from whose
             attention the mask is computed. "generation_branch" approximates it without that row: the mask is computed
             from the text attention of the image's own row in the previous step. Only the first step runs the guidance
             branch.
-        mask_interval: number of steps between two masks up to T_stop, at least 1; more than 1 is an approximation.
+        mask_interval: k, at least 1: up to T_stop, every k-th step has a new mask; more than 1 is an approximation.
         seed: in [0, 2**63); the same seed gives the same image, alone or in any batch.
     Raises:
         ValueError: a value out of range, or a target phrase that does not occur in the prompt.

@@ -1,6 +1,6 @@
 """Prompt -> text condition, as SDXL (two encoders, pooled text) and SD1.5 (one encoder) expect it.
 
-Legend: T tokens, C channels of the cross-attention, S subjects.
+Legend: T tokens, C channels of the cross-attention, D channels of the pooled text, S subjects.
 """
 
 from collections.abc import Callable, Sequence
@@ -88,6 +88,7 @@ class TextEncoders:
             return out.pooler_output
         if self.pooled_projection:
             return out.text_embeds
+        # `CLIPTextModelWithProjection` does not return its pooled text without the projection, so it is computed again.
         return encoder.text_model(ids.to(out.last_hidden_state.device)).pooler_output
 
     def target_tokens(self, prompt: str, phrases: Sequence[str]) -> Tensor:

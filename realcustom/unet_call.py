@@ -78,7 +78,7 @@ def exact_positions(pairs: Sequence[Pair], sizes: Sequence[tuple[int, int]]) -> 
 
 
 def padded(call: UNetCall) -> UNetCall:
-    """Pad pairs and positions to buckets, so that few shapes occur. The result of the call is the same.
+    """Pad pairs and positions to buckets, so that few shapes occur. The result is the same up to rounding.
 
     Rows and subjects are exact: a padded row costs as much as a real one, and another number of rows or subjects
     changes the rounding of the result. The bucket of an image never becomes smaller, so that shapes do not alternate.

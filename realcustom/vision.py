@@ -72,7 +72,7 @@ def reference_views(pixels: Tensor, method: MethodConfig) -> tuple[Tensor, Tenso
         local = local.permute(0, 3, 5, 1, 2, 4)
     local = local.flatten(1, 2)
     if method.reference_resize == "bilinear_uint8":
-        view = F.interpolate(pixels, (size, size), mode="bilinear", align_corners=True)
+        view = F.interpolate(pixels, (size, size), mode="bilinear", align_corners=True)  # as in the release
         return _through_uint8(view), _through_uint8(local)
     return resize_antialiased(pixels, size), local
 
@@ -130,7 +130,8 @@ class VisionEncoders:
         *shallow, deep = self.tokens(view, layers)
         (local_deep,) = self.tokens(local.flatten(0, 1), layers[-1:])
         self._release()
-        local_deep = local_deep.unflatten(0, (-1, 4)).transpose(1, 2).flatten(1, 2)  # [B, N * 4, C]
+        # [B, 4 * N, C] in the release's order: the four views of a position are adjacent.
+        local_deep = local_deep.unflatten(0, (-1, 4)).transpose(1, 2).flatten(1, 2)
         return VisionFeatures(shallow=torch.cat(shallow, dim=1), deep=deep, local=local_deep)
 
     def tokens(self, pixels: Tensor, layers: Sequence[tuple[int, int]]) -> list[Tensor]:

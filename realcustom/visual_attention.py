@@ -22,8 +22,8 @@ class SparseMask:
     """The nonzero positions of masks.
 
     Attributes:
-        index: positions in ascending order, int64 [P, K], where K is the size of the largest mask. Smaller masks are
-            padded with positions outside of them.
+        index: positions, counted over all rows of the call, int64 [P, K]: first those inside the mask in ascending
+            order, then padding with positions outside of it. K is at least the size of the largest mask.
         weight: mask values at these positions, [P, K, 1]; 0 at padding.
     """
 
@@ -33,7 +33,8 @@ class SparseMask:
 
 @dataclass(frozen=True, eq=False)
 class SortedMask:
-    """One mask with its positions sorted so that the nonzero ones come first. Its identity stands for its content.
+    """One mask with its positions sorted so that the nonzero ones come first. Compared by identity,
+    which needs no read from the device.
 
     Attributes:
         index: all positions, int64 [Q]: those inside the mask in ascending order, then the others.

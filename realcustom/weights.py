@@ -64,7 +64,10 @@ def load_adapter(
 
 
 def is_official(path: str | PathLike) -> bool:
-    """Whether a weight file uses the authors' names. Only the header of safetensors files is read."""
+    """Whether a weight file uses the authors' names, according to the header of a safetensors file.
+
+    Pickle files are not read: they are assumed to be the authors', who publish .pth.
+    """
     if Path(path).suffix == ".safetensors" and Path(path).is_file():
         try:
             with safe_open(path, "pt") as file:

@@ -129,7 +129,7 @@ class PromptLength:
         words = words_of(prompt[: self.num_chars_read])
         if words and _is_word_char(prompt[self.num_chars_read - 1 : self.num_chars_read + 1]):
             words.pop()  # read in part
-        last = f"up to the word {shorten(words[-1])}" if words else "not a whole word"
+        last = f"up to the word {shorten(words[-1])}" if words else "less than one word"
         return (
             f"{name} has {self.num_tokens} tokens; the text encoder reads {self.max_tokens}, {last}. Shorten it; this "
             f"part is ignored: {shorten(rest)}."

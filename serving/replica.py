@@ -91,7 +91,8 @@ class MemoryShares:
 
     @classmethod
     def of(cls, settings: Settings) -> "MemoryShares":
-        """The shares of the loaded model's device. Without `memory_gb`, the caches are part of what is available."""
+        """The shares of the device with the loaded model. Without `memory_gb`, the caches take at most half of what is
+        available and the images take the rest."""
         text, reference = settings.text_cache_gb * 2**30, settings.reference_cache_gb * 2**30
         if settings.memory_gb:
             return cls(settings.memory_gb * 2**30, text, reference)

@@ -21,7 +21,8 @@ class LiveSettings(Limits):
 
     Attributes:
         max_batch_size: images that are active at the same time in a replica, if its memory allows.
-        max_queued: images that may wait in a replica, and as many in Ray Serve's router; further requests are rejected.
+        max_queued: images that may wait in a replica, and as many in each process of the HTTP interface; further ones
+            are rejected.
         preview_every: steps between previews.
         stall_timeout_s: seconds without progress after which a replica is unhealthy. A step of a large image may take
             longer: up to 10 times the time expected from measured steps.
@@ -84,7 +85,8 @@ class Settings(LiveSettings):
         image_sizes: sizes "HEIGHTxWIDTH" in px to prepare for at the start; empty for the model's default size.
         memory_gb: memory for the active images of a replica, in GiB; None uses most of what is free after loading.
         text_cache_gb, reference_cache_gb: memory for encoded texts and references of earlier requests, in GiB. Not part
-            of `memory_gb`. If `memory_gb` is None, the caches take at most half of the memory for images.
+            of `memory_gb`. If `memory_gb` is None, the caches take at most half of the usable memory and the images the
+            rest.
         reference_memory_gb: memory for the decoded references of all requests in a process of the HTTP interface, in
             GiB; further requests receive 429.
         max_retries: how often an image is restarted on another replica after its replica failed.

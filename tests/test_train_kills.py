@@ -1,4 +1,4 @@
-"""A run that is killed at random moments and resumed equals an unbroken one, bit for bit."""
+"""A run that is killed at random moments and resumed equals an uninterrupted one, bit for bit."""
 
 import json
 import os
@@ -25,13 +25,13 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def unbroken(base, tmp_path_factory):
+def uninterrupted(base, tmp_path_factory):
     """Run without a kill, by number of steps."""
     runs = {}
 
     def get(steps):
         if steps not in runs:
-            runs[steps] = tmp_path_factory.mktemp("unbroken")
+            runs[steps] = tmp_path_factory.mktemp("uninterrupted")
             assert run(toy_config("mini", runs[steps], [*base, f"steps={steps}", "data.validation=none"])) == steps
         return runs[steps]
 
@@ -64,20 +64,20 @@ def kill_and_resume(base, folder: Path, *, steps: int, kills: int) -> list[Path]
     return [Path(settings["out"]) for settings in runs]
 
 
-def test_killed_run_equals_an_unbroken_one(base, unbroken, tmp_path):
+def test_killed_run_equals_an_uninterrupted_one(base, uninterrupted, tmp_path):
     """Three kills: in a step, in a file of a checkpoint, and before the checkpoint is renamed; for any number of loader
     workers."""
     for out in kill_and_resume(base, tmp_path, steps=6, kills=3):
-        assert_equal(unbroken(6), out, 6)
+        assert_equal(uninterrupted(6), out, 6)
 
 
 @pytest.mark.slow
-def test_run_killed_ten_times_equals_an_unbroken_one(base, unbroken, tmp_path):
+def test_run_killed_ten_times_equals_an_uninterrupted_one(base, uninterrupted, tmp_path):
     for out in kill_and_resume(base, tmp_path, steps=40, kills=10):
-        assert_equal(unbroken(40), out, 40)
+        assert_equal(uninterrupted(40), out, 40)
 
 
-def test_number_of_loader_workers_does_not_change_the_run(base, unbroken, tmp_path):
-    """An unbroken run with three workers gives the same losses as one without workers."""
+def test_number_of_loader_workers_does_not_change_the_run(base, uninterrupted, tmp_path):
+    """An uninterrupted run with three workers gives the same losses as one without workers."""
     run(toy_config("mini", tmp_path, [*base, "steps=4", "data.workers=3", "data.validation=none"]))
-    assert losses(tmp_path) == losses(unbroken(6))[:4]
+    assert losses(tmp_path) == losses(uninterrupted(6))[:4]

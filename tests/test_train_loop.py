@@ -69,7 +69,9 @@ def test_error_names_the_missing_stage(tmp_path):
 
 
 def test_learning_rate_warms_up_stays_constant_and_decays(tmp_path):
-    config = LoopConfig(out=tmp_path, batch_size=10, learning_rate=1.0, warmup_steps=10, max_samples=1000, decay=0.3)
+    config = LoopConfig(
+        out=tmp_path, batch_size=10, learning_rate=1.0, warmup_steps=10, max_samples=1000, decay_fraction=0.3
+    )
     rates = [config.rate(step, 0) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[10:70] == [1.0] * 60
     assert rates[70:] == sorted(rates[70:], reverse=True) and 0 < rates[-1] < 0.1
@@ -101,8 +103,8 @@ def test_signal_stops_the_run_with_a_checkpoint(tmp_path, number):
     assert stage_state(tmp_path / "stopped")["step"] == 2
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
     _run(tmp_path / "stopped", max_samples=40)
-    _run(tmp_path / "unbroken", max_samples=40)
-    assert _losses(tmp_path / "stopped") == _losses(tmp_path / "unbroken")
+    _run(tmp_path / "uninterrupted", max_samples=40)
+    assert _losses(tmp_path / "stopped") == _losses(tmp_path / "uninterrupted")
 
 
 def test_damaged_checkpoint_of_a_stage_is_not_used(tmp_path):

@@ -25,9 +25,9 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def unbroken(base, tmp_path_factory):
-    """An unbroken run of four steps."""
-    out = tmp_path_factory.mktemp("unbroken")
+def uninterrupted(base, tmp_path_factory):
+    """An uninterrupted run of four steps."""
+    out = tmp_path_factory.mktemp("uninterrupted")
     assert run(toy_config("mini", out, base)) == 4
     return out
 
@@ -47,9 +47,9 @@ def assert_same_result(one, other):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_signal_ends_the_run_with_a_checkpoint(base, unbroken, tmp_path, monkeypatch):
+def test_signal_ends_the_run_with_a_checkpoint(base, uninterrupted, tmp_path, monkeypatch):
     """SIGTERM during a step lets the step finish; SIGINT while the run waits for data ends the wait at once. In both
-    cases the run writes a checkpoint, restores the handlers, and a resumed run equals an unbroken one."""
+    cases the run writes a checkpoint, restores the handlers, and a resumed run equals an uninterrupted one."""
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     draw = trainer.draw
 
@@ -77,11 +77,11 @@ def test_signal_ends_the_run_with_a_checkpoint(base, unbroken, tmp_path, monkeyp
         assert time.monotonic() - start < 20
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
     assert run(toy_config("mini", tmp_path, base), resume=True) == 4
-    assert_same_result(tmp_path, unbroken)
+    assert_same_result(tmp_path, uninterrupted)
 
 
-def test_damaged_checkpoint_is_not_resumed(base, unbroken, tmp_path, caplog):
-    """The run continues from the one before and equals an unbroken one."""
+def test_damaged_checkpoint_is_not_resumed(base, uninterrupted, tmp_path, caplog):
+    """The run continues from the one before and equals an uninterrupted one."""
     config = toy_config("mini", tmp_path, [*base, "checkpoint.every_steps=1", "max_seconds=0"])
     assert run(toy_config("mini", tmp_path, [*base, "checkpoint.every_steps=1", "steps=3"])) == 3
     damaged = tmp_path / "checkpoints" / "step_00000003" / "optimizer.safetensors"
@@ -90,18 +90,18 @@ def test_damaged_checkpoint_is_not_resumed(base, unbroken, tmp_path, caplog):
         assert run(config, resume=True) == 2
     assert "step_00000003 is damaged" in caplog.text and "Resuming at step 2" in caplog.text
     assert run(toy_config("mini", tmp_path, base), resume=True) == 4
-    assert_same_result(tmp_path, unbroken)
+    assert_same_result(tmp_path, uninterrupted)
 
 
-def test_folder_of_another_run_is_refused(base, unbroken):
+def test_folder_of_another_run_is_refused(base, uninterrupted):
     with pytest.raises(ValueError, match="already contains checkpoints; add --resume"):
-        run(toy_config("mini", unbroken, base))
+        run(toy_config("mini", uninterrupted, base))
 
 
-def test_finished_run_is_not_trained_further(base, unbroken):
-    before = (unbroken / "adapter.safetensors").read_bytes()
-    assert run(toy_config("mini", unbroken, base), resume=True) == 4
-    assert (unbroken / "adapter.safetensors").read_bytes() == before and len(losses(unbroken)) == 4
+def test_finished_run_is_not_trained_further(base, uninterrupted):
+    before = (uninterrupted / "adapter.safetensors").read_bytes()
+    assert run(toy_config("mini", uninterrupted, base), resume=True) == 4
+    assert (uninterrupted / "adapter.safetensors").read_bytes() == before and len(losses(uninterrupted)) == 4
 
 
 def test_changed_settings_are_named_on_resume(base, tmp_path, caplog):
@@ -110,15 +110,15 @@ def test_changed_settings_are_named_on_resume(base, tmp_path, caplog):
     changed = [*base, "steps=1", "seed=4", "optimizer.learning_rate=0.5", "data.workers=1", "checkpoint.keep=1"]
     with caplog.at_level(logging.WARNING):
         run(toy_config("mini", tmp_path, changed), resume=True)
-    (warning,) = [r.getMessage() for r in caplog.records if "will differ from an unbroken one" in r.getMessage()]
+    (warning,) = [r.getMessage() for r in caplog.records if "will differ from an uninterrupted one" in r.getMessage()]
     assert "seed was 0, is 4" in warning and "optimizer.learning_rate was 0.001, is 0.5" in warning
     assert "workers" not in warning and "keep" not in warning
 
 
-def test_number_of_micro_batches_does_not_change_the_loss(base, unbroken, tmp_path):
+def test_number_of_micro_batches_does_not_change_the_loss(base, uninterrupted, tmp_path):
     """Accumulated gradients equal those of one large batch, up to rounding."""
     run(toy_config("mini", tmp_path, [*base, "micro_batch_size=2"]))
-    assert losses(tmp_path) == pytest.approx(losses(unbroken), rel=1e-4)
+    assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=1e-4)
 
 
 def test_step_without_finite_gradient_is_skipped_and_counted(base, tmp_path, monkeypatch):
@@ -137,9 +137,9 @@ def test_step_without_finite_gradient_is_skipped_and_counted(base, tmp_path, mon
     assert all(value.isfinite().all() for value in load_file(tmp_path / "adapter.safetensors").values())
 
 
-def test_log_contains_the_curriculum(unbroken):
+def test_log_contains_the_curriculum(uninterrupted):
     """The values of Eq. 10 and 12 at each step, and the share of other views that was drawn."""
-    lines = log_of(unbroken)
+    lines = log_of(uninterrupted)
     assert [line["other_view_probability"] for line in lines] == [0, 1 / 8, 2 / 8, 3 / 8]
     assert [line["r_cur"] for line in lines] == pytest.approx([1, 1.075, 1.15, 1.225])
     assert lines[0]["other_views"] == 0 and all(line["other_views"] in (0, 0.5, 1) for line in lines)

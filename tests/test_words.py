@@ -61,7 +61,7 @@ def test_phrase_beyond_the_token_limit_raises():
         ("a dog", 6, "a dog", None),
         ("a dog on a mat and a very red kite", 27, "a dog on a mat and a very red k", "the word 'red'"),
         ("a dog on a mat and a very old dog too", 29, "a dog on a mat and a very old d", "the word 'old'"),
-        ("x" * 60, 62, "x" * 22, "not a whole word"),
+        ("x" * 60, 62, "x" * 22, "less than one word"),
         ("  ", 2, "", None),
     ],
 )

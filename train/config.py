@@ -50,7 +50,7 @@ class SourceConfig:
     Attributes:
         kind: "text_image" for tar shards, "multiview" for folders of views, "sprite_world" for the procedural world.
         path: folder of the data; None for the sprite world.
-        weight: relative frequency among the sources of the same role.
+        weight: relative frequency within the source's group (other views, or the target image as the reference).
         min_side: smallest height and width of an image in px; smaller ones are not used.
         flip: mirror half of the samples, except those whose caption names left or right; not for images of text.
     """

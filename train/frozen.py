@@ -91,7 +91,7 @@ class FrozenModels:
         self, pipeline: RealCustomPipeline, device: torch.device, lookup: Lookup = lambda sample: None
     ) -> None:
         assert pipeline.vision_encoders is not None
-        pipeline.adapter = None  # the trained adapter is apart
+        pipeline.adapter = None  # the trained adapter is kept separately
         pipeline.to(device)
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
@@ -186,6 +186,7 @@ class FrozenModels:
         return tuple(int(side) for pair in pairs for side in pair)
 
     def encode_images(self, samples: Sequence[Sample]) -> list[tuple[Tensor, ...]]:
+        """Scaled latents [C, h, w] of each sample, as a tuple of one; all samples have one size."""
         pixels = torch.from_numpy(np.stack([sample.image for sample in samples])).to(self.device)
         pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         return [(latents,) for latents in self._decoder.scaled(self._decoder.encode(pixels))]
@@ -204,6 +205,7 @@ class FrozenModels:
         return [(embeds,) if pooled is None else (embeds, pooled) for embeds, pooled in found]
 
     def encode_references(self, samples: Sequence[Sample]) -> list[tuple[Tensor, ...]]:
+        """Shallow, deep and local features of each sample's reference, see `VisionFeatures`, without the batch axis."""
         encoders = self.pipeline.vision_encoders
         assert encoders is not None
         features = encoders.encode([sample.reference for sample in samples])

@@ -69,5 +69,5 @@ def json_value(value: Any) -> Any:
 
 
 def rounded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with numbers rounded for people."""
+    """The values with floats rounded to five decimal places, for the console."""
     return {name: round(value, 5) if isinstance(value, float) else value for name, value in values.items()}

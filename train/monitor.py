@@ -14,7 +14,7 @@ class Monitor:
     validates = False
 
     def wants_checkpoint(self, step: int) -> bool:
-        """Whether a checkpoint should be written after this step, for example because a machine will be taken away.
+        """Whether a checkpoint should be written after this step, for example because a machine will be preempted.
         All processes must get the same answer."""
         return False
 

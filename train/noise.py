@@ -1,6 +1,6 @@
 """Random numbers as a pure function of a key and a position, on any device.
 
-Torch's generators give other numbers on a GPU than on a CPU, and no part of their sequence without all before it. These
+PyTorch's generators give different numbers on a GPU and on a CPU and cannot skip to a position of their sequence. These
 numbers are the output of splitmix64 (Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014) at a
 counter. Any process on any device can therefore compute the noise of its own samples.
 

@@ -89,7 +89,7 @@ def draw(
     numbers = np.arange(positions.start, positions.stop)
     uniform = (order + uniforms(derive_key(seed, "timestep", step), numbers)) / batch_size
     timesteps = (uniform**config.timestep_exponent * num_timesteps).astype(np.int64).clip(max=num_timesteps - 1)
-    # One number decides: [0, text) drops the text, then the vision, then both.
+    # One uniform number per sample selects the case: text dropped, reference dropped, both dropped, or none.
     dropout = uniforms(derive_key(seed, "dropout", step), numbers)
     text_end = config.drop_text
     vision_end = text_end + config.drop_vision
@@ -125,9 +125,9 @@ def noisy_and_target(
 def min_snr_weight(scheduler: DDIMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
     """Weight of the loss per sample, float32 [B] (Hang et al., "Efficient Diffusion Training via Min-SNR Weighting").
 
-    For epsilon min(SNR, γ) / SNR. The loss on v equals the sum of the losses on the noise and on the clean image; its
-    weight is (min(SNR, γ) + 1) / (SNR + 1), which unlike that of the paper is not zero for pure noise (SNR 0), where
-    sampling starts.
+    The weight for epsilon is min(SNR, γ) / SNR. The loss on v equals the sum of the losses on the noise and on the
+    clean image; its weight is (min(SNR, γ) + 1) / (SNR + 1). Unlike the weight of Hang et al.,
+    min(SNR, γ) / (SNR + 1), it is not zero for pure noise (SNR 0), where sampling starts.
     """
     alphas = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].double()
     snr = alphas / (1 - alphas).clamp_min(1e-8)

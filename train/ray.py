@@ -2,8 +2,8 @@
 
 Checkpoints stay in the run's own folder `out`, which all nodes must share; Ray receives a pointer to each. After a
 failure or a change of the number of workers, Ray starts the workers again, and they resume from the newest checkpoint.
-Ray runs the training function in a thread, so that signals do not reach it; instead, Ray announces that a machine will
-be taken away, and the run writes a checkpoint at once.
+Ray runs the training function in a thread, which receives no signals. Instead, Ray announces that a machine will be
+preempted, and the run writes a checkpoint at once.
 """
 
 import json
@@ -103,14 +103,14 @@ def run_on_ray(
 
 
 class RayMonitor(Monitor):
-    """Reports checkpoints to Ray and asks it whether machines will be taken away."""
+    """Reports checkpoints to Ray and asks it whether machines will be preempted."""
 
     def __init__(self, validates: bool) -> None:
         self.validates = validates
         self._announced = False
 
     def wants_checkpoint(self, step: int) -> bool:
-        """Whether a machine will be taken away; true once."""
+        """Whether a machine will be preempted; true once."""
         if self._announced or step % PREEMPTION_CHECK_STEPS:
             return False
         self._announced = get_preemption_info() is not None

@@ -58,7 +58,7 @@ _FREE_FIELDS = (
 
 
 def run(config: TrainConfig, *, resume: bool = False, monitor: Monitor | None = None) -> int:
-    """Train by a configuration. SIGTERM and SIGINT end the run with a checkpoint.
+    """Train as configured. SIGTERM and SIGINT end the run with a checkpoint.
 
     Args:
         resume: continue from the newest undamaged checkpoint in `config.out`; start from the beginning if there is
@@ -87,7 +87,7 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
     is_main, device = accelerator.is_main_process, accelerator.device
     rank, world_size = accelerator.process_index, accelerator.num_processes
     check_folder(config, resume)
-    accelerator.wait_for_everyone()  # all have looked at the folder before anything is written
+    accelerator.wait_for_everyone()  # every process checks the folder before anything is written
     found = _find_checkpoint(config, accelerator)
     if is_main:
         remove_later_steps(config.out / LOG, 0 if found is None else found.step)
@@ -225,8 +225,8 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
                     with objective.attending(keys_values, draws.keep_vision), differentiable_attention(device.type):
                         with frozen.autocast():
                             losses = objective.losses(encoded, draws)
-                        # Gradients are averaged over processes. Dividing by the global batch instead of the own part
-                        # gives every sample the same weight for any number of processes.
+                        # Gradients are averaged over processes. Dividing by the global batch size, not by the local
+                        # one, gives every sample the same weight for any number of processes.
                         (losses.sum() * (world_size / config.batch_size)).backward()
                 loss_sum += losses.detach().sum()
 
@@ -337,10 +337,10 @@ def _find_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Checkpoin
 
 
 def _warn_about_changes(found: Checkpoint, config: TrainConfig, fingerprint: str) -> None:
-    """Warn if the resumed run will differ from an unbroken one."""
+    """Warn if the resumed run will differ from an uninterrupted one."""
     changes = changed_fields(found.state["config"], config.to_dict())
     changes = [change for change in changes if not change.startswith(_FREE_FIELDS)]
     if found.state["data"] != fingerprint:
         changes.append("the records of the data have changed")
     if changes:
-        logger.warning("The resumed run will differ from an unbroken one: %s.", "; ".join(changes))
+        logger.warning("The resumed run will differ from an uninterrupted one: %s.", "; ".join(changes))

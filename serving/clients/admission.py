@@ -11,7 +11,7 @@ from ..protocol.errors import QueueFull
 from ..protocol.fair_queue import FairQueue
 
 RETRY_AFTER_S = 5.0  # if the queue is full and no images have been completed
-ONE_CLIENT = 7 / 8  # share of the free places that a client can take with several requests
+MAX_CLIENT_SHARE = 7 / 8  # share of the free places that a client can take with several requests
 
 
 class Completions:
@@ -74,7 +74,7 @@ class Admission:
     """Places for images: as many as the replicas hold are sent, `max_queued` more wait here, others are refused.
 
     Waiting images are sent in the order of a `FairQueue`. So that a client cannot fill the server, it can take at most
-    `ONE_CLIENT` of the places that others have left, rounded up.
+    `MAX_CLIENT_SHARE` of the places that others have left, rounded up.
 
     Attributes:
         places: number of images that the running replicas hold.
@@ -156,7 +156,7 @@ class Admission:
         own = clients.count(client) + sum(r.number for r in self._reserved if r.client == client)
         total = len(clients) + sum(r.number for r in self._reserved)
         free = self._num_places() + self.max_queued - (total - own)  # for this client
-        if own + number <= (math.ceil(free * ONE_CLIENT) if own and free < math.inf else free):
+        if own + number <= (math.ceil(free * MAX_CLIENT_SHARE) if own and free < math.inf else free):
             return
         retry_after_s = self.completions.interval_s()
         raise QueueFull(

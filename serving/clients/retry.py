@@ -22,7 +22,7 @@ class RetryPolicy:
 
     Attributes:
         max_retries: attempts after the first one.
-        retry_on: error types that may not occur in another attempt.
+        retry_on: error types after which another attempt may succeed.
         delay_s: seconds to wait, given the index of the failed attempt (from 0) and its error.
     """
 

@@ -23,13 +23,13 @@ from .job import Job
 from .memory import MemoryBudget, is_out_of_memory, release
 from .observer import Observer
 from .scheduler import Scheduler
-from .step_time import Step, StepTimeModel
+from .step_time import StepKind, StepTimeModel
 from .stepper import Stepper, step_kind
 
 logger = logging.getLogger("ray.serve.realcustom")  # below Ray Serve's logger, so that its handlers and format apply
 
 
-def _kind(batch: Sequence[Job]) -> Step:
+def _kind(batch: Sequence[Job]) -> StepKind:
     return step_kind([job.generation for job in batch if job.generation is not None])
 
 
@@ -132,7 +132,7 @@ class Engine:
             QueueFull: the queue is full.
             InvalidRequest: the pipeline rejected the request, or the image alone exceeds the memory budget.
             DeadlineExceeded: the deadline has passed.
-            Unavailable: a fault that may not occur on another replica.
+            Unavailable: a fault; the request may succeed on another replica.
             ServerError: another fault of the server.
         """
         loop = asyncio.get_running_loop()
@@ -332,7 +332,7 @@ class Engine:
         with self._condition:
             self._scheduler.shrink_budget()
 
-    def _learn_step_time(self, kind: Step, seconds: float) -> None:
+    def _learn_step_time(self, kind: StepKind, seconds: float) -> None:
         with self._condition:
             self._scheduler.step_time.add(kind.calls, kind.row_pixels, seconds, kind.pixels)
 

@@ -37,8 +37,8 @@ class AffineCost:
 
     @classmethod
     def through(cls, points: list[tuple[int, int]]) -> "AffineCost":
-        """The line through two measured (pixels, bytes). A negative part is set to 0, so that the larger size is exact
-        or overestimated."""
+        """The line through two measured points (pixels, bytes). A negative part is set to 0, so that the bytes at the
+        larger size are exact or overestimated."""
         (small, few), (large, many) = points
         per_pixel = max(0.0, (many - few) / (large - small))
         return cls(max(0.0, many - per_pixel * large), per_pixel)

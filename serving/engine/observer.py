@@ -15,7 +15,7 @@ class Observer:
         """A request was rejected because the queue is full."""
 
     def step(self, *, images: int, rows: int, mask_rows: int, seconds: float) -> None:
-        """A step of `images` images with `rows` UNet rows in total, of which `mask_rows` computed guidance masks."""
+        """A step of `images` images with `rows` UNet rows in total, `mask_rows` of them in the guidance branch."""
 
     def first_preview(self, seconds: float) -> None:
         """The first preview of an image was sent `seconds` after its arrival."""

@@ -1,6 +1,6 @@
 """Selects the images of one size that step together now: a pure function of their remaining work and the step cost.
 
-The reference is the optimum for batches of whole generations, a work-conserving batcher: the images that have started
+The baseline is the optimum for batches of whole generations, a work-conserving batcher: the images that have started
 finish together, then all waiting images (at most `max_batch_size`) run together, and so on. The alternative plans
 differ in the number of images, in order of arrival, that step together first:
 
@@ -12,8 +12,8 @@ differ in the number of images, in order of arrival, that step together first:
 - Fewer: images finish one after another. If rows dominate the cost, two images finish at times 1 and 2 when they run
   one after another, and both at time 2 when they run together.
 
-A plan replaces the reference only if, by prediction,
-1. the prepared images take no more device time than with the reference,
+A plan replaces the baseline only if, by prediction,
+1. the prepared images take no more device time than with the baseline,
 2. the prepared and the waiting images together take no more device time either, and
 3. their mean completion time is lower by at least `BUSY_GAIN` if they are more than half of `max_batch_size`. With
    fewer images, an equal mean (within `TIE`) is sufficient, so a new image joins immediately.
@@ -57,12 +57,12 @@ def best_batch_size(
     top = len(prepared)
     if top == 1:
         return 1
-    reference = rounded(num_started or top)
+    baseline = rounded(num_started or top)
     known = [*prepared, *waiting[:max_batch_size]]
-    limit, _ = completion(prepared, reference, max_batch_size, cost)
-    known_limit, mean = completion(known, reference, max_batch_size, cost)
+    limit, _ = completion(prepared, baseline, max_batch_size, cost)
+    known_limit, mean = completion(known, baseline, max_batch_size, cost)
     busy = 2 * len(known) > max_batch_size
-    plans = [(mean * (1 - BUSY_GAIN) if busy else mean, reference)]
+    plans = [(mean * (1 - BUSY_GAIN) if busy else mean, baseline)]
     for first in sorted({rounded(number) for number in range(1, top + 1)}):
         for later in {first, max_batch_size}:
             device_time, mean = completion(known, first, later, cost)

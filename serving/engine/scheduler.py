@@ -64,7 +64,7 @@ class Scheduler:
     # ---- queue -----------------------------------------------------------------------------------------------------
 
     def add(self, job: Job) -> None:
-        """Append to the queue.
+        """Add an image to the queue, in the order of `FairQueue`.
 
         Raises:
             InvalidRequest: the image alone exceeds the memory budget.

@@ -74,7 +74,7 @@ class StepCost(NamedTuple):
         return calls * self.per_call + row_pixels / pixels * self.per_row(pixels)
 
 
-class Step(NamedTuple):
+class StepKind(NamedTuple):
     """A kind of step: number of UNet calls, rows times pixels, pixels per image."""
 
     calls: int
@@ -91,14 +91,14 @@ class StepTimeModel:
     """
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[Step, float]] = deque(maxlen=NUM_REMEMBERED)
+        self._steps: deque[tuple[StepKind, float]] = deque(maxlen=NUM_REMEMBERED)
         self._cost: StepCost | None = None
         self._num_unfitted = 0
 
     def add(self, calls: int, row_pixels: float, seconds: float, pixels: float) -> None:
         """Record a step of `calls` UNet calls that took `seconds`."""
         assert calls >= 1 and row_pixels >= pixels > 0, (calls, row_pixels, pixels)
-        self._steps.append((Step(calls, row_pixels, pixels), max(seconds, 1e-9)))
+        self._steps.append((StepKind(calls, row_pixels, pixels), max(seconds, 1e-9)))
         self._num_unfitted += 1
 
     @property
@@ -119,22 +119,22 @@ class StepTimeModel:
         because of self-attention, of the squared numbers of pixels, as far as these are above 1.
         """
 
-        def bound(step: Step, seconds: float) -> float:
+        def bound(step: StepKind, seconds: float) -> float:
             rows = (row_pixels / pixels) / (step.row_pixels / step.pixels)
             return seconds * max(1, calls / step.calls) * max(1, rows) * max(1, pixels / step.pixels) ** 2
 
         times = self._times().items()
         return min((bound(step, statistics.median(seconds)) for step, seconds in times), default=None)
 
-    def _times(self) -> dict[Step, list[float]]:
+    def _times(self) -> dict[StepKind, list[float]]:
         """Measured seconds of each kind of step."""
-        times: dict[Step, list[float]] = {}
+        times: dict[StepKind, list[float]] = {}
         for step, seconds in self._steps:
             times.setdefault(step, []).append(seconds)
         return times
 
 
-def _fit(times: Mapping[Step, list[float]]) -> StepCost:
+def _fit(times: Mapping[StepKind, list[float]]) -> StepCost:
     """Least squares of relative errors over the median time of each kind of step, weighted by how often it occurred.
 
     Of the fits without a negative part, the best one with the most parts is taken.

@@ -16,7 +16,7 @@ from .device_clock import DeviceClock
 from .job import Job
 from .memory import is_out_of_memory, release
 from .observer import Observer
-from .step_time import Step
+from .step_time import StepKind
 
 logger = logging.getLogger("ray.serve.realcustom")
 
@@ -51,12 +51,12 @@ def num_rows(generation: Generation) -> int:
     return 1 + (generation.negative_text is not None) + generation.needs_guidance_branch
 
 
-def step_kind(generations: Sequence[Generation]) -> Step:
+def step_kind(generations: Sequence[Generation]) -> StepKind:
     """The kind of the next step of images of one size."""
     height, width = generations[0].size
     rows = sum(map(num_rows, generations))
     guided = any(generation.needs_guidance_branch for generation in generations)
-    return Step(1 + guided, rows * height * width, height * width)
+    return StepKind(1 + guided, rows * height * width, height * width)
 
 
 class Stepper:
@@ -77,7 +77,7 @@ class Stepper:
         clock: DeviceClock,
         observer: Observer,
         on_out_of_memory: Callable[[], None],
-        on_step: Callable[[Step, float], None],
+        on_step: Callable[[StepKind, float], None],
     ) -> None:
         self._pipeline, self._clock, self._observer = pipeline, clock, observer
         self._on_out_of_memory, self._on_step = on_out_of_memory, on_step

@@ -1,1 +1,1 @@
-"""The HTTP interface: OpenAPI endpoints, streaming and input limits. It has no model, only a client."""
+"""The HTTP interface: OpenAPI endpoints, streaming and input limits. It has no model, only a backend."""

@@ -27,7 +27,7 @@ from .body_limit import BodyLimit
 from .client_address import client_address
 from .edit_form import EditForm
 from .reference_memory import ReferenceMemory
-from .responses import Health, ImagesState, Model, Models, error_response, errors, images_json
+from .responses import Health, ImagesResponse, Model, Models, error_response, errors, images_json
 from .streaming import HEARTBEAT_S, Batches, start_stream
 from .trusted_hosts import TrustedHosts
 
@@ -85,7 +85,7 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
     @api.post(
         "/v1/images/edits",
         dependencies=dependencies,
-        response_model=ImagesState,
+        response_model=ImagesResponse,
         responses={200: {"content": EVENT_STREAM}, **errors()},
     )
     async def edit_image(http: HttpRequest, form: Annotated[EditForm, Form(media_type="multipart/form-data")]) -> Any:

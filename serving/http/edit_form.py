@@ -100,7 +100,7 @@ class EditForm(BaseModel):
         default=None, description='"guidance_branch" is exact; "generation_branch" is faster and approximate'
     )
     mask_interval: int | None = Field(
-        default=None, ge=1, description="compute the mask at every k-th step; more than 1 is approximate"
+        default=None, ge=1, description="compute the mask in every k-th step up to T_stop; more than 1 is approximate"
     )
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     model: str | None = Field(default=None, description="id of the loaded model")

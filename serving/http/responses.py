@@ -30,7 +30,7 @@ from .edit_form import cut, sentence
 logger = logging.getLogger("ray.serve.realcustom")  # below Ray Serve's logger, so that its handlers and format apply
 
 
-class ImageState(BaseModel):
+class ImageData(BaseModel):
     """An image and its guidance masks (gray PNG, one per subject) as base64; `seed` reproduces it.
 
     `warnings` are sentences about parts of the request that had no effect, such as a prompt beyond the token limit.
@@ -42,11 +42,11 @@ class ImageState(BaseModel):
     warnings: list[str]
 
 
-class ImagesState(BaseModel):
+class ImagesResponse(BaseModel):
     """`n` images, created at `created` (seconds since 1970)."""
 
     created: int
-    data: list[ImageState]
+    data: list[ImageData]
     output_format: Literal["png", "jpeg", "webp"]
 
 
@@ -118,7 +118,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def image_data(result: Result, output_format: str) -> dict[str, Any]:
-    """The fields of `ImageState`. Encodes images, so call it in a thread."""
+    """The fields of `ImageData`. Encodes images, so call it in a thread."""
     return {
         "b64_json": to_base64(result.image, output_format),
         "seed": result.seed,
@@ -128,7 +128,7 @@ def image_data(result: Result, output_format: str) -> dict[str, Any]:
 
 
 def images_json(results: Sequence[Result], output_format: str) -> bytes:
-    """`ImagesState` as JSON. Encodes images, so call it in a thread."""
+    """`ImagesResponse` as JSON. Encodes images, so call it in a thread."""
     data = [image_data(result, output_format) for result in results]
     state = {"created": int(time.time()), "data": data, "output_format": output_format}
     # Encoding in pieces releases the interpreter lock between images; `json.dumps` holds it for the whole body.
@@ -136,7 +136,7 @@ def images_json(results: Sequence[Result], output_format: str) -> bytes:
 
 
 def error_response(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status code, body and headers for any exception. Only errors of the server's system and bugs are logged."""
+    """Status code, body and headers for any exception. Only system errors, such as a full disk, and bugs are logged."""
     if is_system_error(error.__cause__) and isinstance(error, HTTPException):
         # FastAPI raises 400 for every error while it parses a form, even if the disk is full
         logger.error("a form could not be read", exc_info=error.__cause__)

@@ -16,7 +16,7 @@ from .edit_form import EditForm
 from .responses import error_response, image_data
 
 PEEK_S = 2.0  # seconds to wait for the first step; an error until then is sent as a status instead of an event
-HEARTBEAT_S = 0.25
+HEARTBEAT_S = 0.25  # interval of empty batches, so that `start_stream` notices the end of `PEEK_S`; they send nothing
 
 Batches = AsyncGenerator[list[tuple[int, Event]], None]
 

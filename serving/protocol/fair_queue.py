@@ -18,11 +18,12 @@ class _Entry(Generic[T]):
 class FairQueue(Generic[T]):
     """Start-time fair queueing (Goyal, Vin and Cheng, 1996).
 
-    An item starts, in virtual time, when the client's previous item ends or now, whichever is later, and ends after its
-    cost. The item with the earliest start is next; now is the start of the item that was taken last. Items of one
-    client keep their order, and one item of a client is not behind the many items of another one.
+    The start time of an item is the current virtual time or the end time of its client's previous item, whichever is
+    later. Its end time is its start time plus its cost. The item with the earliest start time is next, and its start
+    time becomes the current virtual time. Items of one client keep their order, and an item of one client does not wait
+    for all items of another.
 
-    No item overtakes the first one, which may be waiting for memory.
+    No item is inserted before the first one, which may be waiting for memory.
     """
 
     def __init__(self) -> None:

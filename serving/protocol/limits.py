@@ -69,13 +69,13 @@ class Limits(BaseModel):
         self.check_text("negative_prompt", request.negative_prompt)
 
     def check_text(self, name: str, text: str, max_chars: int | None = None) -> None:
-        """Raises `InvalidRequest` if the text of a field has more than `max_chars` (`max_prompt_chars`) characters."""
+        """Raise `InvalidRequest` if a text has more than `max_chars` characters (default: `max_prompt_chars`)."""
         max_chars = max_chars or self.max_prompt_chars
         if len(text) > max_chars:
             raise InvalidRequest(f"{name} has {len(text)} characters; this server accepts at most {max_chars}.")
 
     def check_num_subjects(self, num_subjects: int) -> None:
-        """Raises `InvalidRequest` if a request has too many subjects."""
+        """Raise `InvalidRequest` if a request has too many subjects."""
         if num_subjects > self.max_subjects:
             raise InvalidRequest(
                 f"the request has {num_subjects} subjects; this server accepts at most {self.max_subjects}."

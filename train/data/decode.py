@@ -13,7 +13,7 @@ from .sample import BrokenRecord, Size
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-GRAY_TOLERANCE = 6
+GRAY_TOLERANCE = 6  # levels of 255; compression noise within a single color
 _ORIENTATION, _ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF
 
 

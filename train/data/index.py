@@ -154,7 +154,7 @@ def _members(path: Path, name: str, findings: Findings) -> Iterator[tarfile.TarI
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                if member.size < 0:  # the next member would be an earlier one, for ever
+                if member.size < 0:  # the next member would be an earlier one, forever
                     raise tarfile.ReadError(f"{member.name} has the size {member.size}")
                 if member.isdir():
                     continue

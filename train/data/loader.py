@@ -171,7 +171,7 @@ def _running(
         for process, _ in workers:
             process.join()
 
-    # At exit, multiprocessing sends SIGTERM to its processes and waits for them, for ever if they ignore it.
+    # At exit, multiprocessing sends SIGTERM to its processes and waits for them, forever if they ignore it.
     atexit.register(end)
     try:
         with _signals_blocked():  # inherited by the workers: a Ctrl-C during their start is not for them

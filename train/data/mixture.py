@@ -20,9 +20,9 @@ MAX_SKIPPED = 1000  # consecutive broken records after which the source counts a
 class Mixture:
     """Samples by step and position; a pure function of (seed, step, position).
 
-    At each step, a sample shows another view of its subject with the curriculum's probability and is then drawn from
-    the sources that have views; otherwise its reference is the target image itself. The sources of either group share
-    their part in proportion to `weights`.
+    With the curriculum's probability, the reference of a sample is another view of its subject, and the sample is drawn
+    from the sources that have views. Otherwise, the reference is the target image itself. Within each of these two
+    groups, sources are drawn in proportion to `weights`.
 
     Args:
         sources: with different names.

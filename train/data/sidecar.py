@@ -86,7 +86,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
+        os.chmod(name, 0o644)  # `mkstemp` makes the file readable by its owner only
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -45,7 +45,7 @@ class LoopConfig:
         batch_size: samples per step.
         learning_rate: peak learning rate.
         warmup_steps: steps of linear warmup.
-        decay: fraction of `max_samples` over which the learning rate falls at the end.
+        decay_fraction: fraction of `max_samples` over which the learning rate falls at the end.
         max_samples: total number of training samples; None trains without a limit and without a decay.
         max_seconds: stop after this time. The run can be resumed.
         ema_decay: decay of the exponential moving average of the weights, per step.
@@ -59,7 +59,7 @@ class LoopConfig:
     batch_size: int
     learning_rate: float = 1e-3
     warmup_steps: int = 200
-    decay: float = 0.3
+    decay_fraction: float = 0.3
     max_samples: int | None = None
     max_seconds: float | None = None
     ema_decay: float = 0.999
@@ -75,7 +75,7 @@ class LoopConfig:
             peak=self.learning_rate,
             warmup_steps=self.warmup_steps,
             steps=None if self.max_samples is None else self.max_samples / self.batch_size,
-            decay_fraction=self.decay,
+            decay_fraction=self.decay_fraction,
             warmup_start_step=warmup_start_step,
         )
 

@@ -81,7 +81,7 @@ def first_decay_step(config: LoopConfig) -> int | None:
     """The step at which the learning rate starts to decay; None if the run has no end."""
     if config.max_samples is None:
         return None
-    return math.ceil((1 - config.decay) * config.max_samples / config.batch_size)
+    return math.ceil((1 - config.decay_fraction) * config.max_samples / config.batch_size)
 
 
 class TextToImage(nn.Module):
@@ -135,7 +135,7 @@ def train_base(
         batch_size=batch_size,
         learning_rate=1e-3 * (batch_size / 64) ** 0.25,
         warmup_steps=100,
-        decay=0.2,
+        decay_fraction=0.2,
         **options,
     )
     torch.manual_seed(0)
