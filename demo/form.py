@@ -11,6 +11,7 @@ from .task import Task
 from .upload import read_upload
 
 NUM_SLOT_VALUES = 3  # image, selected words, typed phrase
+MAX_SEED_DIGITS = 19
 
 
 def read_form(task: Task, values: Sequence[Any], limits: Limits) -> tuple[Request, int]:
@@ -26,15 +27,17 @@ def read_form(task: Task, values: Sequence[Any], limits: Limits) -> tuple[Reques
     Raises:
         InvalidRequest: an input is missing or invalid; the message says which one and what to do.
     """
-    prompt = values[0] or ""
+    prompt = _text(values[0], "The prompt", limits)
     settings = values[1 + NUM_SLOT_VALUES * task.num_slots :]
     scope_ratio, early_stop_step, guidance_scale, steps, fast_masks, seed, negative_prompt, num_images, size = settings
+    negative_prompt = _text(negative_prompt, "The negative prompt", limits)
     if not prompt.strip():
         raise InvalidRequest("Enter a prompt, for example 'a dog on the beach'.")
     subjects = []
     for index in range(task.num_slots):
         start = 1 + NUM_SLOT_VALUES * index
         upload, selected, typed = values[start : start + NUM_SLOT_VALUES]
+        typed = _text(typed, "The typed phrase", limits)
         phrases = _target_phrases(prompt, selected, typed, multiple=task.multiple_words)
         if upload is None and not phrases:
             continue
@@ -54,7 +57,7 @@ def read_form(task: Task, values: Sequence[Any], limits: Limits) -> tuple[Reques
             subjects=tuple(
                 Subject(image=image, target_phrase=phrase, scope_ratio=scope_ratio) for image, phrase in subjects
             ),
-            negative_prompt=negative_prompt or "",
+            negative_prompt=negative_prompt,
             height=height,
             width=width,
             num_inference_steps=num_steps,
@@ -65,18 +68,30 @@ def read_form(task: Task, values: Sequence[Any], limits: Limits) -> tuple[Reques
         )
     except InvalidRequest:
         raise
-    except (TypeError, ValueError) as error:  # TypeError: a setting of an API user that is not a number
+    except (TypeError, ValueError, OverflowError) as error:  # API users may send anything in place of a number
         raise InvalidRequest(str(error)) from error
     if not 1 <= number <= MAX_IMAGES:
         raise InvalidRequest(f"The number of images is {number}. Enter a number from 1 to {MAX_IMAGES}.")
     return request, number
 
 
-def _target_phrases(prompt: str, selected: str | list[str] | None, typed: str | None, *, multiple: bool) -> list[str]:
+def _text(value: Any, name: str, limits: Limits) -> str:
+    """A text of the page, after a check of its type and length; none is an empty one."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{name} is not a text but {str(value)[:40]!r}.")
+    limits.check_text(name, value)
+    return value
+
+
+def _target_phrases(prompt: str, selected: str | list[str] | None, typed: str, *, multiple: bool) -> list[str]:
     """A typed phrase replaces selected words, which are in the order of the prompt, as the colors of their chips."""
-    if typed and typed.strip():
+    if typed.strip():
         return [part.strip() for part in (typed.split(",") if multiple else [typed]) if part.strip()]
-    phrases = [selected] if isinstance(selected, str) else list(selected or [])
+    phrases = selected if isinstance(selected, list) else [selected] if selected else []
+    if not all(isinstance(phrase, str) for phrase in phrases):
+        raise InvalidRequest(f"The selected words are not texts but {str(phrases)[:40]!r}.")
     if len(phrases) > 1 and not multiple:
         raise InvalidRequest(f"Select one word for each image, not {len(phrases)}: {', '.join(phrases)}.")
     words = words_of(prompt)
@@ -88,8 +103,10 @@ def _no_target_word(prompt: str) -> InvalidRequest:
     return InvalidRequest(f"Select the word that the subject replaces{': ' if words else ''}{words}.")
 
 
-def _seed(text: str | None) -> int | None:
-    text = (text or "").strip()
-    if text and not text.isdecimal():
-        raise InvalidRequest(f"The seed is {text!r}. Enter a whole number of at least 0, or leave it empty.")
+def _seed(text: Any) -> int | None:
+    text = "" if text is None else str(text).strip()
+    if text and not (text.isdecimal() and len(text) <= MAX_SEED_DIGITS):
+        raise InvalidRequest(
+            f"The seed is {text[:40]!r}. Enter a whole number of at most {MAX_SEED_DIGITS} digits, or leave it empty."
+        )
     return int(text) if text else None

@@ -53,7 +53,11 @@ async def classify_words(prompt: str, client: Client, info: ModelInfo) -> Prompt
     """`PromptWords` of a prompt. Asks the server for the token limit if the prompt can reach it.
 
     If the server does not answer in time, for example because it is busy, no word is marked as ignored.
+
+    Raises:
+        InvalidRequest: the prompt is too long.
     """
+    info.limits.check_text("The prompt", prompt)
     num_chars_read = None
     if len(prompt.encode()) > info.max_tokens - NUM_SPECIAL_TOKENS:  # a token has at least one byte
         try:

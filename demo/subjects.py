@@ -105,7 +105,10 @@ def update_words_with_prompt(
     """
 
     async def update(text: str | None, *selected: list[str] | None) -> list:
-        classified = await classify_words(text or "", client, info)
+        try:
+            classified = await classify_words(text or "", client, info)
+        except InvalidRequest as error:  # the text box limits the length; a longer prompt comes from another client
+            return [gr.HTML(failure_note(str(error)), visible=True)] + [gr.skip()] * (2 * len(selected))
         words, marked = classified.words, prompt_note(classified, info)
         updates: list = [gr.HTML(marked, visible=bool(marked))]
         for value in selected:

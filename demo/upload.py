@@ -1,5 +1,6 @@
 """Uploaded reference images. Gradio's own decoding raises before an event handler runs, so the page does without it."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,27 @@ _ISO_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
 )
 
 
-def read_upload(upload: Mapping[str, Any], limits: Limits) -> ReferenceImage:
+def read_upload(upload: Any, limits: Limits) -> ReferenceImage:
     """Decode an uploaded file. Takes up to seconds for a large photograph: call it in a thread.
 
     Args:
-        upload: value of a `gr.Image` without preprocessing: `path` of the file on this machine, and `orig_name`.
+        upload: value of a `gr.Image` without preprocessing, a dictionary with the `path` of the file on this machine
+            and its `orig_name`. API users may send anything.
     Raises:
         InvalidRequest: the file was not uploaded, or is empty, damaged, too large, or not an image in one of
             `INPUT_FORMATS`; the message names the file.
     """
-    if not upload.get("path"):
+    if not isinstance(upload, Mapping) or not isinstance(upload.get("path"), str) or not upload["path"]:
         raise InvalidRequest("The image has no file; upload one.")
+    name = str(upload.get("orig_name") or "The image")
     # Clients of the Model Context Protocol send the address of a file that they uploaded. Gradio does not check the
     # path of an API user who omits the field `meta`.
-    path = Path(upload["path"].partition(FILE_ROUTE)[2] or upload["path"]).resolve()
+    location = upload["path"].replace("\0", "")  # which no path may contain
+    path = Path(location.partition(FILE_ROUTE)[2] or location).resolve()
     if not path.is_relative_to(Path(get_upload_folder()).resolve()):
         raise InvalidRequest("The image was not uploaded to this page; upload it first.")
-    name = upload.get("orig_name") or "The image"
+    if not os.path.isfile(path):
+        raise InvalidRequest(f"{name} is not on the server, which keeps files for an hour; upload it again.")
     with open(path, "rb") as file:
         header = file.read(12)
         unsupported = _ISO_BRANDS.get(header[8:]) if header[4:8] == b"ftyp" else None

@@ -16,7 +16,7 @@ from PIL import Image
 
 from .config import MaskSource, SamplingDefaults
 from .reference_image import ReferenceImage
-from .words import find_phrase, shorten
+from .words import find_phrase, is_encodable, shorten
 
 MAX_SEED = 2**63 - 1
 MAX_INTEGER = 2**31 - 1  # of sizes and numbers of steps
@@ -132,6 +132,10 @@ class Request:
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, not {type(getattr(self, name)).__name__}.")
+            if not is_encodable(getattr(self, name)):
+                raise ValueError(
+                    f"{name} is {shorten(getattr(self, name))}, which contains half of a surrogate pair; remove it."
+                )
         if not self.prompt.strip():
             raise ValueError("prompt is empty; describe the image, for example 'a dog on the beach'.")
         for name in ("height", "width", "num_inference_steps", "mask_interval"):

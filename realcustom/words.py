@@ -10,6 +10,7 @@ from functools import lru_cache
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _TOKENIZER_LOCK = threading.Lock()
 _APOSTROPHES = str.maketrans("’‘ʼ＇", "''''")
+_MAX_CLUSTER = 32  # characters that are normalized together; the time is quadratic in the number of combining marks
 
 
 def words_of(prompt: str) -> list[str]:
@@ -152,6 +153,11 @@ def shorten(text: str, max_chars: int = 100) -> str:
     return repr(text)
 
 
+def is_encodable(text: str) -> bool:
+    """Whether UTF-8 can represent a text: not if it contains half of a surrogate pair, such as of a cut emoji."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def _is_word_char(text: str) -> bool:
     return all(char.isalnum() or char == "_" or unicodedata.category(char).startswith("M") for char in text)
 
@@ -177,7 +183,7 @@ def _fold(text: str) -> tuple[str, list[int], list[int]]:
     start = 0
     while start < len(text):
         end = start + 1
-        while end < len(text) and unicodedata.combining(text[end]):
+        while end < min(len(text), start + _MAX_CLUSTER) and unicodedata.combining(text[end]):
             end += 1
         cluster = unicodedata.normalize("NFKC", text[start:end]).casefold().translate(_APOSTROPHES)
         folded.append(cluster)

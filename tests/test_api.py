@@ -8,6 +8,7 @@ import json
 import struct
 import subprocess
 import zlib
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -179,6 +180,9 @@ BAD = {
         "image 9",
     ),
     "long key": (dict(images=[DOG], subjects=f'[{{"{"x" * 1000}": 1}}]'), "subjects"),
+    "half a surrogate pair": (
+        dict(images=[DOG], subjects='[{"target_phrase": "dog \\ud83d", "image": 0}]'), "surrogate"
+    ),
     "empty file": (dict(images=[b""], target_phrase="dog"), "empty"),
     "not an image": (dict(images=[b"hello" * 100], target_phrase="dog"), "not an image"),
     "svg": (dict(images=[b"<svg xmlns='http://www.w3.org/2000/svg'/>"], target_phrase="dog"), "not an image"),
@@ -504,15 +508,60 @@ def test_truncated_prompts_are_reported(api, stream):
 
 def test_prompt_length(api):
     """The length of a prompt is available without generating an image; invalid input is 422."""
-    ask = lambda **options: call(api, "POST", "/v1/prompt_length", **options)
+    headers = {"content-type": "application/json"}
+    ask = lambda **options: call(api, "POST", "/v1/prompt_length", headers=headers, **options)
     length = ask(json={"prompt": LONG_PROMPT}).json()
     assert length == {"num_tokens": 27, "max_tokens": 24, "num_chars_read": LONG_PROMPT.index("ite")}
     assert ask(json={"prompt": ""}).json()["num_chars_read"] == 0
     bad = [{"json": {"prompt": "a" * 5000}}, {"json": {}}, {"json": {"prompt": 5}}, {"content": b"{" * 9999}]
-    bad += [{"content": b'{"prompt": "\\ud800"}'}, {"content": b'{"prompt": 1' + b"0" * 5000 + b"}"}]
+    bad += [
+        {"content": b'{"prompt": "\\ud800"}'},
+        {"content": b'{"prompt": "a \\ud83d dog"}'},
+        {"content": b'{"prompt": 1' + b"0" * 5000 + b"}"},
+    ]
     for options in bad:
         response = ask(**options)
         assert response.status_code == 422 and len(response.text) < 600, (options, response.text)
+
+
+def test_only_forms_with_images_may_be_large(api, settings):
+    """A JSON body is refused beyond the size of the longest prompt, because it is parsed on the event loop."""
+    ask = lambda text: call(
+        api, "POST", "/v1/prompt_length", content=text, headers={"content-type": "application/json"}
+    )
+    assert ask(json.dumps({"prompt": "\U0001f600" * settings.max_prompt_chars})).status_code == 200
+    response = ask(json.dumps({"prompt": "a", "x": [[]] * 10_000}))
+    assert response.status_code == 413 and "25024 bytes" in response.json()["error"]["message"], response.text
+
+
+@pytest.mark.parametrize(("size", "output_format"), [("64x16384", "webp"), ("65504x64", "jpeg")])
+def test_sizes_that_a_format_cannot_store_are_422(replica, settings, size, output_format):
+    api = create_api(Large(replica), settings)
+    response = edit(api, size=size, output_format=output_format, num_inference_steps="1")
+    assert response.status_code == 422 and "px per side" in response.json()["error"]["message"], response.text
+
+
+class Large:
+    """A model that accepts large images."""
+
+    def __init__(self, replica):
+        self._replica = replica
+
+    async def model(self):
+        info = await self._replica.model()
+        return replace(info, limits=info.limits.model_copy(update={"max_pixels": 2**23}))
+
+
+def test_a_bug_ends_a_stream_with_an_error_event(api, monkeypatch, caplog):
+    """An unexpected exception after the start of a stream is its last event, and is logged."""
+
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(serving.http.streaming, "image_data", broken)
+    event = events_of(edit(api, stream="true"))[-1]
+    assert event["type"] == "error" and event["error"]["code"] == "server_error" and "a bug" not in str(event)
+    assert "unexpected error" in caplog.text
 
 
 def test_models_health_and_description(api, settings):

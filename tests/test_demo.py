@@ -134,6 +134,35 @@ def test_missing_input_raises_a_message_that_names_it(values, message):
         read_form(ONE, (*values, *SETTINGS), LIMITS)
 
 
+API_VALUES = {
+    "prompt": ((0, 5), "prompt is not a text"),
+    "long prompt": ((0, "a" + "\u0301\u0323" * 50_000), "prompt has 100001 characters"),
+    "image": ((1, "dog.png"), "no file"),
+    "image without path": ((1, {"path": 5}), "no file"),
+    "lost image": ((1, {"path": f"{FOLDER.name}/lost.png", "orig_name": "lost.png"}), "lost.png is not on the server"),
+    "folder": ((1, {"path": FOLDER.name}), "not on the server"),
+    "zero byte": ((1, {"path": f"{FOLDER.name}/\0"}), "not on the server"),
+    "words": ((2, [5]), "selected words are not texts"),
+    "typed phrase": ((3, 5), "typed phrase is not a text"),
+    "guidance": ((6, 10**400), "too large"),
+    "steps": ((7, float("inf")), "infinity"),
+    "seed": ((9, "1" * 5000), "at most 19 digits"),
+    "negative prompt": ((10, ["blurry"]), "negative prompt is not a text"),
+    "number": ((11, float("inf")), "infinity"),
+    "size": ((12, 5), "size is '5'"),
+}
+
+
+@pytest.mark.parametrize("name", API_VALUES)
+def test_values_that_only_api_users_can_send_raise_a_sentence(name):
+    (index, value), message = API_VALUES[name]
+    values = ["a dog", subject(), ["dog"], "", *SETTINGS]
+    values[index] = value
+    with pytest.raises(InvalidRequest, match=message) as error:
+        read_form(ONE, values, LIMITS)
+    assert len(str(error.value)) < 200
+
+
 def test_empty_seed_is_unset_and_invalid_seed_raises():
     values = ["a dog runs", subject(), "dog", "", *SETTINGS]
     read = lambda seed: read_form(ONE, (*values[:9], seed, *values[10:]), LIMITS)[0]

@@ -130,6 +130,14 @@ def test_words_are_not_split_before_combining_marks(prompt, phrase):
         find_phrase(prompt, phrase)
 
 
+def test_many_combining_marks_take_linear_time():
+    """100,000 combining marks, whose normalization at once takes minutes, are searched in less than a few seconds."""
+    prompt = "a" + "\u0301\u0323" * 50_000 + " dog"
+    start = time.process_time()
+    assert find_phrase(prompt, "dog") == [(len(prompt) - 3, len(prompt))]
+    assert time.process_time() - start < 5
+
+
 def test_words_keep_combining_marks():
     """Words in Devanagari and decomposed Latin are not cut at their combining marks."""
     assert words_of(f"{HINDI} cafe\u0301's") == [HINDI, "cafe\u0301's"]

@@ -25,7 +25,7 @@ from ..settings import Settings
 from .authentication import Authentication
 from .body_limit import BodyLimit
 from .client_address import client_address
-from .edit_form import EditForm
+from .edit_form import JSON_BYTES_PER_CHAR, EditForm
 from .reference_memory import ReferenceMemory
 from .responses import Health, ImagesResponse, Model, Models, error_response, errors, images_json
 from .streaming import HEARTBEAT_S, Batches, start_stream
@@ -37,6 +37,7 @@ SERVER_SENT_EVENT = {
     "type": "object",
     "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "a JSON object"}},
 }
+EDITS_PATH = "/v1/images/edits"
 EVENT_STREAM = {"text/event-stream": {"schema": SERVER_SENT_EVENT}}  # content of a response with `stream`, per event
 
 
@@ -83,7 +84,7 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
         return info
 
     @api.post(
-        "/v1/images/edits",
+        EDITS_PATH,
         dependencies=dependencies,
         response_model=ImagesResponse,
         responses={200: {"content": EVENT_STREAM}, **errors()},
@@ -145,7 +146,9 @@ def create_api(backend: Backend, settings: Settings) -> FastAPI:
 
     api.add_middleware(
         BodyLimit,
-        max_bytes=settings.max_subjects * settings.max_image_bytes + 2**20,
+        max_bytes=JSON_BYTES_PER_CHAR * settings.max_prompt_chars + 2**10,
+        max_upload_bytes=settings.max_subjects * settings.max_image_bytes + 2**20,
+        upload_path=EDITS_PATH,
         timeout_s=settings.body_timeout_s,
         max_unread=settings.max_unread_bodies,
     )

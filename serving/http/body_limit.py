@@ -30,12 +30,17 @@ class BodyLimit:
 
     Args:
         max_bytes: maximum number of bytes that a body may declare or contain; otherwise the response is 413.
+        max_upload_bytes: the same for paths that end with `upload_path`. All other bodies are small, because the
+            application parses them at once, which would delay all requests.
         timeout_s: seconds within which a body must be complete; otherwise the response is 408.
         max_unread: maximum number of incomplete bodies; further requests with a body receive 503.
     """
 
-    def __init__(self, app, *, max_bytes: int, timeout_s: float, max_unread: int) -> None:
-        self._app, self._max_bytes, self._timeout_s, self._max_unread = app, max_bytes, timeout_s, max_unread
+    def __init__(
+        self, app, *, max_bytes: int, max_upload_bytes: int, upload_path: str, timeout_s: float, max_unread: int
+    ) -> None:
+        self._app, self._timeout_s, self._max_unread = app, timeout_s, max_unread
+        self._max_bytes, self._max_upload_bytes, self._upload_path = max_bytes, max_upload_bytes, upload_path
         self._unread: set[object] = set()
 
     async def __call__(self, scope, receive, send) -> None:
@@ -54,8 +59,8 @@ class BodyLimit:
 
     def _check_start(self, scope) -> None:
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._max_bytes:
-            raise self._too_large()
+        if declared.isdigit() and int(declared) > self._limit(scope):
+            raise self._too_large(scope)
         if len(self._unread) >= self._max_unread:
             message = f"the server is receiving {len(self._unread)} other requests; try again."
             raise _Rejection(503, "unavailable", message, {"Retry-After": str(RETRY_AFTER_S)})
@@ -76,8 +81,8 @@ class BodyLimit:
                 rejection = self._too_slow()
                 raise rejection from None
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                rejection = self._too_large()
+            if num_bytes > self._limit(scope):
+                rejection = self._too_large(scope)
                 raise rejection
             if not message.get("more_body", False):
                 self._unread.discard(ticket)
@@ -98,9 +103,13 @@ class BodyLimit:
         if rejection is not None and not started:  # the application handled the exception
             raise rejection
 
-    def _too_large(self) -> _Rejection:
+    def _limit(self, scope) -> int:
+        return self._max_upload_bytes if scope["path"].endswith(self._upload_path) else self._max_bytes
+
+    def _too_large(self, scope) -> _Rejection:
         message = (
-            f"the request has more than the {self._max_bytes} bytes that this server accepts; send smaller images."
+            f"the request has more than the {self._limit(scope)} bytes that this server accepts here; send smaller "
+            "images or shorter texts."
         )
         return _Rejection(413, "too_large", message)
 

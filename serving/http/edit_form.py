@@ -23,6 +23,8 @@ from ..protocol.limits import Limits
 from ..protocol.model_info import ModelInfo
 
 FILE_FIELDS = ("image", "image[]")
+JSON_BYTES_PER_CHAR = 12  # at most: a surrogate pair, both halves escaped
+MAX_SIDES = {"webp": 16_383, "jpeg": 65_500}  # of the encoders, in pixels
 SUBJECT_CHARS = 200  # of the JSON of a subject, without its phrase
 PLACEHOLDER = ReferenceImage(np.zeros((1, 1, 3), dtype=np.uint8))
 
@@ -141,6 +143,12 @@ class EditForm(BaseModel):
             info.limits.check_text("target_phrase", entry.target_phrase)
         request = self._request(entries).resolve(info.sampling)
         info.limits.check(request, num_images=self.n)
+        max_side = MAX_SIDES.get(self.output_format)
+        if max_side is not None and max(request.height, request.width) > max_side:
+            raise InvalidRequest(
+                f"the size is {request.width}x{request.height}; {self.output_format} images have at most {max_side} px "
+                "per side. Request a smaller size, or the output_format png."
+            )
         return request, entries
 
     async def count_pixels(self, limits: Limits) -> int:
@@ -180,8 +188,8 @@ class EditForm(BaseModel):
         limits.check_text("prompt", self.prompt)
         limits.check_text("negative_prompt", self.negative_prompt)
         if self.subjects is not None:
-            # All phrases occur in the prompt and do not overlap there; JSON needs at most 12 bytes per character.
-            max_chars = 12 * limits.max_prompt_chars + SUBJECT_CHARS * limits.max_subjects
+            # All phrases occur in the prompt and do not overlap there
+            max_chars = JSON_BYTES_PER_CHAR * limits.max_prompt_chars + SUBJECT_CHARS * limits.max_subjects
             limits.check_text("the JSON of subjects", self.subjects, max_chars)
 
     def _request(self, entries: list[SubjectEntry]) -> Request:

@@ -9,7 +9,6 @@ from typing import Any
 
 from fastapi.responses import StreamingResponse
 
-from ..protocol.errors import EXPECTED_ERRORS
 from ..protocol.events import Event, Progress, Queued, Result
 from ..protocol.image_codec import to_base64
 from .edit_form import EditForm
@@ -68,7 +67,7 @@ async def _lines(early: list[tuple[int, Event]], batches: Batches, form: EditFor
                 for index, event in batch:
                     if text := await encode(index, event):
                         yield text
-        except EXPECTED_ERRORS as error:
+        except Exception as error:  # a bug, too, ends the stream with an event; `error_response` logs it
             yield _text("error", error_response(error)[1])
 
 

@@ -3,6 +3,7 @@
 from pydantic import BaseModel, ConfigDict, Field
 
 from realcustom.request import ResolvedRequest
+from realcustom.words import is_encodable, shorten
 
 from .cost import image_cost
 from .errors import InvalidRequest
@@ -69,10 +70,13 @@ class Limits(BaseModel):
         self.check_text("negative_prompt", request.negative_prompt)
 
     def check_text(self, name: str, text: str, max_chars: int | None = None) -> None:
-        """Raise `InvalidRequest` if a text has more than `max_chars` characters (default: `max_prompt_chars`)."""
+        """Raise `InvalidRequest` if a text has more than `max_chars` characters (default: `max_prompt_chars`), or half
+        of a surrogate pair."""
         max_chars = max_chars or self.max_prompt_chars
         if len(text) > max_chars:
             raise InvalidRequest(f"{name} has {len(text)} characters; this server accepts at most {max_chars}.")
+        if not is_encodable(text):
+            raise InvalidRequest(f"{name} is {shorten(text)}, which contains half of a surrogate pair; remove it.")
 
     def check_num_subjects(self, num_subjects: int) -> None:
         """Raise `InvalidRequest` if a request has too many subjects."""
