@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,19 @@ EQUIVALENT_PROCESSORS = {
     "SlicedAttnProcessor",
     "XFormersAttnProcessor",
 }
+
+
+_locks: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def unet_lock(unet: nn.Module) -> "threading.RLock":
+    """The lock of a UNet, held during each call.
+
+    Processors and hooks hold the state of one call, and pipelines in several threads may share the UNet.
+    """
+    with _locks_lock:
+        return _locks.setdefault(getattr(unet, "_orig_mod", unet), threading.RLock())  # behind torch.compile
 
 
 class LayerRecording(Protocol):
@@ -104,10 +118,14 @@ class AttentionLayers:
         levels: name of each attention layer -> its resolution level, 0 being the latent's own; in the order of the
             UNet's forward pass. Names end in "attn1" (self-attention) or "attn2" (text cross-attention).
         head_widths: channels of an attention head of each layer.
+
+    Raises:
+        ValueError: see `check_processors`.
     """
 
     def __init__(self, unet) -> None:
         self.unet = unet
+        self._lock = unet_lock(unet)
         self._original_processors = dict(unet.attn_processors)
         names = sorted((name.removesuffix(".processor") for name in self._original_processors), key=_forward_order)
         num_levels = len(unet.config.down_block_types)
@@ -115,13 +133,14 @@ class AttentionLayers:
         self._attentions: dict[str, Any] = {name: unet.get_submodule(name) for name in names}
         self.head_widths = {name: attn.inner_dim // attn.heads for name, attn in self._attentions.items()}
         self._processors = {name: RealCustomAttnProcessor() for name in names}
-        self._install()
+        with self._lock:
+            self.check_processors()
+            self._install()
         self._text_layers: dict[str, list[str]] = {}  # transformer -> names of its text cross-attention layers
         for name in names:
             if name.endswith("attn2"):
                 self._text_layers.setdefault(_transformer(name), []).append(name)
         self._projections: dict[str, Tensor] = {}  # self-attention layer -> its fused weights
-        self._lock = threading.RLock()  # the processors hold the state of one call at a time
 
     def _install(self) -> None:
         self.unet.set_attn_processor({f"{name}.processor": p for name, p in self._processors.items()})
@@ -130,6 +149,22 @@ class AttentionLayers:
         """Restore the processors that were installed before."""
         self.unet.set_attn_processor(dict(self._original_processors))
 
+    def check_processors(self) -> None:
+        """Check that the installed processors compute plain attention.
+
+        Raises:
+            ValueError: a processor that computes something else, such as an IP-Adapter's.
+        """
+        if unknown := sorted(self._installed_types() - EQUIVALENT_PROCESSORS):
+            raise ValueError(
+                f"the UNet has the attention processors {', '.join(unknown)}, which RealCustom++ cannot combine with "
+                "its own; remove them, for example with unload_ip_adapter() or "
+                "unet.set_attn_processor(AttnProcessor2_0())."
+            )
+
+    def _installed_types(self) -> set[str]:
+        return {type(attention.processor).__name__ for attention in self._attentions.values()}
+
     def ensure_installed(self) -> None:
         """Reinstall the processors if other code has replaced them.
 
@@ -137,18 +172,12 @@ class AttentionLayers:
         replace processors. These compute the same attention, so replacing them changes no result.
 
         Raises:
-            ValueError: a processor that computes something else, such as an IP-Adapter's.
+            ValueError: see `check_processors`.
         """
-        installed = {name: attention.processor for name, attention in self._attentions.items()}
-        if all(installed[name] is processor for name, processor in self._processors.items()):
+        if all(self._attentions[name].processor is processor for name, processor in self._processors.items()):
             return
-        names = {type(processor).__name__ for processor in installed.values()}
-        if unknown := sorted(names - EQUIVALENT_PROCESSORS):
-            raise ValueError(
-                f"the UNet's attention processors were replaced by {', '.join(unknown)}, which RealCustom++ cannot "
-                "combine with its own; remove them, for example with unload_ip_adapter() or "
-                "unet.set_attn_processor(AttnProcessor2_0())."
-            )
+        self.check_processors()
+        names = self._installed_types()
         if names != {RealCustomAttnProcessor.__name__}:
             logger.warning("RealCustom++ replaces the attention processors %s with its own", ", ".join(sorted(names)))
         self._install()

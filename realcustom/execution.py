@@ -528,6 +528,7 @@ class GraphExecutor(ReplayExecutor):
             self._too_large.clear()
 
     def start_step(self) -> None:
+        self.attention.check_processors()  # a replayed graph does not run them
         if self._state.changed():
             self.retire()
         reason = self._state.eager_reason()

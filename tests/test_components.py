@@ -1,5 +1,7 @@
 """Components that users replace or change take effect, or fail with a sentence; no image is silently wrong."""
 
+import threading
+
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -112,6 +114,26 @@ def test_two_pipelines_share_components():
         assert torch.equal(latents_of(second, REQUEST), expected)
 
 
+def test_two_pipelines_share_a_unet_in_two_threads():
+    """Pipelines on one UNet that run at the same time give the images that each gives alone."""
+    pipeline = tiny_pipeline()
+    jobs = [(pipeline, REQUEST), (rebuilt(pipeline), Request(prompt="a cat", seed=1, num_inference_steps=3))]
+    expected = [latents_of(*job) for job in jobs]
+    results = [[], []]
+
+    def repeat(index: int) -> None:
+        results[index] += [latents_of(*jobs[index]) for _ in range(8)]
+
+    threads = [threading.Thread(target=repeat, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for latents, alone in zip(results, expected, strict=True):
+        assert len(latents) == 8  # no thread failed
+        assert all(torch.equal(one, alone) for one in latents)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -132,6 +154,13 @@ def test_other_attention_processors_are_replaced(change, masks):
 
 class ScalingProcessor(AttnProcessor2_0):
     """Attention that computes something else."""
+
+
+def test_unknown_attention_processors_are_rejected_at_construction():
+    pipeline = tiny_pipeline()
+    pipeline.unet.set_attn_processor(ScalingProcessor())
+    with pytest.raises(ValueError, match=r"ScalingProcessor.*set_attn_processor"):
+        rebuilt(pipeline)
 
 
 def test_unknown_attention_processors_are_rejected():

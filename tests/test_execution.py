@@ -17,6 +17,7 @@ from diffusers import (
     LCMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from tiny import PROMPT, cat, dog, latents_of, run, tiny_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -351,6 +352,19 @@ def test_two_pipelines_on_one_unet_replay_their_own_graphs():
     for _ in range(2):
         for pipeline in (first, second):
             assert torch.allclose(latents_of(pipeline, REQUEST), expected, atol=1e-5)
+
+
+def test_unknown_attention_processors_are_rejected_after_a_capture():
+    """A processor of a user raises an error; without the check, graphs would be replayed without it."""
+
+    class ScalingProcessor(AttnProcessor2_0):
+        pass
+
+    pipeline = graph_pipeline()
+    latents_of(pipeline, REQUEST)
+    pipeline.unet.set_attn_processor(ScalingProcessor())
+    with pytest.raises(ValueError, match="ScalingProcessor"):
+        latents_of(pipeline, REQUEST)
 
 
 def test_a_failed_capture_is_an_error():
