@@ -82,6 +82,21 @@ def test_model_without_an_adapter_can_be_exported(started, tmp_path):
     assert RealCustomPipeline.from_pretrained(tmp_path / "model").adapter is None
 
 
+@pytest.mark.parametrize("target", [".", "stages", "run", "other", "file"])
+def test_export_replaces_only_models(tmp_path, capsys, target):
+    """A folder that contains the stages or the run, or that is not a model, is refused, and nothing is deleted."""
+    for name in ("stages/vae/weights", "run/adapter.safetensors", "other/notes.txt", "file"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    arguments = ["--out", str(tmp_path / "stages"), "--run", str(tmp_path / "run"), "--model", str(tmp_path / target)]
+    with pytest.raises(SystemExit) as error:
+        main(["export", *arguments])
+    message = capsys.readouterr().err
+    assert error.value.code == 1 and f"--model {tmp_path / target}" in message and "choose another folder" in message
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def _file(path):
     path.parent.mkdir(parents=True)
     return path

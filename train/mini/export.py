@@ -6,6 +6,7 @@ Recipe `mini` trains the adapter from such a folder; a later export includes it.
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from .vision_encoders import MINI_VISION, load_vision
 log = logging.getLogger(__name__)
 
 PRETRAINED = ("vae", "base", "vision")  # stages in the model
+MODEL_INDEX = "model_index.json"  # in every folder in the diffusers layout
 TRAINING = "training.json"  # stage or "adapter" -> number of training samples
 SAMPLING = SamplingDefaults(
     height=IMAGE_SIZE,
@@ -65,13 +67,34 @@ def build_pipeline(out: Path) -> RealCustomPipeline:
     )
 
 
+def check_target(target: Path, inputs: Sequence[Path]) -> None:
+    """Refuse to replace a folder that is not a model, or that contains one of the folders that are read.
+
+    Raises:
+        FileExistsError: see above.
+    """
+    for folder in inputs:
+        if folder.resolve().is_relative_to(target.resolve()):
+            raise FileExistsError(
+                f"--model {target} contains {folder}, which the export reads; choose another folder for the model."
+            )
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / MODEL_INDEX).is_file()):
+        raise FileExistsError(
+            f"--model {target} exists and is not a model, because it has no {MODEL_INDEX}; choose another folder, or "
+            "empty this one."
+        )
+
+
 def export(out: Path, target: Path, run: Path | None = None) -> None:
     """Write the model to `target`. A new model is written next to the old one and then replaces it.
 
     Args:
         out: folder of the stages.
         run: folder of a run of recipe `mini`, whose adapter becomes part of the model.
+    Raises:
+        FileExistsError: `target` exists and is not a model, or contains `out` or `run`. Nothing is changed.
     """
+    check_target(target, [out] if run is None else [out, run])
     pipeline = build_pipeline(out)
     if run is not None:
         pipeline.load_realcustom(run / ADAPTER)
