@@ -42,13 +42,19 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
     Args:
         vae: `AutoencoderKL` or `AutoencoderDC`.
         text_encoder, tokenizer, text_encoder_2, tokenizer_2: CLIP; the second pair is None for SD1.5.
-        unet: a stock `UNet2DConditionModel`; its attention processors are replaced by equivalent ones.
+        unet: a stock `UNet2DConditionModel` without guidance embedding; its attention processors are replaced by
+            equivalent ones.
         scheduler: any diffusers scheduler; each generation uses its own copy.
         image_encoder: `SiglipVisionModel`.
         image_encoder_2: `Dinov2WithRegistersModel`.
         adapter: projector and W_Ki, W_Vi; without it, only plain text-to-image is possible.
-        realcustom_config: `RealCustomConfig` or its dict.
-        force_zeros_for_empty_prompt: encode an empty negative prompt as zeros, as stock SDXL does.
+        realcustom_config: `RealCustomConfig` or its dict; None takes the paper's settings for SDXL, or for SD1.5 if
+            there is no second text encoder.
+        force_zeros_for_empty_prompt: encode an empty negative prompt as zeros; None does so for SDXL, as diffusers
+            does.
+
+    Raises:
+        ValueError: the UNet has a guidance embedding, or attention processors that compute something else.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->image_encoder_2->adapter->unet->vae"
@@ -67,7 +73,7 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         image_encoder_2: Dinov2WithRegistersModel | Dinov2Model | None = None,
         adapter: RealCustomAdapter | None = None,
         realcustom_config: RealCustomConfig | dict[str, Any] | None = None,
-        force_zeros_for_empty_prompt: bool = True,
+        force_zeros_for_empty_prompt: bool | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -82,12 +88,17 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
             image_encoder_2=image_encoder_2,
             adapter=adapter,
         )
-        if not isinstance(realcustom_config, RealCustomConfig):
-            realcustom_config = RealCustomConfig.from_dict(realcustom_config or {})
+        is_sdxl = text_encoder_2 is not None
+        if realcustom_config is None:
+            realcustom_config = RealCustomConfig.preset("paper", "sdxl" if is_sdxl else "sd15")
+        elif not isinstance(realcustom_config, RealCustomConfig):
+            realcustom_config = RealCustomConfig.from_dict(realcustom_config)
+        if force_zeros_for_empty_prompt is None:
+            force_zeros_for_empty_prompt = is_sdxl
         self.register_to_config(
             realcustom_config=realcustom_config.to_dict(), force_zeros_for_empty_prompt=force_zeros_for_empty_prompt
         )
-        self.realcustom_config = realcustom_config
+        self._realcustom_config = realcustom_config
         parts: tuple[Any, ...] = (unet, vae)
         for part in parts:
             # channels_last is fastest. Set here, because the summation order depends on it and all entry points must
@@ -95,7 +106,6 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
             part.to(memory_format=torch.channels_last)
         self._decoder = LatentDecoder(vae)
         self._latent_preview = LatentPreview(self._decoder)
-        self.vae_scale_factor = self._decoder.factor
         self._execution: Execution = "auto"
         self._denoiser = Denoiser(unet, realcustom_config.method)
         self.conditioner = Conditioner(
@@ -106,6 +116,11 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         self._fingerprints: tuple[Hashable, Hashable] = ((), ())  # of what the cached texts and references depend on
         self._compiled = False
         self.offload_hooks: dict[str, Any] = {}  # of components that are on the device only during use, see memory.py
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "unet":
+            _check_unet(value)
+        super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **options) -> Self:
@@ -165,10 +180,27 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         return self._decoder
 
     @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent position and axis of the current `vae`."""
+        return self.decoder.factor
+
+    @property
     def latent_preview(self) -> LatentPreview:
         """The preview decoder of the current `vae`."""
         assert self.decoder is self._decoder  # also replaces the preview decoder if the VAE has been replaced
         return self._latent_preview
+
+    @property
+    def realcustom_config(self) -> RealCustomConfig:
+        """The method, the sampling defaults and the layers of the vision encoders; fixed at construction."""
+        return self._realcustom_config
+
+    @realcustom_config.setter
+    def realcustom_config(self, config: object) -> None:
+        raise AttributeError(
+            "realcustom_config cannot be changed after construction; create a pipeline of the same components with "
+            "RealCustomPipeline.from_pipe(pipeline, realcustom_config=config)."
+        )
 
     @property
     def sampling(self) -> SamplingDefaults:
@@ -308,3 +340,14 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         self.denoiser.retire()
         compile_blocks(self.unet, resnets=resnets, **options)
         self._compiled = True
+
+
+def _check_unet(unet) -> None:
+    """Raise ValueError for a UNet whose timestep embedding depends on the guidance scale."""
+    width = getattr(getattr(unet, "config", None), "time_cond_proj_dim", None)
+    if width is not None:
+        raise ValueError(
+            f"the UNet has a guidance embedding (time_cond_proj_dim is {width}), as LCM-distilled UNets have, which "
+            "RealCustom++ does not support; use the UNet of the base model and load an LCM-LoRA with "
+            "load_lora_weights."
+        )

@@ -1,14 +1,16 @@
 """Components that users replace or change take effect, or fail with a sentence; no image is silently wrong."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
-from tiny import PROMPT, cat, dog, latents_of, tiny_pipeline
+from tiny import PROMPT, cat, dog, latents_of, stock_pipeline, tiny_pipeline
 
-from realcustom import RealCustomPipeline, Request
+from realcustom import MethodConfig, RealCustomConfig, RealCustomPipeline, Request
 
 REQUEST = Request(prompt=PROMPT, subjects=(dog(), cat()), seed=5, num_inference_steps=3)
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "image_encoder", "image_encoder_2", "adapter")
@@ -38,6 +40,57 @@ def test_replaced_component_takes_effect(name, how):
     after = latents_of(pipeline, REQUEST)
     assert (after - before).abs().max() > 1e-3
     assert torch.allclose(after, latents_of(rebuilt(pipeline), REQUEST), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_from_pipe_gives_the_image_of_the_stock_pipeline(family):
+    """A pipeline made from a stock one of either family encodes an empty negative prompt as it does."""
+    stock = stock_pipeline(family)
+    pipeline = RealCustomPipeline.from_pipe(stock)
+    images = []
+    for pipe in (stock, pipeline):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(1)
+        options = dict(num_inference_steps=3, guidance_scale=7.5, height=64, width=64, output_type="latent")
+        images.append(pipe("a dog", generator=generator, **options).images)
+    assert torch.allclose(*images, atol=1e-4)
+    assert pipeline.sampling == RealCustomConfig.preset("paper", family).sampling
+
+
+def test_unet_with_guidance_embedding_is_rejected():
+    """A LCM-distilled UNet is rejected when it is assigned and at construction; the message names the LCM-LoRA."""
+    pipeline = tiny_pipeline()
+    config = {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")}
+    unet = type(pipeline.unet)(**{**config, "time_cond_proj_dim": 8})
+    with pytest.raises(ValueError, match=r"time_cond_proj_dim is 8.*LCM-LoRA"):
+        pipeline.unet = unet
+    with pytest.raises(ValueError, match=r"time_cond_proj_dim is 8.*LCM-LoRA"):
+        RealCustomPipeline(**{**pipeline.components, "unet": unet})
+
+
+def test_realcustom_config_is_fixed():
+    """Assigning a configuration names `from_pipe`, which applies it."""
+    pipeline = tiny_pipeline()
+    release = replace(pipeline.realcustom_config, method=MethodConfig.preset("release"))
+    with pytest.raises(AttributeError, match="from_pipe"):
+        pipeline.realcustom_config = release
+    converted = RealCustomPipeline.from_pipe(pipeline, realcustom_config=release)
+    assert torch.allclose(
+        latents_of(converted, REQUEST), latents_of(tiny_pipeline(preset="release"), REQUEST), atol=1e-4
+    )
+
+
+def test_vae_of_another_scale_factor_keeps_the_image_size():
+    """The latents follow the scale factor of the current VAE."""
+    pipeline = tiny_pipeline()
+    pipeline.vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    assert pipeline(PROMPT, num_inference_steps=1, height=64, width=96).images[0].size == (96, 64)
 
 
 def add_lora(unet) -> None:
