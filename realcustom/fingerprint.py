@@ -6,15 +6,19 @@ The private attribute `Tensor._version`, which counts in-place changes, is used 
 from collections.abc import Hashable
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 
 def fingerprint(component: object) -> Hashable:
     """Return a value that changes if the output of a component may have changed.
 
-    It covers the identity of the component, the identity, version and type of each parameter and buffer, and the state
+    Of a tokenizer, it covers the identity, the number of tokens and the length limit. Of a module, it covers the
+    identity of the component, the identity, version and type of each parameter and buffer, and the state
     of each LoRA layer (active adapters, scales, enabled or not). It does not change when offloading moves weights
     between devices. Writes through `tensor.data` are not detected; call `clear_caches` after them.
     """
+    if isinstance(component, PreTrainedTokenizerBase):
+        return id(component), len(component), component.model_max_length
     if not isinstance(component, nn.Module):
         return id(component)
     tensors = tuple(

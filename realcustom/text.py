@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .keys_values import PackedKeysValues
-from .words import PromptLength, prompt_length, target_token_positions, tokenize
+from .words import PromptLength, expand_added_tokens, prompt_length, shorten, target_token_positions, tokenize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class TextEncoders:
     def encode(self, text: str) -> TextCondition:
         """Encode a text: penultimate hidden states of two encoders (SDXL), last hidden state of one encoder (SD1.5).
 
-        Tokens beyond the limit of the tokenizers are truncated.
+        Tokens beyond the limit of the tokenizers are truncated. A word of a textual inversion stands for all of its
+        vectors.
         """
         return self.encode_batch([text])[0]
 
@@ -59,7 +60,7 @@ class TextEncoders:
         for tokenizer, encoder in self.pairs:
             ids = tokenize(
                 tokenizer,
-                list(texts),
+                [expand_added_tokens(tokenizer, text).text for text in texts],
                 padding="max_length",
                 max_length=tokenizer.model_max_length,
                 truncation=True,
@@ -95,14 +96,18 @@ class TextEncoders:
         """Mark the tokens of each phrase with 1, fp32 [S, T].
 
         Raises:
-            ValueError: see `target_token_positions`.
+            ValueError: see `target_token_positions`, or the tokenizers differ.
         """
         tokenizer = self.pairs[0][0]
         marks = torch.zeros(len(phrases), tokenizer.model_max_length)
         for mark, phrase in zip(marks, phrases, strict=True):
             positions = target_token_positions(tokenizer, prompt, phrase)
             for other, _ in self.pairs[1:]:
-                same = target_token_positions(other, prompt, phrase) == positions
-                assert same, "the two tokenizers split words differently"
+                if target_token_positions(other, prompt, phrase) != positions:
+                    raise ValueError(
+                        f"target_phrase {shorten(phrase)} has other token positions in the second text encoder than in "
+                        "the first; if the prompt has a word of a textual inversion, load it into both tokenizers and "
+                        "text encoders."
+                    )
             mark[positions] = 1
         return marks

@@ -101,11 +101,60 @@ def tokenize(tokenizer, text: str | list[str], **options):
         return tokenizer(text, **options)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Expansion:
+    """A text in which each word of a textual inversion with several vectors is followed by its other tokens.
+
+    Attributes:
+        text: the text to encode, such as "a <t> <t>_1 <t>_2" for "a <t>".
+        replaced: (start, end) of each such word in the original and of its tokens in `text`.
+    """
+
+    text: str
+    replaced: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = ()
+
+    def original_span(self, span: tuple[int, int]) -> tuple[int, int]:
+        """The span in the original of a token's span in `text`; a special token has (0, 0)."""
+        start, end = span
+        shift = 0
+        for original, expanded in self.replaced:
+            if start < end and expanded[0] <= start < expanded[1]:
+                return original
+            if start >= expanded[1]:
+                shift = expanded[1] - original[1]
+        return start - shift, end - shift
+
+
+def expand_added_tokens(tokenizer, text: str) -> Expansion:
+    """Expand the words of textual inversions with several vectors, as `maybe_convert_prompt` of diffusers does.
+
+    Such a word "<t>" is stored as the added tokens "<t>", "<t>_1", "<t>_2", ...
+    """
+    added = tokenizer.get_added_vocab()
+    others = {token: [] for token in added if f"{token}_1" in added}
+    if not others:
+        return Expansion(text=text)
+    for token, parts in others.items():
+        while (part := f"{token}_{len(parts) + 1}") in added:
+            parts.append(part)
+    by_id = {added[token]: parts for token, parts in others.items()}
+    encoded = tokenize(tokenizer, text, return_offsets_mapping=True, verbose=False)
+    expanded, replaced, copied = "", [], 0
+    for token_id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if token_id in by_id:
+            expanded += text[copied:start]
+            begin = len(expanded)
+            expanded += " ".join([text[start:end], *by_id[token_id]])
+            replaced.append(((start, end), (begin, len(expanded))))
+            copied = end
+    return Expansion(text=expanded + text[copied:], replaced=tuple(replaced))
+
+
 def encode_offsets(tokenizer, prompt: str) -> list[tuple[int, int]]:
     """Character span of each token of `prompt`, truncated at the tokenizer's limit; special tokens have (0, 0)."""
-    limit = tokenizer.model_max_length
-    encoded = tokenize(tokenizer, prompt, truncation=True, max_length=limit, return_offsets_mapping=True)
-    return [tuple(span) for span in encoded["offset_mapping"]]
+    limit, expansion = tokenizer.model_max_length, expand_added_tokens(tokenizer, prompt)
+    encoded = tokenize(tokenizer, expansion.text, truncation=True, max_length=limit, return_offsets_mapping=True)
+    return [expansion.original_span(span) for span in encoded["offset_mapping"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +188,9 @@ class PromptLength:
 
 def prompt_length(tokenizer, prompt: str) -> PromptLength:
     """How much of `prompt` is within the limit of a fast tokenizer of transformers."""
+    expanded = expand_added_tokens(tokenizer, prompt).text
     return PromptLength(
-        num_tokens=len(tokenize(tokenizer, prompt, truncation=False, verbose=False).input_ids),
+        num_tokens=len(tokenize(tokenizer, expanded, truncation=False, verbose=False).input_ids),
         max_tokens=tokenizer.model_max_length,
         num_chars_read=max((end for _, end in encode_offsets(tokenizer, prompt)), default=0),
     )

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from tiny import PROMPT, cat, dog, latents_of, stock_pipeline, tiny_pipeline
@@ -91,6 +91,55 @@ def test_vae_of_another_scale_factor_keeps_the_image_size():
         norm_num_groups=4,
     )
     assert pipeline(PROMPT, num_inference_steps=1, height=64, width=96).images[0].size == (96, 64)
+
+
+def add_inversion(tokenizer, encoder, num_vectors: int, token: str = "<sks>") -> None:
+    """Add a word with several vectors, stored as diffusers' `load_textual_inversion` stores it."""
+    names = [token, *(f"{token}_{i}" for i in range(1, num_vectors))]
+    tokenizer.add_tokens(names)
+    encoder.resize_token_embeddings(len(tokenizer))
+    with torch.no_grad():
+        encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(names)] = torch.randn(num_vectors, 16) * 3
+
+
+def test_textual_inversion_with_several_vectors_equals_stock():
+    """All vectors of a word are encoded, as in the stock pipeline, and all of its tokens are target tokens."""
+    pipeline = tiny_pipeline()
+    torch.manual_seed(0)
+    add_inversion(pipeline.tokenizer, pipeline.text_encoder, 3)
+    add_inversion(pipeline.tokenizer_2, pipeline.text_encoder_2, 3)
+    stock = StableDiffusionXLPipeline.from_pipe(pipeline, force_zeros_for_empty_prompt=False)
+    prompt = "a <sks> on <sks>, x"
+    expected = stock.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)[0][0]
+    assert torch.allclose(pipeline.text_encoders.encode(prompt).embeds, expected, atol=1e-5)
+    (marks,) = pipeline.text_encoders.target_tokens(prompt, ["<sks>"])
+    ids = pipeline.tokenizer("a <sks> <sks>_1 <sks>_2 on <sks> <sks>_1 <sks>_2, x").input_ids
+    assert marks.nonzero().flatten().tolist() == [i for i, token in enumerate(ids) if token >= 514]
+    (marks,) = pipeline.text_encoders.target_tokens(prompt, ["x"])
+    assert marks.nonzero().flatten().tolist() == [len(ids) - 2]
+    assert pipeline.text_encoders.prompt_length(prompt).num_tokens == len(ids)
+
+
+def test_textual_inversion_in_one_text_encoder_is_rejected():
+    pipeline = tiny_pipeline()
+    add_inversion(pipeline.tokenizer, pipeline.text_encoder, 1)
+    with pytest.raises(ValueError, match=r"'dog' has other token positions.*load it into both"):
+        pipeline.prepare(replace(REQUEST, prompt="a <sks> dog and cat"))
+
+
+def test_tokens_added_to_a_tokenizer_take_effect():
+    """A text that was encoded before a tokenizer changed in place is encoded again."""
+    pipeline = tiny_pipeline()
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        encoder.resize_token_embeddings(520)
+    request = Request(prompt="a sks dog", seed=1, num_inference_steps=1)
+    before = latents_of(pipeline, request)
+    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+        tokenizer.add_tokens(["sks"])
+    after = latents_of(pipeline, request)
+    assert (after - before).abs().max() > 1e-3
+    pipeline.clear_caches()
+    assert torch.equal(after, latents_of(pipeline, request))
 
 
 def add_lora(unet) -> None:
