@@ -242,7 +242,7 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
 
     @property
     def reference_cache(self) -> Cache[PackedKeysValues]:
-        """Keys and values of references, by digest of the image."""
+        """Keys and values of references, by digest of the image and type of the UNet."""
         return self.conditioner.reference_cache
 
     def clear_caches(self) -> None:

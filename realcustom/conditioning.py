@@ -71,9 +71,14 @@ class Conditioner:
         text_encoders: TextEncoders,
         vision_encoders: VisionEncoders | None,
         adapter: RealCustomAdapter | None,
+        dtype: torch.dtype,
     ) -> Conditioning:
         """Encode a request. Vision encoders and adapter are only needed if it has subjects.
 
+        Components run in their own types, also under autocast, so that cached values fit every later call.
+
+        Args:
+            dtype: that the UNet computes in; the references are cast to it.
         Raises:
             ValueError: a target phrase is beyond the text encoder's limit, or the request has subjects but the adapter
                 or the vision encoders are not loaded.
@@ -86,7 +91,7 @@ class Conditioner:
 
         def reference(image: ReferenceImage) -> PackedKeysValues:
             assert adapter is not None and vision_encoders is not None
-            return self._reference(image, vision_encoders, adapter)
+            return self._reference(image, vision_encoders, adapter, dtype)
 
         target_tokens = text_encoders.target_tokens(request.prompt, [s.target_phrase for s in request.subjects])
         for warning in text_encoders.truncation_warnings(request.prompt, request.negative_prompt):
@@ -123,16 +128,16 @@ class Conditioner:
         return self.text_cache.get(None, zeros)
 
     def _reference(
-        self, image: ReferenceImage, encoders: VisionEncoders, adapter: RealCustomAdapter
+        self, image: ReferenceImage, encoders: VisionEncoders, adapter: RealCustomAdapter, dtype: torch.dtype
     ) -> PackedKeysValues:
         """Keys and values of a reference in every layer."""
 
         def encode() -> PackedKeysValues:
             features = encoders.encode([image])
             tokens = {name: v.to(adapter.device, adapter.dtype) for name, v in vars(features).items()}
-            return adapter(VisionFeatures(**tokens), packed=True)
+            return adapter(VisionFeatures(**tokens), packed=True).cast(dtype)
 
-        return self.reference_cache.get(image.digest, encode)
+        return self.reference_cache.get((image.digest, dtype), encode)
 
 
 def _text_bytes(text: TextCondition) -> int:

@@ -91,6 +91,14 @@ class PackedKeysValues(Mapping[str, tuple[Tensor, Tensor]]):
         """A copy on another device."""
         return PackedKeysValues(self.flat.to(device), self.layout)
 
+    def cast(self, dtype: torch.dtype) -> "PackedKeysValues":
+        """The keys and values in another type; itself if it has the type already."""
+        if dtype == self.layout.dtype:
+            return self
+        layers = ((name, keys, values) for name, (keys, values) in self._views.items())
+        like = self.flat.new_empty(self.layout.num_tokens, 0, dtype=dtype)
+        return PackedKeysValues.pack(layers, dict(self.layout.channels), like)
+
     @property
     def nbytes(self) -> int:
         return self.flat.nbytes

@@ -93,9 +93,11 @@ class RealCustomPipeline(RealCustomComponents):
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {list(latents.shape)} per image; this size needs {list(shape)}.")
         sample: Tensor = latents.to(device, torch.float32) * scheduler.init_noise_sigma
-        with device_lock.shared():
+        with device_lock.shared(), torch.autocast(device.type, enabled=False):
             self.discard_outdated()
-            conditioning = self.conditioner.encode(request, self.text_encoders, self.vision_encoders, self.adapter)
+            conditioning = self.conditioner.encode(
+                request, self.text_encoders, self.vision_encoders, self.adapter, self.denoiser.dtype
+            )
         generation = Generation(
             request=request,
             latents=sample,

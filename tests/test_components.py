@@ -93,6 +93,25 @@ def test_vae_of_another_scale_factor_keeps_the_image_size():
     assert pipeline(PROMPT, num_inference_steps=1, height=64, width=96).images[0].size == (96, 64)
 
 
+def test_texts_and_references_encoded_under_autocast_fit_later_calls():
+    """A call under autocast caches what a call without it would cache."""
+    pipeline = tiny_pipeline()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert latents_of(pipeline, REQUEST).isfinite().all()
+    assert torch.equal(latents_of(pipeline, REQUEST), latents_of(tiny_pipeline(), REQUEST))
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_one_component_in_another_type(name):
+    """Casting a single component after a call gives the image of a new pipeline of the same components."""
+    pipeline = tiny_pipeline()
+    before = latents_of(pipeline, REQUEST)
+    getattr(pipeline, name).to(torch.bfloat16)
+    after = latents_of(pipeline, REQUEST)
+    assert torch.equal(after, latents_of(rebuilt(pipeline), REQUEST))
+    assert 0 < (after - before).abs().mean() < before.abs().mean()
+
+
 def add_inversion(tokenizer, encoder, num_vectors: int, token: str = "<sks>") -> None:
     """Add a word with several vectors, stored as diffusers' `load_textual_inversion` stores it."""
     names = [token, *(f"{token}_{i}" for i in range(1, num_vectors))]
