@@ -13,12 +13,13 @@ from pathlib import Path
 from toy_training import toy_config
 
 from train import trainer
+from train.frozen import FrozenModels
 
 
 def record(out: Path, assignments: list[str], resume: bool = False) -> None:
     """Train in this process and record the samples."""
     config = toy_config("mini", out, assignments)
-    draw, encode = trainer.draw, trainer.FrozenModels.encode
+    draw, encode = trainer.draw, FrozenModels.encode
     encoded = []
 
     def recording_encode(self, batch):
@@ -36,11 +37,11 @@ def record(out: Path, assignments: list[str], resume: bool = False) -> None:
                 file.write(json.dumps([step, position, caption, pixels, noise, *numbers]) + "\n")
         return draws
 
-    trainer.draw, trainer.FrozenModels.encode = recording_draw, recording_encode
+    trainer.draw, FrozenModels.encode = recording_draw, recording_encode
     try:
         trainer.run(config, resume=resume)
     finally:
-        trainer.draw, trainer.FrozenModels.encode = draw, encode
+        trainer.draw, FrozenModels.encode = draw, encode
 
 
 if __name__ == "__main__":

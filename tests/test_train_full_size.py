@@ -15,7 +15,7 @@ from toy_training import write_data
 from benchmarks.full_size import random_pipeline
 from realcustom import RealCustomConfig
 from realcustom.convert import convert_official
-from train import trainer
+from train import startup, trainer
 from train.overrides import override
 from train.recipes import RECIPES
 
@@ -51,16 +51,16 @@ def test_recipe_sdxl_512_makes_one_step(tmp_path, monkeypatch):
         return folder
 
     start = {}
-    start_adapter = trainer.start_adapter
+    start_adapter = startup.start_adapter
 
     def keep_start(*arguments):
         adapter = start_adapter(*arguments)
         start.update({name: float(value.detach().double().sum()) for name, value in adapter.named_parameters()})
         return adapter
 
-    monkeypatch.setattr(trainer, "load_pipeline", load)
+    monkeypatch.setattr(startup, "load_pipeline", load)
     monkeypatch.setattr(trainer, "save_checkpoint", save)  # 9 GB
-    monkeypatch.setattr(trainer, "start_adapter", keep_start)
+    monkeypatch.setattr(startup, "start_adapter", keep_start)
     monkeypatch.setattr(trainer, "write_results", lambda *_: None)
     settings = [
         f"out={tmp_path}", "device=cpu", "precision=fp32", "steps=1", "batch_size=1", "micro_batch_size=1",

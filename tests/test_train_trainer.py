@@ -11,11 +11,13 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_training import losses, toy_config, write_base
+from toy_training import losses, toy_config, write_base, write_data
 
-from train import trainer
+from train import startup, trainer
+from train.config import EXAMPLES
 from train.data.sprite_world.batches import SpriteMixture
 from train.monitor import Monitor
+from train.objective import Objective
 from train.trainer import run
 
 
@@ -93,6 +95,75 @@ def test_damaged_checkpoint_is_not_resumed(base, uninterrupted, tmp_path, caplog
     assert_same_result(tmp_path, uninterrupted)
 
 
+def test_run_with_only_damaged_checkpoints_is_not_started_again(base, tmp_path):
+    """A resume names them and changes neither them nor the log, however often it is tried."""
+    run(toy_config("mini", tmp_path, [*base, "steps=1"]))
+    (tmp_path / "checkpoints/step_00000001/ema.safetensors").write_bytes(b"damaged")
+    log = (tmp_path / "log.jsonl").read_text()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"are damaged \(damaged_step_00000001\); restore one from a copy"):
+            run(toy_config("mini", tmp_path, base), resume=True)
+    assert (tmp_path / "log.jsonl").read_text() == log
+    assert (tmp_path / "checkpoints/damaged_step_00000001/adapter.safetensors").is_file()
+
+
+def test_resume_without_a_checkpoint_is_reported(base, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        run(toy_config("mini", tmp_path, [*base, "steps=1"]), resume=True)
+    assert f"There is no checkpoint in {tmp_path / 'checkpoints'}; starting at step 0." in caplog.text
+
+
+@pytest.mark.parametrize("where", ["load_pipeline", "open_training_data", "Validation"])
+def test_signal_ends_the_loading(base, tmp_path, monkeypatch, where):
+    """Before the first step there is nothing to save: neither a checkpoint nor a result is written, and the log of a
+    run that was resumed stays as it is."""
+
+    def slow(*_):
+        threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        time.sleep(30)
+
+    monkeypatch.setattr(startup, where, slow)
+    start = time.monotonic()
+    validation = ['data.validation={"kind": "sprite_world"}', "preview.every_steps=1", "preview.subjects=[]"]
+    assert run(toy_config("mini", tmp_path, [*base, *validation])) == 0
+    assert time.monotonic() - start < 20 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('preview.subjects=[{"image": "IMAGE", "prompt": "a dog", "target_phrase": "cat"}]', "subjects.0: .*'cat'"),
+        (
+            'preview.subjects=[{"image": "/nope.png", "prompt": "a dog", "target_phrase": "dog"}]',
+            "preview.subjects.0.image is /nope.png, which is not a readable image",
+        ),
+        ("hub.repo_id=a b", "hub.repo_id is 'a b'; write it as NAMESPACE/NAME"),
+        ("hub.repo_id=me/adapter", "there is no token; run `hf auth login` or set HF_TOKEN"),
+    ],
+)
+def test_mistake_in_previews_or_upload_is_found_before_the_models_are_loaded(
+    base, tmp_path, monkeypatch, settings, message
+):
+    monkeypatch.setattr(startup, "load_pipeline", lambda *_: pytest.fail("models are loaded"))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    settings = settings.replace("IMAGE", str(EXAMPLES[0].image))
+    with pytest.raises(ValueError, match=message):
+        run(toy_config("mini", tmp_path / "out", [*base, "preview.every_steps=1", settings]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoint_is_saved_before_the_previews(base, tmp_path, monkeypatch):
+    """If a preview fails, the steps before it are not lost."""
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(trainer, "render_previews", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(toy_config("mini", tmp_path, [*base, "preview.every_steps=2"]))
+    assert (tmp_path / "checkpoints/step_00000002").is_dir()
+
+
 def test_folder_of_another_run_is_refused(base, uninterrupted):
     with pytest.raises(ValueError, match="already contains checkpoints; add --resume"):
         run(toy_config("mini", uninterrupted, base))
@@ -121,16 +192,27 @@ def test_number_of_micro_batches_does_not_change_the_loss(base, uninterrupted, t
     assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=1e-4)
 
 
+def test_loss_weights_of_a_sample_do_not_depend_on_its_micro_batch(base, tmp_path):
+    """The sprite world marks its subjects and tar shards do not: in a mixture of both, the losses of micro-batches of
+    one sample equal those of one large micro-batch."""
+    write_data(tmp_path / "data")
+    sources = [{"kind": "sprite_world"}, {"kind": "text_image", "path": str(tmp_path / "data/text_image")}]
+    settings = [*base, f"data.sources={json.dumps(sources)}", "data.evaluation=", "batch_size=4", "steps=2"]
+    for size in (1, 4):
+        run(toy_config("mini", tmp_path / str(size), [*settings, f"micro_batch_size={size}"]))
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "4"), rel=1e-4)
+
+
 def test_step_without_finite_gradient_is_skipped_and_counted(base, tmp_path, monkeypatch):
     """The log stays valid JSON, and the weights stay finite."""
-    compute = trainer.Objective.losses
+    compute = Objective.losses
     calls = []
 
     def failing(self, encoded, draws):
         calls.append(None)
         return compute(self, encoded, draws) * (math.nan if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(trainer.Objective, "losses", failing)
+    monkeypatch.setattr(Objective, "losses", failing)
     run(toy_config("mini", tmp_path, [*base, "log.every_steps=2"]))
     first, second = log_of(tmp_path)
     assert first["skipped_steps"] == 1 and "skipped_steps" not in second and math.isfinite(first["loss"])
@@ -211,6 +293,7 @@ def test_finished_run_is_uploaded(base, tmp_path, monkeypatch):
             assert all((folder_path / name).is_file() for name in allow_patterns)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
     settings = [*base, "steps=1", "hub.repo_id=me/adapter", "hub.private=false"]
     run(toy_config("mini", tmp_path, [*settings, "max_seconds=0"]))
     assert not calls

@@ -127,6 +127,11 @@ def has_checkpoint(folder: Path) -> bool:
     return bool(_folders(folder))
 
 
+def damaged_checkpoints(folder: Path) -> list[str]:
+    """Names of the damaged checkpoints that `newest_checkpoint` has renamed."""
+    return sorted(path.name for path in folder.glob(f"{_DAMAGED}{_PREFIX}*"))
+
+
 def _folders(folder: Path) -> list[Path]:
     """Folders of checkpoints, in the order of their steps."""
     return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())

@@ -136,8 +136,10 @@ class FrozenModels:
         embeds, *pooled = complete(text_names, lambda missing: self.encode_texts([s.caption for s in missing]))
         shallow, deep, local = complete(("shallow", "deep", "local"), self.encode_references)
         inside = None
-        if all("inside" in sample.extras for sample in samples):
-            maps = torch.from_numpy(np.stack([sample.extras["inside"] for sample in samples]))
+        if any("inside" in sample.extras for sample in samples):
+            # Samples without a map have the weight 1 everywhere, in any micro-batch.
+            ones = np.ones(samples[0].image.shape[:2], np.uint8)
+            maps = torch.from_numpy(np.stack([sample.extras.get("inside", ones) for sample in samples]))
             height, width = latents.shape[-2:]
             inside = inside_of_latents(maps.to(self.device), (height, width))
         return Encoded(

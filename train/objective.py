@@ -35,7 +35,8 @@ class Encoded:
         pooled: pooled texts [B, P], or None for models that take none (SD1.5).
         features: vision features of the references.
         time_ids: original size, crop and target size, float32 [B, 6] (SDXL).
-        inside: 1 inside the reference's subjects and 0 outside, float32 [B, 1, h, w]; None if the source marks none.
+        inside: 1 inside the reference's subjects and 0 outside, float32 [B, 1, h, w]. It is 1
+            everywhere for a sample whose source marks none; None if the sources of all samples mark none.
     """
 
     latents: Tensor

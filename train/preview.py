@@ -21,6 +21,36 @@ def adapter_with(values: Mapping[str, Tensor], like: RealCustomAdapter, dtype: t
     return adapter.requires_grad_(False).eval()
 
 
+def preview_requests(config: PreviewConfig, size: int) -> list[Request]:
+    """The requests of all subjects, with their images.
+
+    Raises:
+        ValueError: an image that cannot be read, or a target phrase that does not occur in its prompt.
+    """
+    requests = []
+    for number, subject in enumerate(config.subjects):
+        try:
+            reference = Image.open(subject.image).convert("RGB")
+        except OSError as error:
+            raise ValueError(
+                f"preview.subjects.{number}.image is {subject.image}, which is not a readable image; give the path of "
+                "one, or disable previews with preview.every_steps=0."
+            ) from error
+        try:
+            request = Request(
+                prompt=subject.prompt,
+                subjects=(Subject(image=reference, target_phrase=subject.target_phrase),),
+                seed=config.seed,
+                height=size,
+                width=size,
+                num_inference_steps=config.num_inference_steps,
+            )
+        except ValueError as error:
+            raise ValueError(f"preview.subjects.{number}: {error}") from error
+        requests.append(request)
+    return requests
+
+
 def render_previews(
     pipeline: RealCustomPipeline,
     adapter: RealCustomAdapter,
@@ -42,20 +72,8 @@ def render_previews(
     pipeline.register_modules(adapter=adapter)
     pipeline.clear_caches()
     try:
-        references = [Image.open(subject.image).convert("RGB") for subject in config.subjects]
-        generations = [
-            pipeline.prepare(
-                Request(
-                    prompt=subject.prompt,
-                    subjects=(Subject(image=reference, target_phrase=subject.target_phrase),),
-                    seed=config.seed,
-                    height=size,
-                    width=size,
-                    num_inference_steps=config.num_inference_steps,
-                )
-            )
-            for subject, reference in zip(config.subjects, references, strict=True)
-        ]
+        requests = preview_requests(config, size)
+        generations = [pipeline.prepare(request) for request in requests]
         pipeline.run(generations, stopped)
         if stopped():
             return False
@@ -65,7 +83,8 @@ def render_previews(
         pipeline.clear_caches()
     width, height = images[0].size
     grid = Image.new("RGB", (len(images) * width, 2 * height), "white")
-    for column, (reference, image) in enumerate(zip(references, images, strict=True)):
+    for column, (request, image) in enumerate(zip(requests, images, strict=True)):
+        reference = Image.fromarray(request.subjects[0].image.pixels)
         reference.thumbnail((width, height))
         grid.paste(reference, (column * width, 0))
         grid.paste(image, (column * width, height))

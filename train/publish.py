@@ -50,6 +50,25 @@ def write_results(config: TrainConfig, adapter: RealCustomAdapter, steps: int) -
     (config.out / CARD).write_text(card)
 
 
+def check_hub(hub: HubConfig) -> None:
+    """Check what can be checked before the upload, without a connection.
+
+    Raises:
+        ValueError: `repo_id` is not a name of a repository, or there is no token.
+    """
+    if hub.repo_id is None:
+        return
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(hub.repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"hub.repo_id is {hub.repo_id!r}; write it as NAMESPACE/NAME. {error}") from error
+    if get_token() is None:
+        raise ValueError(f"hub.repo_id is {hub.repo_id}, but there is no token; run `hf auth login` or set HF_TOKEN.")
+
+
 def push_to_hub(out: Path, hub: HubConfig) -> None:
     """Upload the results in `out`; without a `repo_id`, does nothing.
 

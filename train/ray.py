@@ -35,7 +35,8 @@ from .objective import Objective
 from .overrides import from_json
 from .precision import frozen_dtype
 from .preview import adapter_with
-from .trainer import check_folder, run
+from .startup import check_folder
+from .trainer import run
 from .validation import Validation
 
 POINTER = "checkpoint.json"  # in a checkpoint of Ray: the path of the checkpoint in `out`

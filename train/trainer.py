@@ -13,56 +13,41 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from .checkpoint import (
-    Checkpoint,
-    has_checkpoint,
     load_optimizer,
     load_trained,
-    newest_checkpoint,
     optimizer_tensors,
     save_checkpoint,
     trained_tensors,
 )
 from .config import TrainConfig
-from .data.features import open_features
 from .data.loader import batches, count_other_views, count_skipped
 from .data.mixture import Mixture
 from .data.sprite_world.batches import SpriteMixture
 from .data.sprite_world.rendered import BatchRenderer
 from .ema import EMA
-from .frozen import FrozenModels, load_pipeline, start_adapter
 from .metrics import MetricWindow, append_json, remove_later_steps, rounded
 from .monitor import Monitor
-from .objective import Objective, draw
-from .overrides import changed_fields
-from .precision import differentiable_attention, frozen_dtype
+from .objective import draw
+from .precision import differentiable_attention
 from .preview import adapter_with, render_previews
 from .publish import push_to_hub, write_results
 from .results import CHECKPOINTS, LOG, PREVIEWS, TRACKERS
 from .schedule import learning_rate
-from .sources import open_training_data
+from .startup import check_folder, check_outputs, find_checkpoint, load, warn_about_changes
 from .stop import StopSignal
-from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
-# Fields that a resumed run may change without changing its results.
-_FREE_FIELDS = (
-    "out", "max_seconds", "device", "checkpoint.", "log.", "preview.", "hub.", "data.workers", "data.validation",
-    "data.features", "data.evaluation",
-)  # fmt: skip
-
 
 def run(config: TrainConfig, *, resume: bool = False, monitor: Monitor | None = None) -> int:
-    """Train as configured. SIGTERM and SIGINT end the run with a checkpoint.
+    """Train as configured. SIGTERM and SIGINT end the run with a checkpoint, or without one before the first step.
 
     Args:
-        resume: continue from the newest undamaged checkpoint in `config.out`; start from the beginning if there is
-            none. Otherwise, `config.out` must not contain a checkpoint.
+        resume: continue from the newest undamaged checkpoint in `config.out`; start from the beginning if there are
+            no checkpoints. Otherwise, `config.out` must not contain a checkpoint.
         monitor: receives the progress.
     Returns:
         Number of steps done, including those of earlier runs.
@@ -76,33 +61,37 @@ def run(config: TrainConfig, *, resume: bool = False, monitor: Monitor | None = 
 def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) -> int:
     start_time = time.monotonic()
 
-    # ---- processes and trackers ----------------------------------------------------------------------------------
+    # ---- processes and checks ------------------------------------------------------------------------------------
+    check_outputs(config)
     config.out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
         cpu=config.device == "cpu",
         mixed_precision="no",  # applied below, to the parts that need it
-        log_with=_trackers(config) or None,
+        log_with=list(config.log.trackers) or None,
         project_dir=config.out / TRACKERS,
     )
     is_main, device = accelerator.is_main_process, accelerator.device
     rank, world_size = accelerator.process_index, accelerator.num_processes
     check_folder(config, resume)
     accelerator.wait_for_everyone()  # every process checks the folder before anything is written
-    found = _find_checkpoint(config, accelerator)
-    if is_main:
-        remove_later_steps(config.out / LOG, 0 if found is None else found.step)
-    accelerator.init_trackers(config.name, config={key: str(value) for key, value in config.to_dict().items()})
+    found = find_checkpoint(config, resume, accelerator)
+    step = 0 if found is None else found.step
 
-    # ---- frozen models -------------------------------------------------------------------------------------------
-    pipeline = load_pipeline(config.model, frozen_dtype(config.precision, device.type))
-    pipeline.set_progress_bar_config(disable=True)
-    adapter = start_adapter(config.model, pipeline, config.seed)
-    frozen = FrozenModels(pipeline, device, open_features(config.data.features, pipeline))
-    if config.model.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-    if config.model.compile_blocks:
-        pipeline.unet.compile_repeated_blocks(fullgraph=True)
-    objective = Objective(pipeline.unet, pipeline.scheduler, frozen.empty_text(), config.objective, device)
+    def any_process(flag: bool) -> bool:
+        if world_size == 1:
+            return flag
+        return bool(_sum_over_processes(accelerator, torch.tensor([float(flag)], device=device))[0] > 0)
+
+    # ---- frozen models and data ----------------------------------------------------------------------------------
+    loaded = stop.interruptible(lambda: load(config, device, validates=is_main and not monitor.validates))
+    if any_process(loaded is None or stop.requested):
+        logger.info("Stopped before the first step.")
+        return step
+    assert loaded is not None
+    pipeline, adapter, frozen, objective = loaded.pipeline, loaded.adapter, loaded.frozen, loaded.objective
+    mixture, validation = loaded.mixture, loaded.validation
+    render = _rendering(mixture, config.data.resolution, frozen.reference_size, device)
+    first = config.batch_size * rank // world_size  # of this process in the global batch
 
     # ---- trained parameters --------------------------------------------------------------------------------------
     model = accelerator.prepare(adapter)  # on the device, with synchronized gradients
@@ -112,30 +101,20 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
     )
     ema = EMA(adapter, config.optimizer.ema_decay)
 
-    # ---- data ----------------------------------------------------------------------------------------------------
-    mixture = open_training_data(config, frozen.reference_size)
-    render = _rendering(mixture, config.data.resolution, frozen.reference_size, device)
-    first = config.batch_size * rank // world_size  # of this process in the global batch
-    validation = None
-    if config.data.validation is not None and config.preview.every_steps and is_main and not monitor.validates:
-        validation = Validation(config, frozen, objective)
-
-    # ---- resume --------------------------------------------------------------------------------------------------
-    step, window, saved_step = 0, MetricWindow(), -1
+    # ---- log and resume ------------------------------------------------------------------------------------------
+    if is_main:
+        remove_later_steps(config.out / LOG, step)
+    accelerator.init_trackers(config.name, config={key: str(value) for key, value in config.to_dict().items()})
+    window, saved_step = MetricWindow(), -1
     if found is not None:
         load_trained(adapter, found.tensors("adapter"))
         ema.load(found.tensors("ema"))
         load_optimizer(optimizer, found.tensors("optimizer"))
-        step = saved_step = found.step
+        saved_step = step
         window = MetricWindow.restored(found.state["window"])
         if is_main:
-            _warn_about_changes(found, config, mixture.fingerprint)
+            warn_about_changes(found, config, mixture.fingerprint)
             logger.info("Resuming at step %d from %s.", step, found.path)
-
-    def any_process(flag: bool) -> bool:
-        if world_size == 1:
-            return flag
-        return bool(_sum_over_processes(accelerator, torch.tensor([float(flag)], device=device))[0] > 0)
 
     def save(metrics: dict[str, Any]) -> None:
         path = None
@@ -262,22 +241,22 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
                 }
                 write(metrics)
                 window, window_start, window_step = MetricWindow(), now, step
-            if config.preview.every_steps and step % config.preview.every_steps == 0 and step < config.steps:
-                evaluate()
             if step % config.checkpoint.every_steps == 0 or monitor.wants_checkpoint(step):
                 save(metrics)
                 saved_step = step
+            if config.preview.every_steps and step % config.preview.every_steps == 0 and step < config.steps:
+                evaluate()
 
     # ---- the end -------------------------------------------------------------------------------------------------
     if step != saved_step:
         save(metrics)
     if not any_process(stop.requested):
-        if config.preview.every_steps:
-            evaluate()
         if is_main:
             write_results(config, adapter_with(ema.values, adapter, torch.float32), step)
-            if step == config.steps:
-                push_to_hub(config.out, config.hub)
+        if config.preview.every_steps:
+            evaluate()
+        if is_main and step == config.steps:
+            push_to_hub(config.out, config.hub)
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()
@@ -301,46 +280,3 @@ def _rendering(
 
 def _sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
     return cast(Tensor, accelerator.reduce(values, reduction="sum"))
-
-
-def _trackers(config: TrainConfig) -> list[Any]:
-    """The names of the trackers, after a check that they are installed."""
-    available = [str(name) for name in get_available_trackers()]
-    for name in config.log.trackers:
-        if name not in available:
-            raise ValueError(
-                f"log.trackers contains {name!r}, which is not installed; install it, or use "
-                f"{', '.join(available) or 'no tracker (--set log.trackers=)'}."
-            )
-    return list(config.log.trackers)
-
-
-def check_folder(config: TrainConfig, resume: bool) -> None:
-    """Refuse to start a new run in the folder of another one.
-
-    Raises:
-        ValueError: `config.out` contains checkpoints and `resume` is false.
-    """
-    folder = config.out / CHECKPOINTS
-    if not resume and has_checkpoint(folder):
-        raise ValueError(
-            f"{folder} already contains checkpoints; add --resume to continue that run, or choose another folder "
-            "with --set out=FOLDER."
-        )
-
-
-def _find_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Checkpoint | None:
-    """The newest undamaged checkpoint. The main process selects it for all."""
-    answer = [newest_checkpoint(config.out / CHECKPOINTS) if accelerator.is_main_process else None]
-    broadcast_object_list(answer)
-    return answer[0]
-
-
-def _warn_about_changes(found: Checkpoint, config: TrainConfig, fingerprint: str) -> None:
-    """Warn if the resumed run will differ from an uninterrupted one."""
-    changes = changed_fields(found.state["config"], config.to_dict())
-    changes = [change for change in changes if not change.startswith(_FREE_FIELDS)]
-    if found.state["data"] != fingerprint:
-        changes.append("the records of the data have changed")
-    if changes:
-        logger.warning("The resumed run will differ from an uninterrupted one: %s.", "; ".join(changes))
