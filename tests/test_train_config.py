@@ -76,11 +76,61 @@ def test_assignment_has_the_type_of_its_field(assignment, value):
         ("objective.drop_text=0.95", "a sum <= 1"),
         ("curriculum.total_steps=0", "at least 1"),
         ("curriculum.r_max=0.5", "cannot be larger than the reference"),
+        ("curriculum.r_max=inf", "use finite 1 <= r_min <= r_max"),
+        ("optimizer.learning_rate=inf", "optimizer.learning_rate is inf; it must be positive and finite"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1.0; it must be at least 0"),
+        ("optimizer.betas=1.5,2", "optimizer.betas is (1.5, 2.0); give two values in \\[0, 1"),
+        ('optimizer={"betas": [0.9]}', "optimizer.betas is \\[0.9]; it must be a list of 2 values"),
+        ("data.sources.0.weight=inf", "weight of source 'sprite_world' is inf; it must be positive and finite"),
+        ("objective.min_snr_gamma=inf", "objective.min_snr_gamma is inf; it must be positive and finite"),
+        ("max_seconds=-5", "max_seconds is -5.0; it must be at least 0 and finite"),
+        ("max_seconds=nan", "max_seconds is nan; it must be at least 0 and finite"),
+        ("preview.num_inference_steps=0", "preview.num_inference_steps is 0; it must be at least 1"),
+        ("preview.seed=-1", "preview.seed is -1; it must be in"),
+        (f"seed={2**63}", "seed is 9223372036854775808; it must be in"),
+        ("out=", "out= is empty; give a path"),
+        ("model.base=", "model.base is empty; give a hub id, a folder or a .safetensors file"),
+        ("data.features=features", "the sprite world has no precomputed features"),
     ],
 )
 def test_wrong_assignment_is_explained(assignment, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
         override(RECIPES["mini"](), [assignment])
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        ["data.sources.0.kind=text_image", "data.sources.0.path=/data"],
+        ["data.sources.0.path=/data", "data.sources.0.kind=text_image"],
+        ["curriculum.r_min=2", "curriculum.r_max=3"],
+        ["curriculum.r_max=3", "curriculum.r_min=2"],
+    ],
+)
+def test_assignments_are_checked_together(assignments):
+    """Fields that fit together only after the last assignment can be changed in any order."""
+    config = override(RECIPES["mini"](), assignments)
+    assert (config.data.sources[0].kind, config.curriculum.r_min) in (("text_image", 1.0), ("sprite_world", 2.0))
+    with pytest.raises(ValueError):
+        override(RECIPES["mini"](), assignments[:1] if "kind" in assignments[0] else ["curriculum.r_min=2"])
+
+
+def test_paths_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
+    """Folders of data, features, previews and results are made absolute, as are local models; hub ids stay."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "siglip").mkdir()
+    Path("adapter.safetensors").touch()
+    settings = ["model.siglip=siglip", "model.adapter=adapter.safetensors", "data.features=features"]
+    validation = 'data.validation={"kind": "text_image", "path": "held_out"}'
+    subjects = 'preview.subjects=[{"image": "a.png", "prompt": "a cup", "target_phrase": "cup"}]'
+    config = override(RECIPES["sdxl_512"](), [*settings, validation, subjects, "data.evaluation=eval"])
+    there = config.with_absolute_paths()
+    assert there.model.base == config.model.base and there.model.dinov2 == config.model.dinov2
+    assert (there.model.siglip, there.model.adapter) == (f"{tmp_path}/siglip", f"{tmp_path}/adapter.safetensors")
+    assert [source.path for source in there.data.sources] == [tmp_path / source.path for source in config.data.sources]
+    assert there.data.validation.path == tmp_path / "held_out" and there.data.evaluation == (tmp_path / "eval",)
+    assert there.preview.subjects[0].image == tmp_path / "a.png" and there.data.features == tmp_path / "features"
+    assert there.out == tmp_path / config.out
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -61,7 +61,8 @@ def test_recipe_sdxl_512_makes_one_step(tmp_path, monkeypatch):
     monkeypatch.setattr(startup, "load_pipeline", load)
     monkeypatch.setattr(trainer, "save_checkpoint", save)  # 9 GB
     monkeypatch.setattr(startup, "start_adapter", keep_start)
-    monkeypatch.setattr(trainer, "write_results", lambda *_: None)
+    monkeypatch.setattr(trainer, "is_complete", lambda base: False)
+    monkeypatch.setattr(trainer, "write_results", lambda *_, **options: None)
     settings = [
         f"out={tmp_path}", "device=cpu", "precision=fp32", "steps=1", "batch_size=1", "micro_batch_size=1",
         "data.aspect_buckets=false", "data.workers=0", "log.every_steps=1", "log.trackers=", "preview.every_steps=0",

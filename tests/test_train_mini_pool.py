@@ -106,6 +106,17 @@ def test_pool_with_a_new_field_is_rendered_again(tmp_path):
     assert (pool.batch(0, np.arange(4) / 4)["b"] == 1).all()
 
 
+@pytest.mark.parametrize("name", ["a", "index"])
+def test_damaged_file_is_rendered_again(tmp_path, name):
+    """A power failure may leave an empty file."""
+    fields, render = {"a": ((), "int64")}, partial(_ones, names="a")
+    SamplePool(tmp_path, fields, render, start=4, capacity=8, per_step=1).refresh(0)
+    (tmp_path / f"{name}.npy").write_bytes(b"")
+    pool = SamplePool(tmp_path, fields, render, start=4, capacity=8, per_step=1)
+    pool.refresh(0)
+    assert (pool.batch(0, np.arange(4) / 4)["a"] == 1).all()
+
+
 def test_empty_pool_is_filled_in_the_middle_of_a_run(tmp_path):
     """If a run starts at step 100 without files, worker processes render everything that a batch can contain."""
     pool = SamplePool(tmp_path, {"a": ((), "int64")}, partial(_ones, names="a"), start=4, capacity=150, per_step=1)

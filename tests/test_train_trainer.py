@@ -303,3 +303,24 @@ def test_finished_run_is_uploaded(base, tmp_path, monkeypatch):
         ("me/adapter", tmp_path, ["README.md", "adapter.safetensors", "training.json"]),
     ]
     assert "recipe `mini`: 1 steps of 2 samples" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", ["mini", "sd15"])
+def test_code_of_the_model_card_loads_the_adapter(tmp_path, monkeypatch, family):
+    """Also for a complete pipeline and for other vision encoders. A local path is not named as a model of the hub."""
+    recipe = "mini" if family == "mini" else "sd15_512"
+    settings = [*write_base(tmp_path / "base", family), "max_seconds=0", "data.validation=none"]
+    sources = 'data.sources=[{"kind": "sprite_world"}]'
+    run(toy_config(recipe, tmp_path / "out", [*settings, sources]))
+    card = (tmp_path / "out/README.md").read_text()
+    assert "base_model" not in card
+    monkeypatch.chdir(tmp_path / "out")
+    names = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    trained = load_file("adapter.safetensors")
+    assert all(torch.equal(value, trained[name]) for name, value in names["pipeline"].adapter.state_dict().items())
+
+
+def test_base_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.base is /nope, which cannot be loaded; give a hub id, a folder"):
+        run(toy_config("mini", tmp_path, ["model.base=/nope"]))

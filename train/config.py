@@ -4,7 +4,8 @@ Imports no torch, so that the command line starts quickly.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,20 @@ from realcustom.config import DINOV2, SIGLIP
 
 from .curriculum import Curriculum
 
+MAX_SEED = 2**63 - 1  # of PyTorch's generators
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+_MODEL_HINTS = {
+    "base": "give a hub id, a folder or a .safetensors file",
+    "siglip": "give a hub id or a folder",
+    "dinov2": "give a hub id or a folder",
+    "adapter": "use new, base or the path of an adapter",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +53,10 @@ class ModelConfig:
     gradient_checkpointing: bool = True
     compile_blocks: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("base", "siglip", "dinov2", "adapter"):
+            _require(bool(getattr(self, name).strip()), f"model.{name} is empty; {_MODEL_HINTS[name]}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -63,7 +78,10 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         _require(self.min_side >= 1, f"min_side of source {self.kind!r} is {self.min_side}; it must be at least 1.")
-        _require(self.weight > 0, f"weight of source {self.kind!r} is {self.weight}; it must be positive.")
+        _require(
+            0 < self.weight < math.inf,
+            f"weight of source {self.kind!r} is {self.weight}; it must be positive and finite.",
+        )
         needs_path = self.kind != "sprite_world"
         _require(
             not needs_path or self.path is not None,
@@ -106,6 +124,11 @@ class DataConfig:
             f"data.resolution is {self.resolution}; it must be a multiple of 8 and at least 32.",
         )
         _require(self.workers >= 0, f"data.workers is {self.workers}; it must be at least 0.")
+        _require(
+            self.features is None or any(source.kind != "sprite_world" for source in self.sources),
+            f"data.features is {self.features}, but the sprite world has no precomputed features; remove it, or add a "
+            "source of files.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +157,13 @@ class ObjectiveConfig:
             min(drops) >= 0 and sum(drops) <= 1,
             f"objective.drop_text, drop_vision and drop_both are {drops}; use values >= 0 with a sum <= 1.",
         )
-        _require(self.timestep_exponent > 0, f"objective.timestep_exponent is {self.timestep_exponent}; use > 0.")
         _require(
-            self.min_snr_gamma is None or self.min_snr_gamma > 0,
-            f"objective.min_snr_gamma is {self.min_snr_gamma}; it must be positive, or none to disable it.",
+            0 < self.timestep_exponent < math.inf,
+            f"objective.timestep_exponent is {self.timestep_exponent}; it must be positive and finite.",
+        )
+        _require(
+            self.min_snr_gamma is None or 0 < self.min_snr_gamma < math.inf,
+            f"objective.min_snr_gamma is {self.min_snr_gamma}; it must be positive and finite, or none to disable it.",
         )
         _require(
             0 < self.outside_weight <= 1,
@@ -167,7 +193,18 @@ class OptimizerConfig:
     ema_decay: float = 0.9999
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive.")
+        _require(
+            0 < self.learning_rate < math.inf,
+            f"optimizer.learning_rate is {self.learning_rate}; it must be positive and finite.",
+        )
+        _require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optimizer.betas is {self.betas}; give two values in [0, 1).",
+        )
+        _require(
+            0 <= self.weight_decay < math.inf,
+            f"optimizer.weight_decay is {self.weight_decay}; it must be at least 0 and finite.",
+        )
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it must be at least 0.")
         for name in ("decay_fraction", "ema_decay"):
             _require(0 <= getattr(self, name) <= 1, f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1].")
@@ -235,6 +272,12 @@ class PreviewConfig:
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 0, f"preview.every_steps is {self.every_steps}; it must be at least 0.")
+        _require(0 <= self.seed <= MAX_SEED, f"preview.seed is {self.seed}; it must be in [0, 2**63).")
+        _require(
+            self.num_inference_steps is None or self.num_inference_steps >= 1,
+            f"preview.num_inference_steps is {self.num_inference_steps}; it must be at least 1, or none for the "
+            "pipeline's default.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,8 +328,33 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch_size"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be at least 1.")
-        _require(self.seed >= 0, f"seed is {self.seed}; it must be at least 0.")
+        _require(0 <= self.seed <= MAX_SEED, f"seed is {self.seed}; it must be in [0, 2**63).")
+        _require(
+            self.max_seconds is None or 0 <= self.max_seconds < math.inf,
+            f"max_seconds is {self.max_seconds}; it must be at least 0 and finite, or none for no limit.",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as nested JSON values."""
         return json.loads(json.dumps(asdict(self), default=str))
+
+    def with_absolute_paths(self) -> "TrainConfig":
+        """A copy that means the same in any working directory."""
+        model = self.model
+        names = {name: getattr(model, name) for name in ("base", "siglip", "dinov2", "adapter")}
+        local = {
+            name: str(Path(value).absolute())
+            for name, value in names.items()
+            if Path(value).exists() and (name != "adapter" or value not in ("new", "base"))
+        }
+        return replace(_with_absolute_paths(self), model=replace(model, **local))
+
+
+def _with_absolute_paths(node: Any) -> Any:
+    if isinstance(node, Path):
+        return node.absolute()
+    if isinstance(node, tuple):
+        return tuple(_with_absolute_paths(part) for part in node)
+    if is_dataclass(node) and not isinstance(node, type):
+        return replace(node, **{f.name: _with_absolute_paths(getattr(node, f.name)) for f in fields(node)})
+    return node

@@ -51,10 +51,10 @@ class Curriculum:
                 f"curriculum has total_steps={self.total_steps} and first_step={self.first_step}; total_steps must be "
                 "at least 1 and first_step at least 0."
             )
-        if not 1 <= self.r_min <= self.r_max:
+        if not 1 <= self.r_min <= self.r_max < math.inf:
             raise ValueError(
-                f"curriculum has r_min={self.r_min} and r_max={self.r_max}; use 1 <= r_min <= r_max, because a crop "
-                "cannot be larger than the reference."
+                f"curriculum has r_min={self.r_min} and r_max={self.r_max}; use finite 1 <= r_min <= r_max, because a "
+                "crop cannot be larger than the reference."
             )
 
     def other_view_probability(self, step: int) -> float:

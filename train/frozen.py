@@ -33,9 +33,9 @@ def load_pipeline(model: ModelConfig, dtype: torch.dtype) -> RealCustomPipeline:
     """The frozen models as a pipeline. Its adapter, if it has one, is that of a complete RealCustom++ folder.
 
     Raises:
-        ValueError: a base of another family, or one without vision encoders.
+        ValueError: a base that cannot be found, one of another family, or one without vision encoders.
     """
-    if Path(model.base).is_file() or _class_name(model.base) != RealCustomPipeline.__name__:
+    if not is_complete(model.base):
         return RealCustomPipeline.from_parts(
             model.base, siglip=model.siglip, dinov2=model.dinov2, variant=model.variant, dtype=dtype
         )
@@ -45,9 +45,23 @@ def load_pipeline(model: ModelConfig, dtype: torch.dtype) -> RealCustomPipeline:
     return pipeline
 
 
-def _class_name(base: str) -> str:
-    index: Any = DiffusionPipeline.load_config(base)
-    return index["_class_name"]
+def is_complete(base: str) -> bool:
+    """Whether a base is a complete RealCustom++ pipeline, with its own vision encoders.
+
+    Raises:
+        ValueError: the base cannot be found.
+    """
+    if Path(base).is_file():
+        return False
+    try:
+        index: Any = DiffusionPipeline.load_config(base)
+    except OSError as error:  # no folder, no such hub id, or no connection
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"model.base is {base}, which cannot be loaded; give a hub id, a folder in the diffusers layout or a "
+            f".safetensors file. {reason}"
+        ) from error
+    return index["_class_name"] == RealCustomPipeline.__name__
 
 
 def start_adapter(model: ModelConfig, pipeline: RealCustomPipeline, seed: int) -> RealCustomAdapter:

@@ -3,6 +3,7 @@
 import json
 import types
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,7 +13,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 def override(config: ConfigT, assignments: Sequence[str]) -> ConfigT:
-    """Apply assignments such as "optimizer.learning_rate=2e-4", in order.
+    """Apply assignments such as "optimizer.learning_rate=2e-4", in order. The result is checked once, after the last.
 
     Keys are names of fields, separated by dots; an element of a tuple is addressed by its index, as in
     "data.sources.0.path=/data". Values have the type of the field. "none" unsets an optional field. A tuple is a list
@@ -27,7 +28,7 @@ def override(config: ConfigT, assignments: Sequence[str]) -> ConfigT:
         if not equals:
             raise ValueError(f"--set {assignment} has no '='; write --set key=value, such as --set steps=1000.")
         config = _assign(config, key.strip().split("."), value.strip(), key.strip())
-    return config
+    return _checked(config)
 
 
 def changed_fields(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
@@ -42,8 +43,18 @@ def changed_fields(before: dict[str, Any], after: dict[str, Any], prefix: str = 
     return sorted(changes)
 
 
+def _checked(node: Any) -> Any:
+    """A copy of a configuration whose dataclasses have checked their fields."""
+    if isinstance(node, tuple):
+        return tuple(_checked(part) for part in node)
+    if is_dataclass(node) and not isinstance(node, type):
+        return replace(node, **{f.name: _checked(getattr(node, f.name)) for f in fields(node)})
+    return node
+
+
 def _assign(node: Any, path: list[str], text: str, key: str) -> Any:
-    """A copy of `node` in which the value at `path` is replaced."""
+    """A copy of `node` in which the value at `path` is replaced; its dataclasses do not check their fields, because
+    further assignments may follow."""
     name, rest = path[0], path[1:]
     if isinstance(node, tuple):
         if not name.isdigit() or int(name) >= len(node):
@@ -62,7 +73,9 @@ def _assign(node: Any, path: list[str], text: str, key: str) -> Any:
         value = _assign(getattr(current, name), rest, text, key)
     else:
         value = _parse(get_type_hints(type(current))[name], text, key)
-    return replace(current, **{name: value})
+    changed = copy(current)
+    object.__setattr__(changed, name, value)
+    return changed
 
 
 def _parse(kind: Any, text: str, key: str) -> Any:
@@ -93,6 +106,8 @@ def _parse(kind: Any, text: str, key: str) -> Any:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"--set {key}={text}: use true or false.")
         return text.lower() == "true"
+    if kind is Path and not text:
+        raise ValueError(f"--set {key}= is empty; give a path.")
     try:
         return kind(text)
     except ValueError as error:
@@ -126,13 +141,18 @@ def from_json(kind: Any, value: Any, key: str) -> Any:
         if not isinstance(value, list):
             raise ValueError(f"{key} is {value!r}; it must be a JSON list.")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(from_json(part, item, f"{key}.{i}") for i, (part, item) in enumerate(zip(kinds, value)))
+        if len(value) != len(kinds):
+            raise ValueError(f"{key} is {value!r}; it must be a list of {len(kinds)} values.")
+        parts = zip(kinds, value, strict=True)
+        return tuple(from_json(part, item, f"{key}.{i}") for i, (part, item) in enumerate(parts))
     if origin is Literal:
         return _parse(kind, str(value), key)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is Path:
-        return Path(str(value))
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{key} is {value!r}; it must be a path.")
+        return Path(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{key} is {value!r}; it must be of type {kind.__name__}.")
     return value

@@ -5,16 +5,16 @@ import logging
 from pathlib import Path
 
 from realcustom import RealCustomAdapter
+from realcustom.config import DINOV2, SIGLIP
 from realcustom.weights import save_adapter
 
-from .config import HubConfig, TrainConfig
+from .config import HubConfig, ModelConfig, TrainConfig
 from .results import ADAPTER, CARD, SUMMARY
 
 logger = logging.getLogger(__name__)
 
 _CARD = """---
-base_model: {base}
-library_name: diffusers
+{base_model}library_name: diffusers
 tags: [text-to-image, image-customization, realcustom]
 ---
 # RealCustom++ adapter
@@ -25,29 +25,46 @@ complete configuration.
 ```python
 from realcustom import RealCustomPipeline
 
-pipeline = RealCustomPipeline.from_parts("{base}", "adapter.safetensors")
+{code}
 ```
 """
 
 
-def write_results(config: TrainConfig, adapter: RealCustomAdapter, steps: int) -> None:
+def write_results(config: TrainConfig, adapter: RealCustomAdapter, steps: int, *, complete: bool) -> None:
     """Write the adapter, the summary and a model card to `config.out`.
 
     Args:
         adapter: with the EMA weights.
         steps: number of steps done.
+        complete: whether `model.base` is a complete RealCustom++ pipeline.
     """
     save_adapter(adapter, config.out / ADAPTER)
     summary = {"steps": steps, "samples": steps * config.batch_size, "config": config.to_dict()}
     (config.out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    local = Path(config.model.base).exists()
     card = _CARD.format(
-        base=config.model.base,
+        base_model="" if local else f"base_model: {config.model.base}\n",
         name=config.name,
         steps=steps,
         batch_size=config.batch_size,
         resolution=config.data.resolution,
+        code=_usage(config.model, complete),
     )
     (config.out / CARD).write_text(card)
+
+
+def _usage(model: ModelConfig, complete: bool) -> str:
+    """Code that loads the adapter, for the model card."""
+    if complete:
+        return (
+            f"pipeline = RealCustomPipeline.from_pretrained({json.dumps(model.base)})\n"
+            f"pipeline.load_realcustom({json.dumps(ADAPTER)})"
+        )
+    arguments = [json.dumps(model.base), json.dumps(ADAPTER)]
+    for name, default in (("siglip", SIGLIP), ("dinov2", DINOV2), ("variant", None)):
+        if (value := getattr(model, name)) != default:
+            arguments.append(f"{name}={json.dumps(value)}")
+    return f"pipeline = RealCustomPipeline.from_parts({', '.join(arguments)})"
 
 
 def check_hub(hub: HubConfig) -> None:

@@ -28,6 +28,7 @@ from .data.mixture import Mixture
 from .data.sprite_world.batches import SpriteMixture
 from .data.sprite_world.rendered import BatchRenderer
 from .ema import EMA
+from .frozen import is_complete
 from .metrics import MetricWindow, append_json, remove_later_steps, rounded
 from .monitor import Monitor
 from .objective import draw
@@ -252,7 +253,8 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
         save(metrics)
     if not any_process(stop.requested):
         if is_main:
-            write_results(config, adapter_with(ema.values, adapter, torch.float32), step)
+            averaged = adapter_with(ema.values, adapter, torch.float32)
+            write_results(config, averaged, step, complete=is_complete(config.model.base))
         if config.preview.every_steps:
             evaluate()
         if is_main and step == config.steps:

@@ -118,10 +118,14 @@ def _start_worker() -> None:
 
 
 def _reopen(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
-    """The existing file, or None if it is missing or has another layout."""
+    """The existing file, or None if it is missing, damaged or has another layout."""
     if not path.exists():
         return None
-    existing = np.lib.format.open_memmap(path, mode="r+")
+    try:
+        existing = np.lib.format.open_memmap(path, mode="r+")
+    except ValueError as error:  # for example an empty file after a power failure
+        log.warning("%s is damaged (%s); its samples are rendered again.", path, error)
+        return None
     return existing if existing.shape == shape and existing.dtype == np.dtype(dtype) else None
 
 
