@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from .adapter import RealCustomAdapter
 from .cache import Cache
+from .call import CallState
 from .conditioning import Conditioner
 from .config import Execution, MethodConfig, RealCustomConfig, SamplingDefaults
 from .decoder import LatentDecoder
@@ -115,6 +116,7 @@ class RealCustomComponents(DiffusionPipeline, LoraLoader):
         )
         self._fingerprints: tuple[Hashable, Hashable] = ((), ())  # of what the cached texts and references depend on
         self._compiled = False
+        self._call_state = CallState()
         self.offload_hooks: dict[str, Any] = {}  # of components that are on the device only during use, see memory.py
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -4,8 +4,9 @@ Legend: S subjects, h x w positions of the largest attention resolution, T text 
 """
 
 import inspect
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -22,8 +23,9 @@ from .visual_attention import SortedMask, sort_masks
 
 
 @cache
-def _uses_generator(scheduler: type) -> bool:
-    return "generator" in inspect.signature(scheduler.step).parameters
+def step_arguments(scheduler: type) -> frozenset[str]:
+    """Names of the arguments of a scheduler's `step`."""
+    return frozenset(inspect.signature(scheduler.step).parameters)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -35,6 +37,7 @@ class Generation:
         latents: current sample, fp32 [channels, height, width] at latent resolution.
         scheduler: a diffusers scheduler; its state belongs to this image.
         generator: draws the noise; on the CPU, so that a seed gives the same image on every device.
+        eta: amount of noise that schedulers with this argument (DDIM, TCD) add, in [0, 1].
         text, negative_text: encoded prompt and negative prompt; `negative_text` is None if guidance_scale is 1.
         references: keys and values of each subject's reference.
         negative_references: keys and values that the unconditional row attends to instead; empty if none.
@@ -53,6 +56,7 @@ class Generation:
     generator: torch.Generator | None
     text: TextCondition
     negative_text: TextCondition | None
+    eta: float = 0.0
     references: tuple[PackedKeysValues, ...] = ()
     negative_references: tuple[PackedKeysValues, ...] = ()
     target_tokens: Tensor
@@ -113,13 +117,37 @@ class Generation:
         self.guidance_masks = masks
         self.sorted_masks.clear()
 
+    def replace_latents(self, latents: Tensor) -> None:
+        """Set the latents [channels, height, width], and after the last step also what preset "release" decodes."""
+        if self.done and not torch.equal(latents, self.latents):
+            self.predicted_clean = latents
+        self.latents = latents
+
+    def set_guidance_scale(self, scale: float) -> None:
+        """Change the guidance scale of the next steps; at most 1 ends guidance.
+
+        Raises:
+            ValueError: not a finite number, or guidance cannot begin because the negative prompt was not encoded.
+        """
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance_scale was set to {scale}; it must be a finite number.")
+        if scale > 1 and self.negative_text is None:
+            raise ValueError(
+                f"guidance_scale was set to {scale} during a call that runs without guidance; start the call with a "
+                "guidance_scale above 1."
+            )
+        if scale <= 1:
+            self.negative_text, self.negative_references = None, ()
+        self.request = replace(self.request, guidance_scale=scale)
+
     def model_input(self) -> Tensor:
         """The latents [channels, height, width], scaled as the scheduler requires."""
         return self.scheduler.scale_model_input(self.latents, self.timestep)
 
     def advance(self, model_output: Tensor) -> None:
         """Take one scheduler step with the model's output [channels, height, width]."""
-        extra = {"generator": self.generator} if _uses_generator(type(self.scheduler)) else {}
+        known, extra = step_arguments(type(self.scheduler)), {"generator": self.generator, "eta": self.eta}
+        extra = {name: value for name, value in extra.items() if name in known}
         out = self.scheduler.step(model_output[None].float(), self.timestep, self.latents[None], **extra)
         self.latents = out.prev_sample[0]
         clean = getattr(out, "pred_original_sample", None)

@@ -12,6 +12,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
+from .call import call_back, check_callback, check_eta, check_number_of_images, check_unsupported, per_image
 from .components import RealCustomComponents
 from .config import MaskSource
 from .execution import device_lock
@@ -57,6 +58,8 @@ class RealCustomPipeline(RealCustomComponents):
         scheduler=None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
+        eta: float = 0.0,
+        image_index: int = 0,
     ) -> Generation:
         """Encode texts and references, draw the noise and copy the scheduler.
 
@@ -67,12 +70,14 @@ class RealCustomPipeline(RealCustomComponents):
             masks: guidance masks [S, h, w] in [0, 1] in place of those of the guidance branch.
             scheduler: used in place of the pipeline's; it is copied.
             timesteps, sigmas: a custom schedule of `num_inference_steps` entries, if the scheduler supports it.
+            eta: amount of noise that DDIM and TCD add, in [0, 1].
+            image_index: number of the image among those that share `generator`.
         Returns:
             A generation ready for its first step.
         Raises:
             ValueError: the size is not a multiple of the VAE's scale factor, a target phrase is beyond the text
                 encoder's limit, the request has subjects but no adapter is loaded, the latents or masks are invalid, or
-                the scheduler does not support a custom schedule.
+                the scheduler does not support a custom schedule or `eta`.
         """
         if isinstance(request, Request):
             request = request.resolve(self.sampling)
@@ -82,17 +87,22 @@ class RealCustomPipeline(RealCustomComponents):
                 raise ValueError(f"{name} is {getattr(request, name)} px; it must be a multiple of {factor} px.")
         device = self.execution_device  # read once per image and not in every step, because it walks all modules
         scheduler = copy.deepcopy(scheduler if scheduler is not None else self.scheduler)
+        check_eta(eta, scheduler)
         # On the CPU, so that steps do not wait for a GPU to read a timestep.
         retrieve_timesteps(scheduler, request.num_inference_steps, "cpu", timesteps, sigmas)
         generator = generator or torch.Generator("cpu").manual_seed(request.seed)
-        if hasattr(scheduler, "noise_sampler_seed"):  # DPM++ SDE draws noise from its own seed, not from a generator
-            scheduler.noise_sampler_seed = generator.initial_seed()
         shape = (self.unet.config.in_channels, request.height // factor, request.width // factor)
         if latents is None:
             latents = torch.randn(shape, generator=generator, device=generator.device)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {list(latents.shape)} per image; this size needs {list(shape)}.")
         sample: Tensor = latents.to(device, torch.float32) * scheduler.init_noise_sigma
+        if hasattr(scheduler, "noise_sampler"):
+            # SDE solvers do not read the generator's state: the noise follows `noise_sampler_seed` (DPM++ SDE) or the
+            # generator's initial seed (Cosine DPM++).
+            noise_seed = (generator.initial_seed() + image_index) % 2**64
+            generator = torch.Generator("cpu").manual_seed(noise_seed)
+            scheduler.noise_sampler_seed = noise_seed
         with device_lock.shared(), torch.autocast(device.type, enabled=False):
             self.discard_outdated()
             conditioning = self.conditioner.encode(
@@ -103,6 +113,7 @@ class RealCustomPipeline(RealCustomComponents):
             latents=sample,
             scheduler=scheduler,
             generator=generator,
+            eta=eta,
             text=conditioning.text,
             negative_text=conditioning.negative_text,
             references=conditioning.references,
@@ -172,12 +183,31 @@ class RealCustomPipeline(RealCustomComponents):
 
     # ---- the diffusers-style call ------------------------------------------------------------------------------
 
+    @property
+    def _guidance_scale(self) -> float:
+        """The guidance scale of the current call, for callbacks, which may set it."""
+        return self._call_state.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, scale: float) -> None:
+        self._call_state.guidance_scale = scale
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the current call, for callbacks."""
+        return self._call_state.guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the current call, for callbacks."""
+        return self._call_state.num_timesteps
+
     @torch.no_grad()
     def __call__(
         self,
         prompt: str,
         *,
-        subjects: Sequence[Subject] = (),
+        subjects: Subject | Sequence[Subject] = (),
         image: Image.Image | ReferenceImage | None = None,
         target_phrase: str | None = None,
         scope_ratio: float | None = None,
@@ -195,6 +225,7 @@ class RealCustomPipeline(RealCustomComponents):
         latents: Tensor | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
+        eta: float | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[["RealCustomPipeline", int, Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -205,18 +236,19 @@ class RealCustomPipeline(RealCustomComponents):
 
         Args:
             prompt: text of the images.
-            subjects: references and their target phrases. A single subject may be given by `image`, `target_phrase`
-                and `scope_ratio` instead.
+            subjects: references and their target phrases, or one `Subject`. A single subject may be given by `image`,
+                `target_phrase` and `scope_ratio` instead.
             seed: image i uses seed + i.
             num_images_per_prompt: images generated together.
             generator: draws the noise in place of the seed; a list has one generator per image.
             latents: initial noise [N, channels, h, w] at latent resolution, in place of drawing it.
             timesteps, sigmas: a custom schedule, if the scheduler supports it; its length is the number of steps.
+            eta: amount of noise that DDIM and TCD add, in [0, 1]; None is 0, as in diffusers.
             output_type: "pil", "np" [N, H, W, 3], "pt" [N, 3, H, W], or "latent" for undecoded latents
                 [N, channels, h, w].
             callback_on_step_end: called with the pipeline, step index, timestep and {"latents": [N, ...]} after
-                every step; latents it returns replace the current ones. `pipe._interrupt = True` ends the loop, as in
-                diffusers.
+                every step; latents it returns replace the current ones. As in diffusers, it may set
+                `pipe._guidance_scale` for the next steps, and `pipe._interrupt = True` ends the loop.
             return_dict: False returns the tuple (images, masks, seeds).
         Returns:
             A `RealCustomOutput`, or the tuple.
@@ -224,15 +256,17 @@ class RealCustomPipeline(RealCustomComponents):
             ValueError: a setting out of range, or an argument of other diffusers pipelines that is not supported.
             TypeError: an unknown argument.
         """
-        _check_unsupported(unsupported, callback_on_step_end_tensor_inputs)
+        check_unsupported(unsupported)
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        if isinstance(subjects, Subject):
+            subjects = (subjects,)
         if image is not None or target_phrase is not None:
             if image is None or target_phrase is None or subjects:
                 raise ValueError("give either image and target_phrase together, or a list of subjects.")
             subjects = (Subject(image=image, target_phrase=target_phrase, scope_ratio=scope_ratio),)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1.")
+        check_number_of_images(num_images_per_prompt)
         if timesteps is not None or sigmas is not None:
             num_inference_steps = len(timesteps if timesteps is not None else sigmas or ())
         if latents is not None and len(latents) != num_images_per_prompt:
@@ -240,7 +274,7 @@ class RealCustomPipeline(RealCustomComponents):
         self._interrupt = False
         request = Request(
             prompt=prompt,
-            subjects=tuple(subjects),
+            subjects=subjects,  # pyright: ignore[reportArgumentType]
             negative_prompt=negative_prompt or "",
             height=height,
             width=width,
@@ -251,7 +285,7 @@ class RealCustomPipeline(RealCustomComponents):
             mask_interval=mask_interval,
             seed=seed,
         ).resolve(self.sampling)
-        generators = _per_image(generator, num_images_per_prompt)
+        generators = per_image(generator, num_images_per_prompt)
         generations = [
             self.prepare(
                 variation,
@@ -259,6 +293,8 @@ class RealCustomPipeline(RealCustomComponents):
                 latents=None if latents is None else latents[i],
                 timesteps=timesteps,
                 sigmas=sigmas,
+                eta=0.0 if eta is None else eta,
+                image_index=i if isinstance(generator, torch.Generator) else 0,
             )
             for i, variation in enumerate(seed_variations(request, num_images_per_prompt))
         ]
@@ -268,12 +304,7 @@ class RealCustomPipeline(RealCustomComponents):
 
             def on_step() -> bool:
                 if callback_on_step_end is not None:
-                    index = first.step_index - 1
-                    latents = torch.stack([g.latents for g in generations])
-                    timestep = first.scheduler.timesteps[index]
-                    returned = callback_on_step_end(self, index, timestep, {"latents": latents}) or {}
-                    for g, new in zip(generations, returned.get("latents", latents), strict=True):
-                        g.latents = new
+                    call_back(callback_on_step_end, self, self._call_state, generations)
                 bar.update()
                 return self._interrupt
 
@@ -295,43 +326,6 @@ class RealCustomPipeline(RealCustomComponents):
         return torch.stack(images) if output_type == "pt" else np.stack(images)
 
 
-# Arguments of diffusers' SDXL pipeline that are not supported -> what to use instead.
-_ALTERNATIVES = {
-    "prompt_2": "one prompt for both text encoders",
-    "negative_prompt_2": "negative_prompt",
-    "prompt_embeds": "prompt: target phrases are located in its text",
-    "negative_prompt_embeds": "negative_prompt",
-    "pooled_prompt_embeds": "prompt",
-    "negative_pooled_prompt_embeds": "negative_prompt",
-    "ip_adapter_image": "subjects",
-    "ip_adapter_image_embeds": "subjects",
-    "cross_attention_kwargs": "set_adapters(name, scale) for the scale of a LoRA",
-    "clip_skip": "the default layer of the text encoders",
-    "guidance_rescale": "a lower guidance_scale",
-    "denoising_end": "callback_on_step_end with pipe._interrupt = True",
-    "eta": "a stochastic scheduler, such as EulerAncestralDiscreteScheduler",
-    "original_size": "height and width",
-    "target_size": "height and width",
-    "crops_coords_top_left": "height and width; images are conditioned as uncropped",
-    "callback": "callback_on_step_end",
-    "callback_steps": "callback_on_step_end",
-}
-
-
-def _check_unsupported(arguments: dict[str, Any], tensor_inputs: Sequence[str]) -> None:
-    """Raise ValueError for unsupported arguments of diffusers, unless they are None, and TypeError for unknown ones."""
-    for name, value in arguments.items():
-        if value is None and name in _ALTERNATIVES:
-            continue
-        if name not in _ALTERNATIVES:
-            raise TypeError(
-                f"RealCustomPipeline got an unknown argument {name!r}; see help(RealCustomPipeline.__call__)."
-            )
-        raise ValueError(f"{name} is not supported; use {_ALTERNATIVES[name]}.")
-    if unknown := set(tensor_inputs) - {"latents"}:
-        raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; only 'latents' is available.")
-
-
 def _check_masks(masks: Tensor, num_subjects: int) -> None:
     """Raise ValueError unless masks are finite floats [num_subjects, h, w] in [0, 1]."""
     if masks.ndim != 3 or len(masks) != num_subjects:
@@ -340,11 +334,3 @@ def _check_masks(masks: Tensor, num_subjects: int) -> None:
         raise ValueError(f"masks has type {masks.dtype}; convert it to floats in [0, 1], for example masks / 255.")
     if not bool(((masks >= 0) & (masks <= 1)).all()):  # false for NaN
         raise ValueError("masks must be finite values in [0, 1]; 0 excludes a position, 1 includes it fully.")
-
-
-def _per_image(generator, number: int) -> list:
-    if generator is None or isinstance(generator, torch.Generator):
-        return [generator] * number
-    if len(generator) != number:
-        raise ValueError(f"generator has {len(generator)} entries for {number} images; give one per image.")
-    return list(generator)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Integral, Real
@@ -127,6 +128,8 @@ class Request:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.subjects, Iterable):
+            raise ValueError(f"subjects is {_show(self.subjects)}; give a list of Subject objects.")
         object.__setattr__(self, "subjects", tuple(self.subjects))
         self._convert_numbers()
         for name in ("prompt", "negative_prompt"):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CosineDPMSolverMultistepScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSDEScheduler,
@@ -14,7 +15,9 @@ from diffusers import (
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
     StableDiffusionXLPipeline,
+    TCDScheduler,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, SDXLCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny import PROMPT, cat, dog, latents_of, run, tiny_pipeline, tiny_unet
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -334,7 +337,10 @@ def test_any_multiple_of_the_scale_factor_is_a_valid_size(preset, height, width)
     [
         ({"height": 65}, "height is 65 px"),
         ({"output_type": "png"}, "output_type"),
-        ({"num_images_per_prompt": 0}, "num_images"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"num_images_per_prompt": 1.5}, "num_images_per_prompt is 1.5"),
+        ({"num_images_per_prompt": None}, "num_images_per_prompt is None"),
+        ({"subjects": 3}, "subjects is 3; give a list of Subject objects"),
     ],
 )
 def test_invalid_settings_raise(pipeline, settings, message):
@@ -366,6 +372,74 @@ def test_callback_receives_and_can_replace_latents(pipeline):
     assert calls[0][1] > calls[-1][1]
     assert output.images.shape == (2, 4, 16, 16)
     assert output.images.abs().max() == 0
+
+
+def test_latents_of_the_last_callback_are_decoded():
+    """Latents that a callback returns after the last step are the result, also with preset "release"."""
+    pipeline = tiny_pipeline(preset="release")
+    zeros = lambda pipe, index, timestep, values: {"latents": values["latents"] * (index < 3)}
+    assert pipeline(PROMPT, seed=1, callback_on_step_end=zeros, output_type="latent").images.abs().max() == 0
+    same = lambda pipe, index, timestep, values: values
+    assert torch.equal(
+        pipeline(PROMPT, seed=1, callback_on_step_end=same, output_type="latent").images,
+        pipeline(PROMPT, seed=1, output_type="latent").images,
+    )
+
+
+def test_invalid_latents_of_a_callback_raise(pipeline):
+    crop = lambda pipe, index, timestep, values: {"latents": values["latents"][..., :8]}
+    with pytest.raises(ValueError, match=r"latents of shape \[1, 4, 16, 8\].*\[1, 4, 16, 16\]"):
+        pipeline(PROMPT, callback_on_step_end=crop)
+
+
+@pytest.mark.parametrize("scale", [1.5, 0.0])
+def test_guidance_scale_set_by_a_callback_equals_stock(scale):
+    """The steps after a callback that sets `pipe._guidance_scale` use it; 0 ends guidance."""
+    pipeline = tiny_pipeline()
+    stock = StableDiffusionXLPipeline.from_pipe(pipeline, force_zeros_for_empty_prompt=False)
+    seen = []
+
+    def callback(pipe, index, timestep, values):
+        seen.append((pipe.guidance_scale, pipe.num_timesteps))
+        if index == 1:
+            pipe._guidance_scale = scale
+            if scale <= 1 and pipe is stock:
+                values = {name: value[-1:] for name, value in values.items()}
+        return values
+
+    images = []
+    for pipe, inputs in ((stock, ["prompt_embeds", "add_text_embeds", "add_time_ids"]), (pipeline, ["latents"])):
+        pipe.set_progress_bar_config(disable=True)
+        options = dict(num_inference_steps=4, guidance_scale=3.0, height=64, width=64, output_type="latent")
+        options |= dict(generator=torch.Generator().manual_seed(1), callback_on_step_end_tensor_inputs=inputs)
+        images.append(pipe("a dog", callback_on_step_end=callback, **options).images)
+    assert torch.allclose(*images, atol=1e-4)
+    assert seen == [(3.0, 4), (3.0, 4), (scale, 4), (scale, 4)] * 2
+
+
+def test_guidance_that_cannot_begin_raises(pipeline):
+    """A callback cannot begin guidance, because the negative prompt was not encoded, nor set it to NaN."""
+    for scale, message in ((3.0, "above 1"), (float("nan"), "finite")):
+
+        def callback(pipe, index, timestep, values, scale=scale):
+            pipe._guidance_scale = scale
+
+        with pytest.raises(ValueError, match=message):
+            pipeline(PROMPT, guidance_scale=1, callback_on_step_end=callback)
+
+
+def test_callbacks_of_diffusers_that_need_embeddings_are_refused(pipeline):
+    """The error comes before the first step and names the alternative."""
+    cutoff = SDXLCFGCutoffCallback(cutoff_step_ratio=0.5)
+    for callback in (cutoff, MultiPipelineCallbacks([cutoff])):
+        with pytest.raises(ValueError, match=r"add_text_embeds.*pipe\._guidance_scale"):
+            pipeline(PROMPT, callback_on_step_end=callback)
+
+
+def test_single_subject_needs_no_list(pipeline):
+    """`subjects=Subject(...)` equals a list of one."""
+    images = [pipeline(PROMPT, subjects=s, seed=1, output_type="latent").images for s in (dog(), [dog()])]
+    assert torch.equal(*images)
 
 
 @pytest.mark.parametrize("output_type,shape", [("np", (2, 64, 64, 3)), ("pt", (2, 3, 64, 64))])
@@ -478,6 +552,48 @@ def test_the_seed_determines_the_noise_of_dpm_sde():
         assert torch.allclose(batched, alone, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("sampler", [DPMSolverSDEScheduler, CosineDPMSolverMultistepScheduler])
+def test_images_that_share_a_generator_have_their_own_sde_noise(sampler):
+    """Two images of a call from equal latents differ, and the first equals the one of a call for one image."""
+    pytest.importorskip("torchsde")
+    pipeline = tiny_pipeline(scheduler=sampler())
+    call = lambda n: (
+        pipeline(
+            PROMPT,
+            latents=torch.zeros(n, 4, 16, 16),
+            generator=torch.Generator().manual_seed(3),
+            num_images_per_prompt=n,
+            output_type="latent",
+        ).images
+    )
+    first, second = call(2)
+    assert (first - second).abs().max() > 1e-2
+    assert torch.allclose(first, call(1)[0], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", [DDIMScheduler, TCDScheduler])
+@pytest.mark.parametrize("eta", [None, 0.3])
+def test_eta_equals_stock(sampler, eta):
+    """`eta` is passed to schedulers that have it; the default is 0, as in the stock pipeline."""
+    pipeline = tiny_pipeline(scheduler=sampler())
+    stock = StableDiffusionXLPipeline.from_pipe(pipeline, force_zeros_for_empty_prompt=False)
+    images = []
+    for pipe in (stock, pipeline):
+        pipe.set_progress_bar_config(disable=True)
+        options = dict(num_inference_steps=3, guidance_scale=3.0, height=64, width=64, output_type="latent")
+        options |= {} if eta is None else {"eta": eta}
+        images.append(pipe("a dog", generator=torch.Generator().manual_seed(1), **options).images)
+    assert torch.allclose(*images, atol=1e-3)
+
+
+def test_eta_without_effect_is_refused():
+    pipeline = tiny_pipeline(scheduler=EulerDiscreteScheduler())
+    with pytest.raises(ValueError, match=r"EulerDiscreteScheduler has no such argument; use DDIMScheduler"):
+        pipeline(PROMPT, eta=0.3)
+    with pytest.raises(ValueError, match=r"eta is 2; it must be in \[0, 1\]"):
+        pipeline(PROMPT, eta=2)
+
+
 def test_fp8_storage_equals_rounded_weights():
     """`enable_layerwise_casting` stores weights in fp8 and computes in bf16, as if the weights had been rounded."""
     pipeline, rounded = (tiny_pipeline().to(torch.bfloat16) for _ in range(2))
@@ -504,7 +620,7 @@ def test_numbers_of_numpy_are_accepted(pipeline):
     assert (type(request.seed), type(request.height), type(request.guidance_scale)) == (int, int, float)
 
 
-@pytest.mark.parametrize("name", ["clip_skip", "eta", "prompt_embeds", "cross_attention_kwargs", "original_size"])
+@pytest.mark.parametrize("name", ["clip_skip", "prompt_embeds", "cross_attention_kwargs", "original_size"])
 def test_unsupported_arguments_of_diffusers_are_refused_by_name(pipeline, name):
     """The error names the argument and an alternative; None is accepted, as in diffusers."""
     with pytest.raises(ValueError, match=f"{name} is not supported; use"):
