@@ -159,3 +159,13 @@ def test_help_describes_the_recipes_without_heavy_imports():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 0 and done.stdout.endswith("set()\n"), done.stdout + done.stderr
     assert all(f"{name}: " in done.stdout for name in RECIPES) and "Hardware:" in done.stdout
+
+
+def test_missing_ray_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)  # what an import of a module that is not installed raises
+    monkeypatch.delitem(sys.modules, "train.ray", raising=False)
+    with pytest.raises(SystemExit) as error:
+        main(["mini", "--ray", "2"])
+    message = capsys.readouterr().err
+    assert error.value.code == 1 and message.startswith("python -m train: error: --ray needs Ray")
+    assert message.endswith("; pip install 'ray[train]'.\n") and message.count("\n") == 1

@@ -74,7 +74,7 @@ def test_two_processes_train_on_the_same_samples_and_noise(base, tmp_path):
 
 def test_ray_train_gives_the_same_losses(base, tmp_path, monkeypatch):
     """Ray Train with an elastic number of workers, of which two fit; checkpoints are reported, and validation runs as
-    a task of its own. One process resumes the run."""
+    a task of its own. One process resumes the run. Paths are relative to the caller's working directory."""
     pytest.importorskip("pyarrow")
     ray = pytest.importorskip("ray")
 
@@ -88,7 +88,9 @@ def test_ray_train_gives_the_same_losses(base, tmp_path, monkeypatch):
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         two = tmp_path / "two"
-        result = run_on_ray(toy_config("mini", two, [*validated, "steps=2"]), num_workers=(1, 2))
+        monkeypatch.chdir(tmp_path)
+        relative = [f"model.base={os.path.relpath(base[0].partition('=')[2])}", "steps=2"]
+        result = run_on_ray(toy_config("mini", Path("two"), [*validated, *relative]), num_workers=(1, 2))
         assert result.error is None and result.metrics is not None
         assert result.metrics["loss"] == pytest.approx(losses(two)[-1])
         assert result.metrics["validation_loss"] > 0
@@ -133,3 +135,22 @@ def test_announced_loss_of_a_machine_asks_for_one_checkpoint(monkeypatch):
     monitor = ray_training.RayMonitor(validates=False)
     assert [step for step in range(1, 60) if monitor.wants_checkpoint(step)] == [20]
     assert len(asked) == 2
+
+
+def test_mistake_of_the_user_is_not_retried_on_ray(tmp_path, monkeypatch):
+    """When Ray calls the workers again after a ValueError, they return at once, and its message is kept."""
+    pytest.importorskip("pyarrow")
+    from train import ray as ray_training
+
+    calls = []
+
+    def failing(*_, **options):
+        calls.append(None)
+        raise ValueError("data does not exist")
+
+    monkeypatch.setattr(ray_training, "run", failing)
+    settings = {"config": toy_config("mini", tmp_path, [])}
+    with pytest.raises(ValueError, match="data does not exist"):
+        ray_training._train(settings)
+    ray_training._train(settings)
+    assert len(calls) == 1 and (tmp_path / "ray" / ray_training.MISTAKE).read_text() == "data does not exist"

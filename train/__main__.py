@@ -45,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     try:
         if args.ray is not None:
-            from .ray import parse_workers, run_on_ray
-
+            try:
+                from .ray import parse_workers, run_on_ray
+            except ImportError as error:
+                parser.exit(1, f"{parser.prog}: error: --ray needs Ray ({error}); pip install 'ray[train]'.\n")
             run_on_ray(config, num_workers=parse_workers(args.ray), resume=args.resume)
         else:
             from .trainer import run

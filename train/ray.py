@@ -35,12 +35,13 @@ from .objective import Objective
 from .overrides import from_json
 from .precision import frozen_dtype
 from .preview import adapter_with
-from .startup import check_folder
+from .startup import check_folder, check_outputs
 from .trainer import run
 from .validation import Validation
 
 POINTER = "checkpoint.json"  # in a checkpoint of Ray: the path of the checkpoint in `out`
 PREEMPTION_CHECK_STEPS = 10  # each check waits for all workers
+MISTAKE = "mistake.txt"  # in Ray's folder in `out`: the message of a ValueError in a worker
 MAX_FAILURES = 3  # failures of workers after which the run ends; lost machines do not count
 
 
@@ -69,17 +70,22 @@ def run_on_ray(
     """Run a recipe on the cluster that `ray.init` connects to, one GPU per worker if the cluster has any.
 
     Args:
-        config: `out` must be on storage that all nodes share.
+        config: `out` must be on storage that all nodes share. Paths are relative to the working directory of the
+            caller.
         num_workers: a number, or a minimum and maximum between which Ray resizes the run.
         resume: continue from the newest checkpoint in `out`.
         resources_per_worker: see `ray.train.ScalingConfig`.
     Returns:
         Ray's result with the metrics of the last checkpoint.
     Raises:
-        ValueError: `out` contains checkpoints and `resume` is false.
+        ValueError: a configuration that does not fit the models, the data or the checkpoints, also if only a worker
+            notices it. Such a mistake is not retried.
     """
-    config = replace(config, out=config.out.resolve())
+    config = config.with_absolute_paths()  # Ray Train changes the working directory of the workers
     check_folder(config, resume)
+    check_outputs(config)
+    mistake = _mistake(config)
+    mistake.unlink(missing_ok=True)
     if not ray.is_initialized():
         ray.init()
     use_gpu = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
@@ -94,13 +100,16 @@ def run_on_ray(
         ),
         run_config=RunConfig(
             name=config.name,
-            storage_path=str(config.out / "ray"),
+            storage_path=str(mistake.parent),
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
         ),
         validation_config=validation,
     )
-    return trainer.fit()
+    result = trainer.fit()
+    if mistake.exists():
+        raise ValueError(mistake.read_text())
+    return result
 
 
 class RayMonitor(Monitor):
@@ -127,10 +136,26 @@ class RayMonitor(Monitor):
 
 
 def _train(settings: dict[str, Any]) -> None:
-    """The function of each worker, which Ray calls again after a failure."""
+    """The function of each worker, which Ray calls again after a failure.
+
+    Ray cannot be told that a failure is final. After a mistake of the user, all workers therefore return at once when
+    they are called again, and `run_on_ray` raises the error.
+    """
     config: TrainConfig = settings["config"]
+    mistake = _mistake(config)
+    if mistake.exists():
+        return
     validates = config.data.validation is not None and config.preview.every_steps > 0
-    run(config, resume=True, monitor=RayMonitor(validates))
+    try:
+        run(config, resume=True, monitor=RayMonitor(validates))
+    except ValueError as error:
+        mistake.parent.mkdir(parents=True, exist_ok=True)
+        mistake.write_text(str(error))
+        raise
+
+
+def _mistake(config: TrainConfig) -> Path:
+    return config.out / "ray" / MISTAKE
 
 
 def _validate(checkpoint: Checkpoint, **_: Any) -> dict[str, float]:
