@@ -132,6 +132,8 @@ BROKEN = {
     "bad caption  ": {"x.jpg": encoded(90), "x.json": b'{"caption": "a dog", "target_phrase": "cat"}'},
     "bad caption   ": {"x.jpg": encoded(90), "x.json": b"[" * 60_000},
     "bad caption    ": {"x.jpg": encoded(90), "x.txt": b"dog " * 20_000},
+    "bad caption     ": {"x.jpg": encoded(90), "x.json": rb'{"caption": "a dog \ud83d on grass"}'},
+    "bad caption      ": {"x.jpg": encoded(90), "x.json": rb'{"caption": "a dog", "target_phrase": "dog\ud83d"}'},
     "broken image": {"x.jpg": b"not an image", "x.txt": b"a dog"},
     "broken image ": {"x.jpg": b"", "x.txt": b"a dog"},
     "broken image  ": {"x.jpg": b"GIF89a" + bytes(50), "x.txt": b"a dog"},
@@ -212,6 +214,53 @@ def test_records_before_the_end_of_a_truncated_shard_are_used(tmp_path):
     path.write_bytes(content[: content.index(b"004.jpg") + 700])
     source = TextImageSource(path, limits=LIMITS)
     assert len(source.sizes) == 4 and source.findings.counts["bad shard"] == 1
+
+
+DAMAGED_ARCHIVES = {
+    "corrupt header at byte": lambda whole, header: whole[:header] + b"\xff" * 20 + whole[header + 20 :],
+    "no end-of-archive mark": lambda whole, header: whole[:header],
+    "corrupt header": lambda whole, header: whole[: header + 100],
+}
+
+
+@pytest.mark.parametrize("problem", DAMAGED_ARCHIVES)
+def test_damaged_archive_is_counted(tmp_path, problem):
+    """`tarfile` ends quietly there; the finding states what is wrong, and the records before it are used."""
+    path = write_shard(tmp_path / "a.tar", good())
+    content = path.read_bytes()
+    path.write_bytes(DAMAGED_ARCHIVES[problem](content, content.index(b"004.jpg")))
+    source = TextImageSource(path, limits=LIMITS)
+    assert len(source.sizes) == 4 and source.findings.counts == {"bad shard": 1}
+    assert problem in source.findings.examples["bad shard"][0]
+
+
+def test_joined_archives_are_counted(tmp_path):
+    """Readers of tar archives end at the first end-of-archive mark, so that the second archive would be lost."""
+    parts = [write_shard(tmp_path / f"{first}.part", good(first)).read_bytes() for first in (0, 6)]
+    (tmp_path / "a.tar").write_bytes(b"".join(parts))
+    source = TextImageSource(tmp_path / "a.tar", limits=LIMITS)
+    assert len(source.sizes) == 6 and source.findings.counts == {"bad shard": 1}
+    assert "data after the end of the archive" in source.findings.examples["bad shard"][0]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("mode", ["w", "w|"])
+@pytest.mark.parametrize("padding", [0, 1024, 20_480, 2**20 + 512])
+def test_correct_archive_is_not_reported(tmp_path, format, mode, padding):
+    """With long names in both ways to store them, written to a file or a pipe, and with any number of zeros behind."""
+    folder = f"{'a' * 90}/{'ö' * (30 if format == tarfile.USTAR_FORMAT else 200)}/"
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode, format=format) as archive:
+        for name, content in good(count=2).items():
+            add(archive, folder + name, content)
+    whole = buffer.getvalue()
+    if padding:
+        with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+            archive.getmembers()
+            whole = whole[: archive.offset] + bytes(padding)
+    (tmp_path / "a.tar").write_bytes(whole)
+    source = TextImageSource(tmp_path / "a.tar", limits=LIMITS)
+    assert len(source.sizes) == 2 and not source.findings.counts
 
 
 @pytest.mark.parametrize("size", ["-20480", str(2**62), "1" * 5000])

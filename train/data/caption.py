@@ -2,7 +2,7 @@
 
 import json
 
-from realcustom.words import find_phrase, words_of
+from realcustom.words import find_phrase, is_encodable, words_of
 
 from .sample import BrokenRecord
 
@@ -40,6 +40,8 @@ def parse_caption(text: bytes | None, record: bytes | None, key: str, subject: s
     for name, value in (("caption", caption), ("target_phrase", phrase)):
         if not isinstance(value, str | None):
             raise BrokenRecord("bad caption", key, f"{name} is {type(value).__name__}, not text")
+        if value and not is_encodable(value):  # tokenizers refuse it
+            raise BrokenRecord("bad caption", key, f"{name} contains half of a surrogate pair")
     caption = " ".join((caption or "").split())
     if not words_of(caption):
         raise BrokenRecord("captionless", key)

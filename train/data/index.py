@@ -164,6 +164,9 @@ def _members(path: Path, name: str, findings: Findings) -> Iterator[tarfile.TarI
                     findings.add(BrokenRecord("unsafe name", f"{name}/{member.name}"))
                 else:
                     yield member
+            end = archive.offset
+        if problem := _problem_at_end(path, end):
+            findings.add(BrokenRecord("bad shard", name, problem))
     except (tarfile.TarError, OSError, EOFError, ValueError, MemoryError, OverflowError) as error:
         with open(path, "rb") as file:
             compressed = file.read(4).startswith(COMPRESSED)
@@ -171,6 +174,29 @@ def _members(path: Path, name: str, findings: Findings) -> Iterator[tarfile.TarI
             "it is compressed; decompress it, because records are read by their position" if compressed else str(error)
         )
         findings.add(BrokenRecord("bad shard", name, detail))
+
+
+def _problem_at_end(path: Path, end: int) -> str | None:
+    """What is wrong behind the last member of an archive, or None.
+
+    `tarfile` ends quietly at anything that is not a header, so that the members behind a damaged one would be lost
+    without notice.
+
+    Args:
+        path: of the archive.
+        end: position behind the last member.
+    """
+    with open(path, "rb") as file:
+        file.seek(end)
+        mark = file.read(2 * tarfile.BLOCKSIZE)
+        if mark[: tarfile.BLOCKSIZE].strip(b"\0"):
+            return f"corrupt header at byte {end}"
+        if len(mark) < 2 * tarfile.BLOCKSIZE or mark.strip(b"\0"):
+            return f"no end-of-archive mark at byte {end}"
+        while block := file.read(2**20):
+            if block.strip(b"\0"):
+                return f"data after the end of the archive at byte {end}; shards cannot be joined with `cat`"
+    return None
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 Columns = dict[str, np.ndarray]
 
 
