@@ -92,6 +92,20 @@ def test_workers_find_the_same(mixed):
     assert alone == parallel and alone.usable == 3
 
 
+def test_invalid_resolution_is_an_error_message(mixed, capsys):
+    assert main(["check", str(mixed), *OPTIONS, "--resolution", "500"]) == 1
+    output = capsys.readouterr()
+    assert "resolution is 500; it must be a multiple of 64" in output.err and not output.out
+
+
+def test_folder_of_links_is_an_error_message(mixed, tmp_path, capsys):
+    """As the Hugging Face cache has; links are not followed, and the message says so."""
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "0.tar").symlink_to(mixed)
+    assert main(["check", str(tmp_path / "links"), *OPTIONS]) == 1
+    assert "contains only links (1), which are not followed" in capsys.readouterr().err
+
+
 def test_source_of_broken_records_only_has_exit_status_1(tmp_path, capsys):
     """Whether the index or the decoder notices it; the message names the path."""
     write_shard(tmp_path / "a.tar", [("0.jpg", jpeg(photo(0)))])

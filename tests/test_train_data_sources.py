@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -311,6 +312,49 @@ def test_index_is_built_once(shards, monkeypatch):
     assert load(changed).caption == "a photo of a dog, number 50"
 
 
+def test_changed_captions_change_the_fingerprint(shards):
+    """Also those of equal length, so that a resumed run warns."""
+    first = TextImageSource(shards, limits=LIMITS)
+    content = (shards / "0.tar").read_bytes()
+    (shards / "0.tar").write_bytes(content.replace(b"a photo of a dog, number 3", b"a photo of a cat, number 3"))
+    changed = TextImageSource(shards, limits=LIMITS)
+    assert load(changed, 3).caption == "a photo of a cat, number 3"
+    assert changed.fingerprint != first.fingerprint
+
+
+def test_what_cannot_be_read_is_counted(shards, views, monkeypatch):
+    """A shard, a folder of shards, and a folder of views without permission; the others are used."""
+    write_shard(shards / "secret.tar", good(20))
+    write_shard(shards / "secret" / "2.tar", good(30))
+    hidden = views / "teapot" / "c"
+    hidden.mkdir()
+    access, scandir = os.access, os.scandir
+
+    def refuse(path="."):
+        if str(path) in (str(shards / "secret"), str(hidden)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("secret.tar") and access(path, mode))
+    text_image, multiview = TextImageSource(shards, limits=LIMITS), MultiviewSource(views, limits=LIMITS)
+    assert len(text_image.sizes) == 12 and text_image.findings.counts == {"unreadable": 2}
+    assert len(multiview.sizes) == 8 and multiview.findings.counts == {"unreadable": 1}
+
+
+def test_pipe_is_not_a_shard(shards):
+    os.mkfifo(shards / "2.tar")
+    assert len(TextImageSource(shards, limits=LIMITS).sizes) == 12
+
+
+def test_record_of_a_removed_shard_is_skipped(shards):
+    source = TextImageSource(shards, limits=LIMITS)
+    load(source, 0)
+    (shards / "0.tar").unlink()
+    with pytest.raises(BrokenRecord, match="changed"):
+        load(source, 1)
+
+
 def test_damaged_sidecar_is_built_again(shards, caplog):
     fingerprint = TextImageSource(shards, limits=LIMITS).fingerprint
     sidecar = shards / "0.tar.index"
@@ -437,6 +481,13 @@ def test_view_that_disappears_during_the_run_is_skipped(views):
             load(source, numbers[name])
     record = load(source, numbers["a/images/2.jpg"], other_view=True)
     assert record.content[1] == content_hash(encoded(hash_of("a", 3))).hex()
+
+
+def test_names_of_instances_change_the_fingerprint(views):
+    """Views of other instances, or of another category, are other records even if their images are the same."""
+    first = MultiviewSource(views, limits=LIMITS).fingerprint
+    (views / "teapot").rename(views / "kettle")
+    assert MultiviewSource(views, limits=LIMITS).fingerprint != first
 
 
 def test_views_are_indexed_again_after_a_change(views, monkeypatch):

@@ -69,8 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_check(args: argparse.Namespace) -> int:
     from .check import check, default_workers, describe, open_folder
     from .index import NoUsableRecord
+    from .transforms import aspect_buckets
 
     try:
+        aspect_buckets(args.resolution)  # before the images are decoded
         source = open_folder(args.path, Limits(min_side=args.min_side, max_pixels=args.max_pixels))
         workers = default_workers() if args.workers is None else args.workers
         report = check(source, args.evaluation, workers)

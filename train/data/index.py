@@ -100,7 +100,7 @@ def index_shard(path: Path, name: str) -> Index:
 
 
 def content_hash(data: bytes) -> bytes:
-    """Hash of an image file, 16 bytes."""
+    """Hash of an image file or of a caption, 16 bytes."""
     return blake2b(data, digest_size=16).digest()
 
 
@@ -123,18 +123,19 @@ def _scan(path: Path, name: str, findings: Findings) -> Columns:
                 findings.add(BrokenRecord("duplicate key", f"{name}/{member.name}"))
             else:
                 records[key][kind] = member
-    rows: dict[str, list] = {"image": [], "text": [], "json": [], "size": [], "hash": []}
+    rows: dict[str, list] = {"image": [], "text": [], "json": [], "size": [], "hash": [], "caption": []}
     names = []
     with open(path, "rb") as file:
         for key, members in records.items():
             try:
-                size, digest = _inspect(file, f"{name}/{key}", members)
+                size, digest, caption = _inspect(file, f"{name}/{key}", members)
             except BrokenRecord as broken:
                 findings.add(broken)
                 continue
             names.append(key)
             rows["size"].append(size)
             rows["hash"].append(np.frombuffer(digest, np.uint8))
+            rows["caption"].append(np.frombuffer(caption, np.uint8))
             for column, kind in (("image", "image"), ("text", "txt"), ("json", "json")):
                 member = members.get(kind)
                 rows[column].append((member.offset_data, member.size) if member else (0, 0))
@@ -144,6 +145,7 @@ def _scan(path: Path, name: str, findings: Findings) -> Columns:
         "json": ("int64", 2),
         "size": ("int32", 2),
         "hash": ("uint8", 16),
+        "caption": ("uint8", 16),
     }
     columns = {column: np.array(rows[column], dtype).reshape(-1, width) for column, (dtype, width) in shapes.items()}
     return {**columns, **pack_names(names)}
@@ -206,8 +208,8 @@ def _split(name: str) -> tuple[str, str]:
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
-def _inspect(file, key: str, members: dict[str, tarfile.TarInfo]) -> tuple[tuple[int, int], bytes]:
-    """Size and hash of a record's image, after checking its caption."""
+def _inspect(file, key: str, members: dict[str, tarfile.TarInfo]) -> tuple[tuple[int, int], bytes, bytes]:
+    """Size and hash of a record's image, and the hash of its caption, which is checked."""
     if "image" not in members:
         raise BrokenRecord("no image", key)
     text, record = (
@@ -216,11 +218,11 @@ def _inspect(file, key: str, members: dict[str, tarfile.TarInfo]) -> tuple[tuple
         else None
         for kind in CAPTIONS
     )
-    parse_caption(text, record, key)
+    caption = repr(parse_caption(text, record, key)).encode()
     if members["image"].size > MAX_IMAGE_BYTES:
         raise BrokenRecord("huge", key, f"the file has {members['image'].size} bytes, more than {MAX_IMAGE_BYTES}")
     image = read_part(file, members["image"].offset_data, members["image"].size, key)
-    return read_size(image, key), content_hash(image)
+    return read_size(image, key), content_hash(image), content_hash(caption)
 
 
 def read_part(file, offset: int, size: int, key: str) -> bytes:

@@ -73,6 +73,8 @@ class MultiviewSource:
         self.sizes = index.columns["size"][self._rows]
         digest = blake2b(repr((self.limits, self.categories)).encode(), digest_size=8)
         digest.update(index.columns["hash"][self._rows].tobytes())
+        for row in self._rows.tolist():  # which show the same instance, and of which category
+            digest.update(unpack_name(index.columns, row).encode("utf-8", "surrogateescape") + b"\0")
         self.fingerprint = digest.hexdigest()
         self.num_instances = len(np.unique(self._first))
         log.info("%s: %d views of %d instances; %s.", self.name, len(self._rows), self.num_instances, self.findings)
@@ -130,7 +132,7 @@ class MultiviewSource:
         instance = self.path / name.parent.parent
         for stem in (self.path / name.with_suffix(""), instance / "caption"):
             files = [stem.with_name(f"{stem.name}.{kind}") for kind in CAPTIONS]
-            text, record = (_read_file(file) if _is_regular(file) else None for file in files)
+            text, record = (_read_view(file, key) if _is_regular(file) else None for file in files)
             if text is not None or record is not None:
                 return parse_caption(text, record, key, subject=category)
         article = "an" if category[0].lower() in "aeiou" else "a"
@@ -197,11 +199,19 @@ def index_views(path: Path) -> Index:
 
 
 def _find_views(path: Path, findings: Findings) -> Iterator[tuple[str, int, int]]:
-    """Relative path, size and modification time of each view; links are counted and not followed."""
+    """Relative path, size and modification time of each view.
+
+    Links, which are not followed, and folders without permission to read them are counted.
+    """
 
     def entries(folder: str) -> list[os.DirEntry]:
         kept = []
-        for entry in os.scandir(folder):
+        try:
+            found = list(os.scandir(folder))
+        except PermissionError:
+            findings.add(BrokenRecord("unreadable", Path(folder).relative_to(path).as_posix()))
+            found = []
+        for entry in found:
             if entry.is_symlink():
                 findings.add(BrokenRecord("link", Path(entry.path).relative_to(path).as_posix()))
             else:
@@ -212,10 +222,8 @@ def _find_views(path: Path, findings: Findings) -> Iterator[tuple[str, int, int]
         if not category.is_dir():
             continue
         for instance in entries(category.path):
-            images = Path(instance.path) / "images"
-            if images.is_symlink() or not images.is_dir():
-                continue
-            for entry in entries(str(images)):
+            images = [entry for entry in entries(instance.path) if entry.name == "images"] if instance.is_dir() else []
+            for entry in entries(images[0].path) if images and images[0].is_dir() else ():
                 if entry.is_file() and entry.name.rpartition(".")[2].lower() in EXTENSIONS:
                     status = entry.stat()
                     name = f"{category.name}/{instance.name}/images/{entry.name}"
@@ -235,18 +243,18 @@ def _read_categories(path: Path) -> dict[str, str]:
 
 
 def _is_regular(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
+    return os.path.isfile(path) and not os.path.islink(path)
 
 
 def _read_view(path: Path, key: str) -> bytes:
-    """Content of a view."""
+    """Content of a view or of its caption file."""
     try:
         return _read_file(path)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP):  # removed or replaced by a link
             raise BrokenRecord("changed", key, str(error)) from error
         if error.errno == errno.EACCES:
-            raise BrokenRecord("broken image", key, str(error)) from error
+            raise BrokenRecord("unreadable", key, str(error)) from error
         raise  # a failing disk is not a property of the record
 
 

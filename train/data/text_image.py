@@ -67,7 +67,8 @@ class TextImageSource:
             sizes.append(index.columns["size"][usable])
             counts.append(len(usable))
             self._digests.append(index.digest)
-            digest.update(index.columns["hash"][usable].tobytes())
+            for column in ("hash", "caption"):
+                digest.update(index.columns[column][usable].tobytes())
         self.fingerprint = digest.hexdigest()
         self.sizes = np.concatenate(sizes)
         self._rows, self._ends = np.concatenate(rows), np.cumsum(counts)
@@ -82,11 +83,14 @@ class TextImageSource:
         path, row = self.shards[shard], int(self._rows[number])
         columns = self._columns(shard)
         key = f"{self.name}:{self._shard_name(path)}/{unpack_name(columns, row)}"
-        with open(path, "rb") as file:
-            image, text, json = (
-                read_part(file, offset, size, key)
-                for offset, size in (columns[column][row].tolist() for column in ("image", "text", "json"))
-            )
+        try:
+            with open(path, "rb") as file:
+                image, text, json = (
+                    read_part(file, offset, size, key)
+                    for offset, size in (columns[column][row].tolist() for column in ("image", "text", "json"))
+                )
+        except FileNotFoundError as error:
+            raise BrokenRecord("changed", key, "the shard was removed") from error
         if content_hash(image) != columns["hash"][row].tobytes():
             raise BrokenRecord("changed", key)
         caption, target_phrase = parse_caption(text or None, json or None, key)
@@ -140,16 +144,29 @@ class TextImageSource:
 
 
 def find_shards(path: Path, findings: Findings) -> list[Path]:
-    """Tar files below a folder, in the order of their relative paths; links are counted and not followed."""
+    """Tar files below a folder, in the order of their relative paths.
+
+    Links, which are not followed, and files and folders without permission to read them are counted.
+    """
     if path.is_file():
         return [path]
     shards = []
-    for folder, subfolders, files in os.walk(path):
+
+    def unreadable(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            findings.add(BrokenRecord("unreadable", Path(error.filename).relative_to(path).as_posix()))
+        elif not isinstance(error, FileNotFoundError):
+            raise error
+
+    for folder, subfolders, files in os.walk(path, onerror=unreadable):
         for name in (*subfolders, *files):
             if (entry := Path(folder) / name).is_symlink():
                 findings.add(BrokenRecord("link", entry.relative_to(path).as_posix()))
-            elif name.lower().endswith(".tar") and name in files:
-                shards.append(entry)
+            elif name.lower().endswith(".tar") and entry.is_file():  # a device or a pipe could block
+                if os.access(entry, os.R_OK):
+                    shards.append(entry)
+                else:
+                    findings.add(BrokenRecord("unreadable", entry.relative_to(path).as_posix()))
     return sorted(shards, key=lambda shard: shard.relative_to(path).as_posix())
 
 
