@@ -197,3 +197,12 @@ def test_other_images_are_not_taken_for_copies(tmp_path):
 def test_empty_evaluation_set_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="contains no image"):
         EvaluationImages([tmp_path])
+
+
+def test_broken_evaluation_image_does_not_end_the_check(tmp_path, caplog):
+    """It is named in a warning; the other images are compared."""
+    (tmp_path / "good.jpg").write_bytes(jpeg(photo(1)))
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
+    evaluation = EvaluationImages([tmp_path])
+    assert evaluation.similar(photo(1)) == f"{tmp_path.name}/good.jpg" and len(evaluation.by_hash) == 2
+    assert "broken.jpg cannot be decoded" in caplog.text

@@ -55,8 +55,12 @@ class EvaluationImages:
             for path in paths:
                 name = path.name if path == folder else f"{folder.name}/{path.relative_to(folder).as_posix()}"
                 self.by_hash[content_hash(path.read_bytes())] = name
-                with Image.open(path) as image:
-                    hashes.append(perceptual_hash(to_rgb(image)))
+                try:
+                    with Image.open(path) as image:
+                        hashes.append(perceptual_hash(to_rgb(image)))
+                except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                    log.warning("%s cannot be decoded (%s); only identical files are found.", path, error)
+                    continue
                 names.append(name)
         self.names = names
         self._perceptual = np.stack(hashes) if hashes else np.zeros((0, 1), bool)
