@@ -369,7 +369,7 @@ def test_images_have_alternative_texts(scripted_page):
     assert page.evaluate("[...document.images].filter(image => !image.alt && image.checkVisibility()).length") == 0
 
 
-def test_a_result_can_be_used_as_the_subject(scripted_page):
+def test_a_result_can_be_used_as_the_subject(scripted_page, client):
     """An image is dragged onto a subject, which may have an image already; a button does the same."""
     page = scripted_page
     make_result(page)
@@ -387,8 +387,10 @@ def test_a_result_can_be_used_as_the_subject(scripted_page):
     page.wait_for_selector("#One2One-image-0 img", state="detached")
     page.click("#One2One-use")
     assert_subject_becomes("live", None)
+    result = load(page, page.evaluate(source("live")))
     page.click("#One2One-generate:enabled")
-    page.wait_for_selector("#One2One-stop:enabled")
+    until(lambda: len(client.requests) == 2)
+    assert (client.requests[1].subjects[0].image.pixels == result).all()
     page.wait_for_selector("#One2One-status:has-text('Done. Seed')")
 
 
