@@ -205,4 +205,4 @@ def test_broken_evaluation_image_does_not_end_the_check(tmp_path, caplog):
     (tmp_path / "broken.jpg").write_bytes(b"not an image")
     evaluation = EvaluationImages([tmp_path])
     assert evaluation.similar(photo(1)) == f"{tmp_path.name}/good.jpg" and len(evaluation.by_hash) == 2
-    assert "broken.jpg cannot be decoded" in caplog.text
+    assert "broken.jpg cannot be read" in caplog.text

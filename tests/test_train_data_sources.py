@@ -344,15 +344,18 @@ def test_what_cannot_be_read_is_counted(shards, views, monkeypatch):
 
 def test_pipe_is_not_a_shard(shards):
     os.mkfifo(shards / "2.tar")
-    assert len(TextImageSource(shards, limits=LIMITS).sizes) == 12
+    source = TextImageSource(shards, limits=LIMITS)
+    assert len(source.sizes) == 12 and source.findings.counts == {"link": 1}
 
 
 def test_record_of_a_removed_shard_is_skipped(shards):
-    source = TextImageSource(shards, limits=LIMITS)
-    load(source, 0)
+    """Also by a worker that has not used the shard before."""
+    used, unused = TextImageSource(shards, limits=LIMITS), TextImageSource(shards, limits=LIMITS)
+    load(used, 0)
     (shards / "0.tar").unlink()
-    with pytest.raises(BrokenRecord, match="changed"):
-        load(source, 1)
+    for source in (used, unused):
+        with pytest.raises(BrokenRecord, match="changed"):
+            load(source, 1)
 
 
 def test_damaged_sidecar_is_built_again(shards, caplog):
@@ -481,6 +484,28 @@ def test_view_that_disappears_during_the_run_is_skipped(views):
             load(source, numbers[name])
     record = load(source, numbers["a/images/2.jpg"], other_view=True)
     assert record.content[1] == content_hash(encoded(hash_of("a", 3))).hex()
+
+
+def test_captions_of_views_are_checked_and_change_the_fingerprint(views):
+    """Also one of equal length, or one that is added. A broken caption is found by the index, as in a shard."""
+    seen = [MultiviewSource(views, limits=LIMITS).fingerprint]
+    caption = views / "teapot" / "a" / "images" / "0.txt"
+    for text in ("a red teapot", "a tan teapot"):
+        caption.write_text(text)
+        seen.append(MultiviewSource(views, limits=LIMITS).fingerprint)
+    assert len(set(seen)) == 3
+    caption.write_bytes(b"\xff\xfe")
+    (views / "teapot" / "d" / "images").mkdir(parents=True)
+    source = MultiviewSource(views, limits=LIMITS)
+    assert len(source.sizes) == 7 and source.findings.counts == {"bad caption": 1, "no other view": 1}
+
+
+def test_categories_that_are_numbers_are_warned_about(views, caplog):
+    MultiviewSource(views, limits=LIMITS)
+    assert "categories are numbers" not in caplog.text
+    (views / "categories.json").unlink()
+    MultiviewSource(views, limits=LIMITS)
+    assert "1 categories are numbers, such as 7" in caplog.text
 
 
 def test_names_of_instances_change_the_fingerprint(views):

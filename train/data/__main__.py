@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from ..recipes import RECIPES
 from .decode import Limits
@@ -77,16 +78,21 @@ def run_check(args: argparse.Namespace) -> int:
         workers = default_workers() if args.workers is None else args.workers
         report = check(source, args.evaluation, workers)
     except NoUsableRecord as error:
-        print(*describe(error.findings, args.examples), sep="\n")
-        print(error, file=sys.stderr)
+        _print(*describe(error.findings, args.examples))
+        _print(str(error), file=sys.stderr)
         return 1
     except ValueError as error:
-        print(error, file=sys.stderr)
+        _print(str(error), file=sys.stderr)
         return 1
-    print(*report.lines(args.examples, args.resolution), sep="\n")
+    _print(*report.lines(args.examples, args.resolution))
     if not report.contents.usable:
-        print(f"{args.path} has no usable record; the reasons are above.", file=sys.stderr)
+        _print(f"{args.path} has no usable record; the reasons are above.", file=sys.stderr)
     return 0 if report.contents.usable else 1
+
+
+def _print(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines, in which bytes of file names that are not UTF-8 are escaped."""
+    print("\n".join(lines).encode(errors="backslashreplace").decode(), file=file)
 
 
 def run_precompute(args: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ from .sidecar import VERSION, Columns, load_or_build, pack_names, unpack_name
 log = logging.getLogger(__name__)
 
 CATEGORIES_FILE = "categories.json"
+_SHARED_CAPTIONS = tuple(f"caption.{kind}" for kind in CAPTIONS)  # of all views of an instance
 
 
 class MultiviewSource:
@@ -63,7 +64,7 @@ class MultiviewSource:
                 f"{self.path} is not a folder; give a folder CATEGORY/INSTANCE/images. See docs/training_data.md."
             )
         self.categories = _read_categories(self.path / CATEGORIES_FILE)
-        index = index_views(self.path)
+        index = index_views(self.path, self.categories)
         self.findings = index.findings
         self._columns = index.columns
         self._rows, self._first, self._count = self._usable(index)
@@ -72,9 +73,19 @@ class MultiviewSource:
             raise NoUsableRecord(self.path, what, self.findings)
         self.sizes = index.columns["size"][self._rows]
         digest = blake2b(repr((self.limits, self.categories)).encode(), digest_size=8)
-        digest.update(index.columns["hash"][self._rows].tobytes())
-        for row in self._rows.tolist():  # which show the same instance, and of which category
-            digest.update(unpack_name(index.columns, row).encode("utf-8", "surrogateescape") + b"\0")
+        for column in ("hash", "caption"):
+            digest.update(index.columns[column][self._rows].tobytes())
+        names = [unpack_name(index.columns, row) for row in self._rows.tolist()]
+        for name in names:  # they show which views have the same instance and category
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+        numbers = sorted(
+            {folder for name in names if (folder := name.split("/")[0]).isdecimal()} - set(self.categories)
+        )
+        if numbers:
+            log.warning(
+                "%s: %d categories are numbers, such as %s, and captions say so; name them in %s.",
+                self.path, len(numbers), numbers[0], self.path / CATEGORIES_FILE,
+            )  # fmt: skip
         self.fingerprint = digest.hexdigest()
         self.num_instances = len(np.unique(self._first))
         log.info("%s: %d views of %d instances; %s.", self.name, len(self._rows), self.num_instances, self.findings)
@@ -85,7 +96,8 @@ class MultiviewSource:
         If the other view that was drawn is broken, the next one of the instance is used.
         """
         image, key, content = self._read(number)
-        caption, target_phrase = self._caption(number, key)
+        name = unpack_name(self._columns, int(self._rows[number]))
+        caption, target_phrase = _read_caption(self.path, name, self.categories, key)
         reference, reference_content, skipped = image, content, []
         if other_view:
             reference, reference_content = self._other_view(number, rng, key, skipped)
@@ -125,19 +137,6 @@ class MultiviewSource:
             raise BrokenRecord("changed", key)
         return decode(data, key, self.limits), key, content_hash(data).hex()
 
-    def _caption(self, number: int, key: str) -> tuple[str, str]:
-        name = Path(unpack_name(self._columns, int(self._rows[number])))
-        folder = name.parts[0]
-        category = self.categories.get(folder, folder.replace("_", " "))
-        instance = self.path / name.parent.parent
-        for stem in (self.path / name.with_suffix(""), instance / "caption"):
-            files = [stem.with_name(f"{stem.name}.{kind}") for kind in CAPTIONS]
-            text, record = (_read_view(file, key) if _is_regular(file) else None for file in files)
-            if text is not None or record is not None:
-                return parse_caption(text, record, key, subject=category)
-        article = "an" if category[0].lower() in "aeiou" else "a"
-        return f"a photo of {article} {category}", category
-
     def _usable(self, index: Index) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows within the limits of instances with two of them; first number and number of views of their instance."""
         sizes, names = index.columns["size"].tolist(), index.columns
@@ -168,40 +167,45 @@ def has_views(path: Path) -> bool:
     return path.is_dir() and any(entry.is_dir() for entry in path.glob("*/*/images"))
 
 
-def index_views(path: Path) -> Index:
+def index_views(path: Path, categories: dict[str, str]) -> Index:
     """The index of a folder of views, from its sidecar if no file was added, removed or changed."""
     findings = Findings()
-    views = sorted(_find_views(path, findings))
-    listing = blake2b(repr(views).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    files = sorted(_find_files(path, findings))
+    views = [name for name, *_ in files if _extension(name) in EXTENSIONS]
+    listing = repr((files, categories)).encode("utf-8", "surrogateescape")
+    stamp = {"version": VERSION, "listing": blake2b(listing, digest_size=16).hexdigest()}
 
     def build() -> tuple[Columns, dict[str, Any]]:
         broken = Findings()
-        names, sizes, hashes = [], [], []
-        for name, *_ in views:
+        names, sizes, hashes, captions = [], [], [], []
+        for name in views:
             try:
                 data = _read_view(path / name, name)
+                caption = repr(_read_caption(path, name, categories, name)).encode()
                 sizes.append(read_size(data, name))
             except BrokenRecord as error:
                 broken.add(error)
                 continue
             names.append(name)
             hashes.append(np.frombuffer(content_hash(data), np.uint8))
+            captions.append(np.frombuffer(content_hash(caption), np.uint8))
         columns = {
             "size": np.array(sizes, np.int32).reshape(-1, 2),
             "hash": np.array(hashes, np.uint8).reshape(-1, 16),
+            "caption": np.array(captions, np.uint8).reshape(-1, 16),
             **pack_names(names),
         }
         return columns, {"counts": broken.counts, "examples": broken.examples}
 
-    columns, information = load_or_build(path / "views", {"version": VERSION, "listing": listing}, build)
+    columns, information = load_or_build(path / "views", stamp, build)
     findings.merge(Findings(Counter(information["counts"]), information["examples"]))
     return Index(columns, findings)
 
 
-def _find_views(path: Path, findings: Findings) -> Iterator[tuple[str, int, int]]:
-    """Relative path, size and modification time of each view.
+def _find_files(path: Path, findings: Findings) -> Iterator[tuple[str, int, int]]:
+    """Relative path, size and modification time of each view and each caption file.
 
-    Links, which are not followed, and folders without permission to read them are counted.
+    Links, which are not followed, folders without permission to read them, and folders without views are counted.
     """
 
     def entries(folder: str) -> list[os.DirEntry]:
@@ -222,12 +226,38 @@ def _find_views(path: Path, findings: Findings) -> Iterator[tuple[str, int, int]
         if not category.is_dir():
             continue
         for instance in entries(category.path):
-            images = [entry for entry in entries(instance.path) if entry.name == "images"] if instance.is_dir() else []
-            for entry in entries(images[0].path) if images and images[0].is_dir() else ():
-                if entry.is_file() and entry.name.rpartition(".")[2].lower() in EXTENSIONS:
-                    status = entry.stat()
-                    name = f"{category.name}/{instance.name}/images/{entry.name}"
-                    yield name, status.st_size, status.st_mtime_ns
+            name = f"{category.name}/{instance.name}"
+            inside = entries(instance.path) if instance.is_dir() else []
+            images = [entry for entry in inside if entry.name == "images" and entry.is_dir()]
+            if not images:
+                continue
+            views = [entry for entry in entries(images[0].path) if _extension(entry.name) in (*EXTENSIONS, *CAPTIONS)]
+            if not any(_extension(view.name) in EXTENSIONS for view in views):
+                findings.add(BrokenRecord("no other view", name))
+            shared = [entry for entry in inside if entry.name in _SHARED_CAPTIONS]
+            for folder, files in ((name, shared), (f"{name}/images", views)):
+                for entry in files:
+                    if entry.is_file():
+                        status = entry.stat()
+                        yield f"{folder}/{entry.name}", status.st_size, status.st_mtime_ns
+
+
+def _extension(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _read_caption(path: Path, name: str, categories: dict[str, str], key: str) -> tuple[str, str]:
+    """Caption and target phrase of a view: of its own file, of that of its instance, or from the category."""
+    view = Path(name)
+    folder = view.parts[0]
+    category = categories.get(folder, folder.replace("_", " "))
+    for stem in (path / view.with_suffix(""), path / view.parent.parent / "caption"):
+        files = [stem.with_name(f"{stem.name}.{kind}") for kind in CAPTIONS]
+        text, record = (_read_view(file, key) if _is_regular(file) else None for file in files)
+        if text is not None or record is not None:
+            return parse_caption(text, record, key, subject=category)
+    article = "an" if category[0].lower() in "aeiou" else "a"
+    return f"a photo of {article} {category}", category
 
 
 def _read_categories(path: Path) -> dict[str, str]:

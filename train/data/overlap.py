@@ -54,12 +54,12 @@ class EvaluationImages:
                 raise ValueError(f"the evaluation set {folder} contains no image; give a folder of image files.")
             for path in paths:
                 name = path.name if path == folder else f"{folder.name}/{path.relative_to(folder).as_posix()}"
-                self.by_hash[content_hash(path.read_bytes())] = name
                 try:
+                    self.by_hash[content_hash(path.read_bytes())] = name
                     with Image.open(path) as image:
                         hashes.append(perceptual_hash(to_rgb(image)))
                 except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                    log.warning("%s cannot be decoded (%s); only identical files are found.", path, error)
+                    log.warning("%s cannot be read (%s); at most identical files are found.", path, error)
                     continue
                 names.append(name)
         self.names = names

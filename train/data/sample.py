@@ -103,7 +103,7 @@ REASONS = {
     "no image": "a caption without an image",
     "duplicate key": "the shard contains the key twice; the first record is used",
     "unsafe name": "an absolute name or one with '..'",
-    "link": "a link, a device or a sparse file; links are never followed",
+    "link": "a link, a device, a pipe or a sparse file; links are never followed",
     "unreadable": "no permission to read the file or folder",
     "bad shard": "the file is not an uncompressed tar archive, or is damaged; the records before the damage are used",
 }

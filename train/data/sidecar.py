@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 Columns = dict[str, np.ndarray]
 
 
@@ -98,7 +98,7 @@ def _cache_folder() -> Path:
 
 
 def _digest(source: Path) -> str:
-    return blake2b(str(source.resolve()).encode(), digest_size=8).hexdigest()
+    return blake2b(os.fsencode(source.resolve()), digest_size=8).hexdigest()
 
 
 def pack_names(names: list[str]) -> Columns:

@@ -55,6 +55,8 @@ class TextImageSource:
         self.shards = find_shards(self.path, self.findings)
         if not self.shards:
             problem = "contains no .tar file" if self.path.exists() else "does not exist"
+            if links := self.findings.counts["link"]:
+                problem = f"contains only links ({links}), which are not followed"
             raise ValueError(f"{self.path} {problem}; give a folder of tar shards. See docs/training_data.md.")
         digest = blake2b(repr(self.limits).encode(), digest_size=8)
         sizes, rows, counts = [], [], []
@@ -81,9 +83,10 @@ class TextImageSource:
         assert not other_view, "the source has no other views"
         shard = int(np.searchsorted(self._ends, number, side="right"))
         path, row = self.shards[shard], int(self._rows[number])
-        columns = self._columns(shard)
-        key = f"{self.name}:{self._shard_name(path)}/{unpack_name(columns, row)}"
+        key = f"{self.name}:{self._shard_name(path)}"
         try:
+            columns = self._columns(shard)
+            key = f"{key}/{unpack_name(columns, row)}"
             with open(path, "rb") as file:
                 image, text, json = (
                     read_part(file, offset, size, key)
@@ -162,11 +165,13 @@ def find_shards(path: Path, findings: Findings) -> list[Path]:
         for name in (*subfolders, *files):
             if (entry := Path(folder) / name).is_symlink():
                 findings.add(BrokenRecord("link", entry.relative_to(path).as_posix()))
-            elif name.lower().endswith(".tar") and entry.is_file():  # a device or a pipe could block
-                if os.access(entry, os.R_OK):
-                    shards.append(entry)
-                else:
+            elif name.lower().endswith(".tar") and name in files:
+                if not os.access(entry, os.R_OK):
                     findings.add(BrokenRecord("unreadable", entry.relative_to(path).as_posix()))
+                elif entry.is_file():
+                    shards.append(entry)
+                else:  # a device or a pipe could block
+                    findings.add(BrokenRecord("link", entry.relative_to(path).as_posix()))
     return sorted(shards, key=lambda shard: shard.relative_to(path).as_posix())
 
 
