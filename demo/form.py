@@ -11,7 +11,7 @@ from .task import Task
 from .upload import read_upload
 
 NUM_SLOT_VALUES = 3  # image, selected words, typed phrase
-MAX_SEED_DIGITS = 19
+MAX_SEED_DIGITS = 19  # of the largest seed; longer texts are not converted
 
 
 def read_form(task: Task, values: Sequence[Any], limits: Limits) -> tuple[Request, int]:

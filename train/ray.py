@@ -138,7 +138,7 @@ class RayMonitor(Monitor):
 def _train(settings: dict[str, Any]) -> None:
     """The function of each worker, which Ray calls again after a failure.
 
-    Ray cannot be told that a failure is final. After a mistake of the user, all workers therefore return at once when
+    Ray has no way to mark a failure as final. After a mistake of the user, all workers therefore return at once when
     they are called again, and `run_on_ray` raises the error.
     """
     config: TrainConfig = settings["config"]

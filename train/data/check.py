@@ -32,10 +32,8 @@ def open_folder(path: Path, limits: Limits, name: str | None = None) -> Folder:
     if has_views(path):
         return MultiviewSource(path, name, limits=limits)
     findings = Findings()
-    if find_shards(path, findings):
+    if find_shards(path, findings) or findings.counts["link"]:  # of links only, the source says that it skips them
         return TextImageSource(path, name, limits=limits)
-    if links := findings.counts["link"]:
-        raise ValueError(f"{path} contains only links ({links}), which are not followed; give the folder they lead to.")
     raise ValueError(
         f"{path} {'has no .tar file and no CATEGORY/INSTANCE/images folder' if path.exists() else 'does not exist'}; "
         "see docs/training_data.md for both layouts."
