@@ -13,6 +13,8 @@ from transformers import CLIPTokenizer
 from realcustom.assets import MINI_MODEL
 from realcustom.attention import AttentionLayers
 from realcustom.recorder import AttentionRecorder
+from train.data.sprite_world.renderer import cpu_renderer
+from train.data.sprite_world.world import TRAINED_CATEGORIES
 from train.mini.__main__ import STAGES
 from train.mini.captions import CaptionCache
 from train.mini.diffusion import diffusion_loss, sample_timesteps, size_condition
@@ -20,7 +22,14 @@ from train.mini.grounding import grounding_loss, subject_maps, subject_token_mas
 from train.mini.networks import build_scheduler, build_vae
 from train.mini.text_to_image import FULL_SIZE_EVERY, PREVIEW_PROMPTS, TextToImage, resolution_of_step
 from train.mini.vae import vae_loss
-from train.mini.vision_encoders import MINI_VISION, VIEWS, RenderViews, VisionPretrainer, views_as_tensors, vision_loss
+from train.mini.views import GROUP, ViewMixture, render_views
+from train.mini.vision_encoders import (
+    MINI_VISION,
+    VisionPretrainer,
+    change_of_features,
+    token_losses,
+    vision_loss,
+)
 from train.precision import differentiable_attention
 
 ROOT = Path(__file__).parents[1]
@@ -109,14 +118,18 @@ def test_vae_loss_has_gradients_for_all_parameters():
     assert numbers.keys() == {"psnr", "white"} and all(p.grad is not None for p in vae.parameters())
 
 
+def views_of(count: int):
+    return render_views(ViewMixture(count).samples(0, range(count)), cpu_renderer())
+
+
 def test_vision_loss_trains_the_layers_that_the_projector_reads():
     """The deep layers of the encoders receive gradients, and the features have the shapes the projector expects."""
     torch.manual_seed(0)
-    model, entry = VisionPretrainer(), views_as_tensors(RenderViews()(range(4)), "cpu")
-    loss, _ = vision_loss(model, entry, torch.Generator().manual_seed(0))
+    model, views = VisionPretrainer(), views_of(4)
+    loss, _ = vision_loss(model, views, torch.Generator().manual_seed(0))
     loss.backward()
     assert model.siglip.encoder.layers[MINI_VISION.siglip_deep].mlp.fc1.weight.grad.abs().max() > 0
-    features = model.encoders().encode_pixels(entry["first"])
+    features = model.encoders().encode_pixels(views.images[:, 0])
     assert [tuple(v.shape) for v in (features.shallow, features.deep, features.local)] == [
         (4, 192, 192),
         (4, 64, 192),
@@ -124,10 +137,54 @@ def test_vision_loss_trains_the_layers_that_the_projector_reads():
     ]
 
 
+def test_tokens_are_trained_on_what_they_show():
+    """The loss is zero for tokens that predict the category and the position of the only subject they show. Tokens of
+    the background and of two subjects are ignored."""
+    left, right = [[2.0, 0, 0], [0, 1, 0], [0, 0, 1]], [[2.0, 0, -0.75], [0, 1, 0], [0, 0, 1]]
+    where, categories = torch.tensor([[left, right]]), torch.tensor([[3, 5]])
+    x = (torch.arange(64) % 8 + 0.5) / 8
+    first, second = x < 0.375, (x > 0.5) & (x < 0.875)  # in between, both overlap
+    predicted = torch.full((1, 64, len(TRAINED_CATEGORIES) + 2), torch.nan)
+    predicted[..., :-2] = 0
+    predicted[0, first, 3] = predicted[0, second, 5] = 100
+    predicted[0, :, -2] = torch.where(first, 2 * x, 2 * x - 0.75)
+    predicted[0, :, -1] = (torch.arange(64) // 8 + 0.5) / 8
+    predicted[0, ~(first | second), :] = torch.nan
+    assert [value.item() for value in token_losses(predicted, where, categories)] == pytest.approx([0, 0], abs=1e-5)
+    category, position = token_losses(predicted.roll(8, dims=1), where, categories.flip(1))
+    assert category > 10 and position > 0.01
+
+
+def test_views_show_the_instance_of_their_group():
+    """All views contain the group's category, half of them with another one. A portrait is a large view of the instance
+    alone, without noise: the same for each view, and different for each instance."""
+    views = views_of(2 * GROUP)
+    assert views.category.view(2, GROUP).unique(dim=1).shape == (2, 1) and views.category[0] != views.category[-1]
+    assert (views.categories == views.category[:, None, None]).any(2).all()
+    empty = views.categories < 0
+    assert not empty[..., 0].any() and 0.2 < empty[..., 1].float().mean() < 0.8
+    assert torch.equal(empty, (views.homographies == 0).flatten(3).all(-1))
+    assert torch.allclose(views.portraits[:, :, 0, 0], torch.tensor(128 / 255))
+    assert len(views.portraits.flatten(1).unique(dim=0)) == 2 * GROUP
+
+
+def test_views_of_a_position_do_not_depend_on_the_part_of_the_batch():
+    whole = ViewMixture(24).samples(3, range(24))
+    part = render_views(ViewMixture(24).samples(3, range(8, 12)), cpu_renderer())
+    assert torch.equal(part.images, render_views(whole, cpu_renderer()).images[8:12])
+
+
+def test_change_of_features_is_relative_to_their_variance():
+    before = [torch.randn(8, 64, 12) * 5 + 2, torch.randn(8, 64, 12)]
+    assert change_of_features(before, before) == 0
+    changed = [tokens + 0.1 * tokens.std((0, 1)) for tokens in before]
+    assert change_of_features(changed, before).item() == pytest.approx(0.01, rel=1e-3)
+
+
 def test_views_mark_the_tokens_of_one_instance():
     """With two subjects in a view, the marked tokens are on one side; with one, they are around the middle."""
     sides = set()
-    for inside in np.concatenate([views[f"{view}_inside"] for views in [RenderViews()(range(40))] for view in VIEWS]):
+    for inside in views_of(40).inside.unflatten(-1, (8, 8)).flatten(0, 1).numpy():
         columns = np.flatnonzero(inside.any(0))
         sides.add("left" if columns.max() < 4 else "right" if columns.min() > 3 else "middle")
     assert sides == {"left", "right", "middle"}

@@ -30,7 +30,7 @@ def small_pool(*arguments, start, capacity, per_step):
 @pytest.fixture
 def toy_sizes(monkeypatch):
     """Batches, pools and held-out sets of a few samples."""
-    for module in (vae, latent_samples, vision_encoders, classifiers):
+    for module in (vae, latent_samples, classifiers):
         monkeypatch.setattr(module, "SamplePool", small_pool)
     for module in (vae, text_to_image, vision_encoders, classifiers):
         monkeypatch.setattr(module, "BATCH_SIZE", BATCH)
@@ -59,13 +59,16 @@ def test_model_from_scratch(toy_sizes, tmp_path):
         lines = [json.loads(line) for line in (stages / stage / "log.jsonl").read_text().splitlines()]
         assert lines and all(math.isfinite(v) for line in lines for v in line.values() if isinstance(v, float)), stage
     main(["export", "--out", str(stages), "--model", str(tmp_path / "base")])
+    keep = ["--keep", "--model", str(tmp_path / "base")]
+    main(["vision", "--out", str(stages), "--max-samples", str(5 * BATCH), "--device", "cpu", *keep])
+    assert "held_out_change" in (stages / "vision" / "log.jsonl").read_text().splitlines()[-1]
     assert RealCustomPipeline.from_pretrained(tmp_path / "base").adapter is None
 
     settings = [f"model.base={tmp_path / 'base'}", "data.resolution=128", "steps=1", "data.validation=none"]
     assert run(toy_config("mini", tmp_path / "run", settings)) == 1
     main(["export", "--out", str(stages), "--run", str(tmp_path / "run"), "--model", str(tmp_path / "model")])
     samples = json.loads((tmp_path / "model" / "training.json").read_text())
-    assert samples == {"vae": 4 * BATCH, "base": 4 * BATCH, "vision": 4 * BATCH, "adapter": 2}
+    assert samples == {"vae": 4 * BATCH, "base": 4 * BATCH, "vision": 5 * BATCH, "adapter": 2}
     pipeline = RealCustomPipeline.from_pretrained(tmp_path / "model")
     pipeline.set_progress_bar_config(disable=True)
     subject = Subject(image=Image.open(EXAMPLE_IMAGES / "dog.png"), target_phrase="dog")

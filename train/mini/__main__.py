@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         type=Path,
         default=EMBEDDED_MODEL,
-        help="start, evaluate: model to read; export: model to write (default: the embedded model, assets/mini)",
+        help="start, evaluate, vision --keep: model to read; export: model to write (default: the embedded model)",
     )
     parser.add_argument("--run", type=Path, help="export: folder of a run of recipe mini, whose adapter to include")
     parser.add_argument("--threads", type=int, help="number of CPU threads (default: chosen by PyTorch)")
@@ -38,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--batch-size", type=int, help="start, base: samples per step of stage base (default: 64, on a GPU 1024)"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="vision: keep the features of --model, so that its adapter remains usable"
     )
     parser.add_argument("--max-seconds", type=float, help="stop after this time; the next call resumes")
     parser.add_argument(
@@ -87,10 +90,9 @@ def run_stage(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"device": device, "max_samples": args.max_samples, "max_seconds": args.max_seconds}
     if args.stage == "start":
-        from .text_to_image import default_batch_size
         from .warm_start import warm_start
 
-        warm_start(args.model, args.out, args.batch_size or default_batch_size(device))
+        warm_start(args.model, args.out, device, args.batch_size)
     elif args.stage == "tokenizer":
         from .tokenizer import train_tokenizer
 
@@ -106,7 +108,7 @@ def run_stage(args: argparse.Namespace) -> None:
     elif args.stage == "vision":
         from .vision_encoders import train_vision
 
-        train_vision(args.out / "vision", **options)
+        train_vision(args.out / "vision", keep=args.model if args.keep else None, **options)
     elif args.stage == "classifiers":
         from ..evaluate.classifiers import train_classifiers
 

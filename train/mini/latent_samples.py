@@ -6,8 +6,6 @@ faster than it trains, so every step has new samples.
 Legend: B batch, C latent channels, h, w latent size, S subjects.
 """
 
-import os
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,20 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.loader import batches
 from ..data.sprite_world.batches import SampleMixture
 from ..data.sprite_world.rendered import box_maps
 from ..data.sprite_world.renderer import Renderer
 from ..data.sprite_world.scenes import SCENE_SIZE
-from ..data.sprite_world.world import SampleBatch
 from ..images import to_signed
 from .grounding import subject_maps
 from .latents import LatentCodec
 from .networks import LATENT_FACTOR
 from .pool import Entry, SamplePool
 from .render import CAPTION_BYTES, RenderSamples, unpack_captions
-
-NUM_STEPS = 1 << 40  # more than a run ever has
+from .stream import SampleStream
 
 
 @dataclass(frozen=True)
@@ -115,17 +110,12 @@ class LatentStream:
     """
 
     def __init__(self, codec: LatentCodec, batch_size: int, workers: int | None = None) -> None:
-        self._codec, self._batch_size = codec, batch_size
-        self._workers = max(1, (os.cpu_count() or 1) - 1) if workers is None else workers
+        self._codec = codec
         self._renderer = Renderer(codec.device)
-        self._steps: Generator[tuple[int, SampleBatch], None, None] | None = None
+        self._stream = SampleStream(SampleMixture(batch_size), workers)
 
     def batch(self, step: int, size: int, size_step: int, generator: torch.Generator) -> LatentBatch:
-        if self._steps is None:
-            mixture = SampleMixture(self._batch_size)
-            self._steps = batches(mixture, first_step=step, last_step=NUM_STEPS, workers=self._workers)
-        number, samples = next(self._steps)
-        assert number == step, f"samples of step {number} in step {step}"
+        samples = self._stream.samples(step)
         pixels = self._renderer.render(samples.images).float() / 127.5 - 1
         if size < SCENE_SIZE:
             pixels = F.avg_pool2d(pixels, SCENE_SIZE // size)
@@ -138,5 +128,4 @@ class LatentStream:
         )
 
     def close(self) -> None:
-        if self._steps is not None:
-            self._steps.close()
+        self._stream.close()

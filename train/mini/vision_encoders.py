@@ -1,10 +1,12 @@
 """Stage `vision`: the two small vision encoders. A full-size model uses pretrained ones instead.
 
-Three losses train them:
+Four losses train them:
 
 - contrastive: two views of an instance are closer to each other than to other instances of the category (last block);
 - appearance: the deep features reconstruct the instance upright, independent of its pose in the view;
-- structure: each deep token reconstructs its own patch.
+- structure: each deep token reconstructs its own patch;
+- correspondence: each deep token predicts the category of the subject it shows and its position on that subject, so
+  that visual attention can find the tokens that show the same part. DINOv2's tokens have this property.
 
 The first two use only the tokens that lie on the instance, and half of the views contain a second subject. Each token
 therefore describes only the subject it lies on. Otherwise, the features of a reference with two subjects (One2Many)
@@ -14,109 +16,32 @@ Legend: B images, N = 64 tokens (8 x 8), C channels of both encoders together.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from realcustom.config import MethodConfig, VisionConfig
+from realcustom.pipeline import RealCustomPipeline
 from realcustom.vision import VisionEncoders
 
-from ..data.sprite_world.renderer import cpu_renderer, draw_instances
+from ..data.sprite_world.renderer import Renderer
 from ..data.sprite_world.scenes import SCENE_SIZE
-from ..data.sprite_world.sprites import SPRITE_SIZE
-from ..data.sprite_world.views import View, pack_views
-from ..data.sprite_world.world import (
-    TRAINED_CATEGORIES,
-    Split,
-    SpriteWorld,
-    another_category,
-    compose,
-    random_instance,
-    reference_background,
-)
-from ..images import save_grid, to_signed
+from ..data.sprite_world.surfaces import crop_homography, positions_on_subjects
+from ..data.sprite_world.world import TRAINED_CATEGORIES
+from ..images import save_grid
 from ..precision import autocast
 from .loop import LoopConfig, load_stage, run_loop
 from .networks import VISION_SIZE, VISION_WIDTH, build_vision_encoders
-from .pool import Entry, SamplePool
-from .render import pixels_of
+from .stream import SampleStream
+from .views import GRID, NUM_VIEWS, ViewMixture, Views, render_views
 
-BATCH_SIZE = 24
+BATCH_SIZE, GPU_BATCH_SIZE = 24, 768
 NUM_HELD_OUT = 64
-GROUP = 8  # instances of one category per group of a batch: the model must distinguish instances, not categories
-THUMBNAIL = 32  # px
 TEMPERATURE = 0.1
-VIEWS = ("first", "second")
-GRID = 8  # tokens per side of a view
-FIELDS = {
-    "first": ((3, SCENE_SIZE, SCENE_SIZE), "uint8"),
-    "second": ((3, SCENE_SIZE, SCENE_SIZE), "uint8"),
-    "first_inside": ((GRID, GRID), "uint8"),
-    "second_inside": ((GRID, GRID), "uint8"),
-    "portrait": ((3, THUMBNAIL, THUMBNAIL), "uint8"),
-    "category": ((), "int64"),
-}
 MINI_VISION = VisionConfig(siglip_shallow=(0, 1, 2), siglip_deep=3, dino_shallow=(0, 1, 2), dino_deep=3)
-
-
-@dataclass(frozen=True)
-class RenderViews:
-    """Two views of an instance and its upright portrait. Half of the views also contain another category.
-
-    Fields, all uint8 except the last: `first`, `second` [n, 3, 128, 128]; `first_inside`, `second_inside` [n, 8, 8], 1
-    for the instance's tokens; `portrait` [n, 3, 32, 32]; `category` int64 [n].
-    """
-
-    seed: int = 3
-    split: Split = "train"
-
-    def __call__(self, indices: Sequence[int]) -> Entry:
-        world = SpriteWorld(self.seed, self.split)
-        views: list[View] = []  # first and second of each index in turn
-        slots: list[int] = []  # of the instance in each view
-        instances, labels = [], []
-        for i in indices:
-            rng = world.generator(i, 2)
-            label = i // GROUP % len(TRAINED_CATEGORIES)
-            category = TRAINED_CATEGORIES[label]
-            instance = random_instance(rng, category, self.split)
-            distractor = random_instance(rng, another_category(rng, category), self.split)
-            for _ in VIEWS:
-                shown = ((instance,), (instance,), (instance, distractor), (distractor, instance))[rng.integers(4)]
-                views.append(compose(rng, shown, reference_background(rng, on_scene=0.35), large=True))
-                slots.append(shown.index(instance))
-            instances.append(instance)
-            labels.append(label)
-        packed = pack_views(views)
-        pixels = cpu_renderer().render(packed).numpy()
-        inside = np.stack([_tokens_in(box) for box in packed.boxes[np.arange(len(views)), slots].tolist()])
-        return {
-            **{view: pixels[offset :: len(VIEWS)] for offset, view in enumerate(VIEWS)},
-            **{f"{view}_inside": inside[offset :: len(VIEWS)] for offset, view in enumerate(VIEWS)},
-            "portrait": np.stack([pixels_of(_portrait(sprite), THUMBNAIL) for sprite in draw_instances(instances)]),
-            "category": np.array(labels),
-        }
-
-
-def _tokens_in(box: Sequence[int]) -> np.ndarray:
-    """Mark the tokens whose patch is at least half inside the box (px of the image) with 1, uint8 [8, 8]."""
-    left, top, right, bottom = (int(side * GRID / SCENE_SIZE + 0.5) for side in box)
-    inside = np.zeros((GRID, GRID), np.uint8)
-    inside[top:bottom, left:right] = 1
-    assert inside.any(), f"{box} is smaller than a patch"
-    return inside
-
-
-def _portrait(sprite: Image.Image) -> Image.Image:
-    """The sprite centered on gray, 32 x 32 px."""
-    portrait = Image.new("RGB", (SPRITE_SIZE, SPRITE_SIZE), (128, 128, 128))
-    portrait.paste(sprite, ((SPRITE_SIZE - sprite.width) // 2, (SPRITE_SIZE - sprite.height) // 2), sprite)
-    return portrait.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
 
 
 class VisionPretrainer(nn.Module):
@@ -131,6 +56,8 @@ class VisionPretrainer(nn.Module):
         width = 2 * VISION_WIDTH
         self.embed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 96))
         self.classify = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(TRAINED_CATEGORIES)))
+        # Linear, because the adapter compares tokens with queries by linear projections.
+        self.locate = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(TRAINED_CATEGORIES) + 2))
         self.decode_patch = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * 16))  # 4 x 4 px of a 32 px copy
         self.portrait_norm = nn.LayerNorm(width)
         self.portrait_queries = nn.Parameter(torch.randn(64, width) * 0.1)  # one for each 4 x 4 px of the portrait
@@ -144,8 +71,8 @@ class VisionPretrainer(nn.Module):
         return VisionEncoders(self.siglip, self.dino, MINI_VISION, MethodConfig())
 
     def tokens(self, pixels: Tensor) -> list[Tensor]:
-        """[B, 3, 64, 64] in [0, 1] -> tokens of the deep layer and of the last block, each [B, N, C]."""
-        return self.encoders().tokens(pixels, ((MINI_VISION.siglip_deep, MINI_VISION.dino_deep), (4, 4)))
+        """[B, 3, 64, 64] in [0, 1] -> tokens of every block, each [B, N, C]."""
+        return tokens_of_blocks(self.encoders(), pixels)
 
     def portrait(self, deep: Tensor, inside: Tensor) -> Tensor:
         """Reconstruct the portrait from the deep tokens [B, N, C] where `inside` [B, N] is true; [B, 3, 32, 32]."""
@@ -159,55 +86,111 @@ class VisionPretrainer(nn.Module):
         return _fold(self.decode_patch(deep))
 
 
+def tokens_of_blocks(encoders: VisionEncoders, pixels: Tensor) -> list[Tensor]:
+    """[B, 3, 64, 64] in [0, 1] -> tokens of every block, each [B, N, C]."""
+    return encoders.tokens(pixels, [(i, i) for i in range(encoders.siglip.config.num_hidden_layers)])
+
+
 def _fold(tokens: Tensor) -> Tensor:
     """[B, 64, 48] -> [B, 3, 32, 32]."""
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(-1, (8, 8)), 4)
 
 
-def views_as_tensors(entry: Entry, device: str) -> dict[str, Tensor]:
-    """The fields of `RenderViews` as tensors: images in [0, 1], `*_inside` as bool."""
-    images = {name: (to_signed(entry[name]) / 2 + 0.5).to(device) for name in (*VIEWS, "portrait")}
-    inside = {f"{view}_inside": torch.from_numpy(entry[f"{view}_inside"]).bool().to(device) for view in VIEWS}
-    return {**images, **inside, "category": torch.from_numpy(entry["category"]).to(device)}
-
-
 def vision_loss(
-    model: VisionPretrainer, entry: dict[str, Tensor], generator: torch.Generator
+    model: VisionPretrainer,
+    views: Views,
+    generator: torch.Generator,
+    kept: VisionEncoders | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Sum of the three losses and of a classification loss; `entry` as returned by `views_as_tensors`."""
-    views = F.avg_pool2d(torch.cat([entry["first"], entry["second"]]), 2)
-    top, left = torch.randint(0, 65, (2,), generator=generator).tolist()
-    crops = entry["first"][..., top : top + VISION_SIZE, left : left + VISION_SIZE]
-    images = torch.cat([views, crops])
-    deep, last = model.tokens(images)
-    count = len(crops)
-    inside = torch.cat([entry["first_inside"], entry["second_inside"]]).flatten(1)
+    """Sum of the four losses and of a classification loss.
+
+    Args:
+        generator: of the position of the local crops.
+        kept: encoders whose features the model should keep, see `change_of_features`.
+    """
+    both = views.images.transpose(0, 1).flatten(0, 1)  # all first views, then all second views
+    count = len(views.images)
+    top, left = torch.randint(0, SCENE_SIZE - VISION_SIZE + 1, (2,), generator=generator).tolist()
+    crops = both[:count, :, top : top + VISION_SIZE, left : left + VISION_SIZE]
+    images = torch.cat([F.avg_pool2d(both, SCENE_SIZE // VISION_SIZE), crops])
+    blocks = model.tokens(images)
+    deep, last = blocks[MINI_VISION.siglip_deep], blocks[-1]
+    inside = views.inside.transpose(0, 1).flatten(0, 1)
     summary = (last[: 2 * count] * inside[..., None]).sum(1) / inside.sum(1, keepdim=True)
     patches = (model.patches(deep).float() - F.avg_pool2d(images, 2)).abs().mean()
-    portrait = model.portrait(deep[: 2 * count], inside).float() - entry["portrait"].repeat(2, 1, 1, 1)
+    portrait = model.portrait(deep[: 2 * count], inside).float() - views.portraits.repeat(NUM_VIEWS, 1, 1, 1)
     portrait = portrait.abs().mean() + 2 * portrait.pow(2).mean()
+    box = torch.tensor([[left, top, left + VISION_SIZE, top + VISION_SIZE]], device=deep.device) / SCENE_SIZE
+    where = views.homographies.transpose(0, 1).flatten(0, 1)
+    where = torch.cat([where, where[:count] @ crop_homography(box)])
+    labels = views.categories.transpose(0, 1).flatten(0, 1)
+    labels = torch.cat([labels, labels[:count]])
+    token_category, token_position = token_losses(model.locate(deep).float(), where, labels)
     embedded = F.normalize(model.embed(summary).float(), dim=-1)
     similarity = embedded[:count] @ embedded[count:].T / TEMPERATURE
     same = torch.arange(count, device=similarity.device)
     contrast = (F.cross_entropy(similarity, same) + F.cross_entropy(similarity.T, same)) / 2
-    category = F.cross_entropy(model.classify(summary).float(), entry["category"].repeat(2))
-    loss = 2 * patches + 3 * portrait + 0.3 * contrast + 0.2 * category
+    category = F.cross_entropy(model.classify(summary).float(), views.category.repeat(NUM_VIEWS))
+    loss = 2 * patches + 3 * portrait + 0.3 * contrast + 0.2 * category + 0.3 * token_category + token_position
     metrics = {
         "patches": patches,
         "portrait": portrait,
         "contrast": contrast,
         "category": category,
+        "token_category": token_category,
+        "token_position": token_position,
         "retrieval_accuracy": (similarity.argmax(1) == same).float().mean(),
     }
+    if kept is not None:
+        with torch.no_grad():
+            before = tokens_of_blocks(kept, images)
+        metrics["change"] = change_of_features(blocks[: MINI_VISION.siglip_deep + 1], before)
+        loss = loss + metrics["change"]
     return loss, {name: float(value.detach()) for name, value in metrics.items()}
 
 
-def train_vision(out: Path, device: str = "cpu", **options) -> None:
-    """Train the vision encoders; checkpoints and logs go to `out`. `options` are fields of `LoopConfig`."""
+def token_losses(predicted: Tensor, where: Tensor, categories: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the category and squared error of the position, for the tokens that show exactly one subject.
+
+    Args:
+        predicted: logits of the categories and position, as fractions of the subject's sides, [B, N, categories + 2].
+        where: homographies of the subjects, [B, S, 3, 3].
+        categories: int64 [B, S].
+    """
+    positions, shown = positions_on_subjects(where, GRID)
+    image, subject, token = (shown & (shown.sum(1, keepdim=True) == 1)).nonzero(as_tuple=True)
+    found = predicted[image, token]
+    category = F.cross_entropy(found[:, :-2], categories[image, subject])
+    return category, (found[:, -2:] - positions[image, subject, token]).square().mean()
+
+
+def change_of_features(now: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
+    """Squared change of the tokens of each block relative to the variance of their channels; mean over the blocks."""
+    changes = []
+    for new, old in zip(now, before):
+        new, old = new.float(), old.float()
+        changes.append(((new - old).square().mean((0, 1)) / old.var((0, 1)).clamp_min(1e-6)).mean())
+    return torch.stack(changes).mean()
+
+
+def default_batch_size(device: str) -> int:
+    """Instances per step."""
+    return BATCH_SIZE if device == "cpu" else GPU_BATCH_SIZE
+
+
+def train_vision(out: Path, device: str = "cpu", keep: Path | None = None, **options) -> None:
+    """Train the vision encoders; checkpoints and logs go to `out`.
+
+    Args:
+        keep: folder of a model whose features the encoders should keep while they learn, so that its adapter remains
+            usable.
+        options: fields of `LoopConfig`.
+    """
+    batch_size = default_batch_size(device)
     config = LoopConfig(
         out=out,
-        batch_size=BATCH_SIZE,
-        learning_rate=1e-3,
+        batch_size=batch_size,
+        learning_rate=1e-3 * (batch_size / BATCH_SIZE) ** 0.25,
         ema_decay=0.995,
         preview_every_s=120,
         save_every_s=120,
@@ -215,30 +198,41 @@ def train_vision(out: Path, device: str = "cpu", **options) -> None:
     )
     torch.manual_seed(1)
     model = VisionPretrainer().to(device)
-    pool = SamplePool(out / "pool", FIELDS, RenderViews(), start=3008, capacity=12_000, per_step=GROUP)
+    kept = None if keep is None else load_encoders(keep, device)
+    renderer = Renderer(device)
+    stream = SampleStream(ViewMixture(batch_size))
 
     def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        pool.refresh(step)
-        groups = torch.rand(config.batch_size // GROUP, generator=generator).double().numpy()
-        entry = views_as_tensors(pool.groups(step, groups, GROUP), device)
+        views = render_views(stream.samples(step), renderer)
         with autocast(device):
-            return vision_loss(model, entry, generator)
+            return vision_loss(model, views, generator, kept)
 
-    held_out = views_as_tensors(RenderViews(split="held_out")(range(NUM_HELD_OUT)), device)
+    held_out = render_views(ViewMixture(NUM_HELD_OUT, split="held_out").samples(0, range(NUM_HELD_OUT)), renderer)
 
     def preview(step: int) -> dict[str, float]:
-        loss, metrics = vision_loss(model, held_out, torch.Generator().manual_seed(0))
-        deep, _ = model.tokens(F.avg_pool2d(held_out["first"][:16], 2))
+        loss, metrics = vision_loss(model, held_out, torch.Generator().manual_seed(0), kept)
+        shown = held_out.images[:16, 0]
+        deep = model.tokens(F.avg_pool2d(shown, 2))[MINI_VISION.siglip_deep]
         rows = [
-            F.avg_pool2d(held_out["first"][:16], 4),
+            F.avg_pool2d(shown, 4),
             model.patches(deep),
-            held_out["portrait"][:16],
-            model.portrait(deep, held_out["first_inside"][:16].flatten(1)),
+            held_out.portraits[:16],
+            model.portrait(deep, held_out.inside[:16, 0]),
         ]
         save_grid(torch.cat(rows).float() * 2 - 1, out / "preview.png", columns=16)
         return {f"held_out_{name}": round(value, 4) for name, value in {"loss": float(loss), **metrics}.items()}
 
-    run_loop(config, model, loss_of_step, preview)
+    with closing(stream):
+        run_loop(config, model, loss_of_step, preview)
+
+
+def load_encoders(folder: Path, device: str) -> VisionEncoders:
+    """The frozen vision encoders of a model folder."""
+    encoders = RealCustomPipeline.from_pretrained(folder).vision_encoders
+    assert encoders is not None
+    for encoder in (encoders.siglip, encoders.dino):
+        encoder.to(device, torch.float32).requires_grad_(False).eval()
+    return encoders
 
 
 def load_vision(out: Path, device: str = "cpu") -> VisionEncoders:

@@ -21,11 +21,12 @@ from .export import PRETRAINED, TRAINING
 from .loop import CHECKPOINTS, new_optimizer, save_stage, stage_counts
 
 
-def warm_start(folder: Path, out: Path, base_batch_size: int = text_to_image.BATCH_SIZE) -> None:
+def warm_start(folder: Path, out: Path, device: str = "cpu", base_batch_size: int | None = None) -> None:
     """Write a checkpoint to `out/STAGE` for every stage that the model in `folder` has been trained in.
 
     Args:
-        base_batch_size: samples per step of stage `base` from now on.
+        device: that the stages will use; it determines their batch sizes.
+        base_batch_size: samples per step of stage `base`; None for the default of the device.
     Raises:
         FileExistsError: a stage already has a checkpoint in `out`.
     """
@@ -46,8 +47,8 @@ def warm_start(folder: Path, out: Path, base_batch_size: int = text_to_image.BAT
     pretrainer.dino.load_state_dict(pipeline.image_encoder_2.state_dict())
     modules: dict[str, tuple[nn.Module, int]] = {
         "vae": (pipeline.vae, vae.BATCH_SIZE),
-        "base": (model, base_batch_size),
-        "vision": (pretrainer, vision_encoders.BATCH_SIZE),
+        "base": (model, base_batch_size or text_to_image.default_batch_size(device)),
+        "vision": (pretrainer, vision_encoders.default_batch_size(device)),
     }
     for stage, (module, batch_size) in modules.items():
         if samples[stage] == 0:
