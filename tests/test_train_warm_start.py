@@ -58,6 +58,9 @@ def test_batch_size_of_a_run_cannot_change(started, capsys):
     with pytest.raises(SystemExit, match="1"):
         main(["base", "--out", str(started), "--batch-size", "32", "--device", "cpu"])
     assert "has 64 samples per step, not 32: continue it with --batch-size 64" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        main(["vision", "--out", str(started), "--batch-size", "48", "--device", "cpu"])
+    assert "has 24 samples per step, not 48: continue it with --batch-size 24" in capsys.readouterr().err
 
 
 def test_export_of_a_started_run_equals_the_model(started, tmp_path):

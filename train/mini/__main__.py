@@ -37,7 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-samples", type=int, help="total number of training samples; the learning rate falls toward this end"
     )
     parser.add_argument(
-        "--batch-size", type=int, help="start, base: samples per step of stage base (default: 64, on a GPU 1024)"
+        "--batch-size",
+        type=int,
+        help="samples per step of base (default: 64, on a GPU 1024) or vision (24, on a GPU 768); start: of base",
     )
     parser.add_argument(
         "--keep", action="store_true", help="vision: keep the features of --model, so that its adapter remains usable"
@@ -108,7 +110,8 @@ def run_stage(args: argparse.Namespace) -> None:
     elif args.stage == "vision":
         from .vision_encoders import train_vision
 
-        train_vision(args.out / "vision", keep=args.model if args.keep else None, **options)
+        keep = args.model if args.keep else None
+        train_vision(args.out / "vision", keep=keep, batch_size=args.batch_size, **options)
     elif args.stage == "classifiers":
         from ..evaluate.classifiers import train_classifiers
 

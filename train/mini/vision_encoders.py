@@ -178,15 +178,18 @@ def default_batch_size(device: str) -> int:
     return BATCH_SIZE if device == "cpu" else GPU_BATCH_SIZE
 
 
-def train_vision(out: Path, device: str = "cpu", keep: Path | None = None, **options) -> None:
+def train_vision(
+    out: Path, device: str = "cpu", keep: Path | None = None, batch_size: int | None = None, **options
+) -> None:
     """Train the vision encoders; checkpoints and logs go to `out`.
 
     Args:
         keep: folder of a model whose features the encoders should keep while they learn, so that its adapter remains
             usable.
+        batch_size: instances per step; None for `default_batch_size`.
         options: fields of `LoopConfig`.
     """
-    batch_size = default_batch_size(device)
+    batch_size = batch_size or default_batch_size(device)
     config = LoopConfig(
         out=out,
         batch_size=batch_size,
