@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,8 @@ class _MetaModels(FrozenModels):
         return nullcontext()
 
 
-def count_flops(recipe: str) -> dict[str, float]:
+@cache
+def count_flops(recipe: str, gradient_checkpointing: bool = True) -> dict[str, float]:
     """TFLOP per sample of the encoders and of the rest of the step, and the size of the features in MB; not timed."""
     config = RECIPES[recipe]()
     pipeline = random_pipeline(FAMILIES[recipe], "meta", torch.float32)
@@ -138,7 +140,7 @@ def count_flops(recipe: str) -> dict[str, float]:
         reference=np.zeros((reference_size, reference_size, 3), np.uint8), original_size=(size, size), crop=(0, 0),
         key="0",
     )  # fmt: skip
-    if config.model.gradient_checkpointing:
+    if gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     report: dict[str, float] = {}
     num_bytes = 0

@@ -1,0 +1,208 @@
+"""Training speed, memory and utilization of the recipes, with random weights at full size.
+
+    python benchmarks/training.py --out training          # on a GPU
+    python benchmarks/training.py --recipes mini_gpu --batch 16 --steps 2 --device cpu --out training
+
+A step is measured as `train/trainer.py` runs it: rendering (sprite world), frozen encoders, forward and backward pass,
+optimizer and EMA. Loading samples is not included. The variants of a recipe run one after the other on the same
+weights. Results are written after each variant; one that does not fit into memory is reported as such.
+
+Utilization (MFU) is the FLOPs that the step requires, counted on device "meta" without the recomputation of gradient
+checkpointing, divided by time and by the peak of the device. The peak is the data sheet's for dense bfloat16
+(`PEAK_TFLOPS`) or that of `--peak-tflops`; on other devices there is no utilization.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.full_size import default_dtype, random_pipeline
+from benchmarks.precomputed_features import FAMILIES, count_flops, encoders_of
+from benchmarks.report import rounded, save
+from train.config import TrainConfig
+from train.data.kinds import NAMES
+from train.data.sample import Sample
+from train.data.sprite_world.batches import SpriteMixture
+from train.data.sprite_world.rendered import BatchRenderer
+from train.ema import EMA
+from train.frozen import FrozenModels, load_pipeline, start_adapter
+from train.objective import Objective, draw
+from train.precision import differentiable_attention
+from train.recipes import RECIPES
+from train.sources import open_training_data
+
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+FULL_SIZE_VARIANTS: dict[str, dict[str, bool]] = {
+    "as the recipe": {},
+    "without gradient checkpointing": {"gradient_checkpointing": False},
+    "precomputed features": {"features": True},
+    "precomputed features, compiled blocks": {"features": True, "compile_blocks": True},
+}
+MINI_VARIANTS: dict[str, dict[str, bool]] = {"as the recipe": {}, "compiled blocks": {"compile_blocks": True}}
+
+
+def make_step(config: TrainConfig, device: torch.device, features: bool) -> Callable[[], None]:
+    """A complete training step on fixed samples.
+
+    Args:
+        features: whether the features of the frozen encoders are in memory before the step.
+    """
+    family = FAMILIES.get(config.name)
+    if family is None:
+        pipeline = load_pipeline(config.model, default_dtype(str(device)))
+    else:
+        pipeline = random_pipeline(family, str(device))
+    adapter = start_adapter(replace(config.model, adapter="base"), pipeline, 0)
+    found: dict[str, dict[str, Tensor]] = {}
+    frozen = FrozenModels(pipeline, device, lambda sample: found.get(sample.key))
+    adapter.to(device)
+    if config.model.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    if config.model.compile_blocks:
+        pipeline.unet.compile_repeated_blocks(fullgraph=True)
+    objective = Objective(pipeline.unet, pipeline.scheduler, frozen.empty_text(), config.objective, device)
+    parameters = list(adapter.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, betas=config.optimizer.betas, fused=device.type != "cpu")
+    ema = EMA(adapter, config.optimizer.ema_decay)
+    batch_size = config.micro_batch_size
+    render: Callable[[Any], Any] = lambda samples: samples
+    if family is None:
+        mixture = open_training_data(config, frozen.reference_size)
+        assert isinstance(mixture, SpriteMixture)
+        samples: Any = mixture.samples(0, range(batch_size))
+        render = BatchRenderer(config.data.resolution, frozen.reference_size, device)
+    else:
+        samples = [random_sample(config.data.resolution, frozen.reference_size, i) for i in range(batch_size)]
+    if features:
+        for kind, encode in encoders_of(frozen).items():
+            with torch.no_grad():
+                for sample in samples:
+                    (values,) = encode([sample])
+                    found.setdefault(sample.key, {}).update(zip(NAMES[kind], values))
+
+    def step() -> None:
+        encoded = frozen.encode(render(samples))
+        draws = draw(
+            config.objective, encoded.latents.shape[1:], range(batch_size), seed=0, step=0, batch_size=batch_size,
+            num_timesteps=objective.num_timesteps, device=device,
+        )  # fmt: skip
+        with frozen.autocast():
+            keys_values = adapter(encoded.features)
+        with objective.attending(keys_values, draws.keep_vision), differentiable_attention(device.type):
+            with frozen.autocast():
+                losses = objective.losses(encoded, draws)
+            losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(adapter, 0)
+
+    return step
+
+
+def random_sample(size: int, reference_size: int, number: int) -> Sample:
+    """A sample of noise with its own caption."""
+    rng = np.random.default_rng(number)
+    return Sample(
+        image=rng.integers(0, 256, (size, size, 3), np.uint8), caption=f"a dog number {number}", target_phrase="dog",
+        reference=rng.integers(0, 256, (reference_size, reference_size, 3), np.uint8), original_size=(size, size),
+        crop=(0, 0), key=str(number),
+    )  # fmt: skip
+
+
+def measure(step: Callable[[], None], steps: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of a step after two to warm up, and on CUDA the peak memory in GB."""
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    times = []
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        step()
+        if on_cuda:
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    result = {"seconds": statistics.median(times[2:])}
+    return {**result, "peak GB": torch.cuda.max_memory_allocated(device) / 1e9} if on_cuda else result
+
+
+def measure_variant(
+    config: TrainConfig, changes: dict[str, bool], steps: int, device: torch.device, peak: float | None
+) -> dict[str, Any]:
+    """One row of the report."""
+    features = changes.get("features", False)
+    model = replace(config.model, **{name: value for name, value in changes.items() if name != "features"})
+    try:
+        result: dict[str, Any] = measure(make_step(replace(config, model=model), device, features), steps, device)
+    except torch.cuda.OutOfMemoryError:
+        return {"error": "out of memory"}
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.compiler.reset()
+    result["samples/s"] = config.micro_batch_size / result.pop("seconds")
+    if peak is not None and config.name in FAMILIES:
+        counts = count_flops(config.name, gradient_checkpointing=False)
+        tflops = counts["rest"] + (0 if features else sum(counts[kind] for kind in NAMES))
+        result["MFU"] = tflops * result["samples/s"] / peak
+    return result
+
+
+def markdown(report: dict[str, Any]) -> str:
+    setup = report["setup"]
+    lines = [
+        f"{setup['device']}, torch {setup['torch']}, median of {setup['steps']} steps.",
+        "",
+        "| recipe | variant | samples per step | samples/s | peak memory, GB | MFU |",
+        "|---|---|---|---|---|---|",
+    ]
+    for recipe, variants in report["recipes"].items():
+        for variant, row in variants.items():
+            if "error" in row:
+                cells = [row["error"], "", ""]
+            else:
+                mfu = f"{row['MFU']:.0%}" if "MFU" in row else ""
+                cells = [f"{row['samples/s']:.4g}", str(row.get("peak GB", "")), mfu]
+            lines.append(f"| `{recipe}` | {variant} | {row['samples per step']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["mini_gpu", "sdxl_512", "sdxl_1024"])
+    parser.add_argument("--batch", type=int, help="samples per step (default: the recipe's micro-batch)")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps per variant (default: %(default)s)")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 peak of a device that is not listed")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else args.device
+    peak = args.peak_tflops or next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
+    setup = {"device": name, "torch": torch.__version__, "steps": args.steps, "peak TFLOPS": peak}
+    report: dict[str, Any] = {"setup": setup, "recipes": {}}
+    for recipe in args.recipes:
+        config = RECIPES[recipe]()
+        batch = args.batch or config.micro_batch_size
+        config = replace(config, batch_size=batch, micro_batch_size=batch)
+        rows = report["recipes"].setdefault(recipe, {})
+        for variant, changes in (FULL_SIZE_VARIANTS if recipe in FAMILIES else MINI_VARIANTS).items():
+            row = measure_variant(config, changes, args.steps, device, peak)
+            rows[variant] = rounded({"samples per step": batch, **row})
+            save(report, markdown(report), args.out)
+
+
+if __name__ == "__main__":
+    main()
