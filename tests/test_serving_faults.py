@@ -228,7 +228,7 @@ def test_deleting_the_application_finishes_its_images(server, clients):
     async def run():
         expected = pixels(await server.generate(request))
         tasks = await begin(clients, request)
-        assert not any(task.done() for task in tasks)
+        assert not all(task.done() for task in tasks)  # the first may end before the second begins
         await asyncio.to_thread(serve.delete, NAME)
         for task in tasks:
             assert task.done() and np.abs(pixels(task.result()[0]) - expected).max() <= 1
