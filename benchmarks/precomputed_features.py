@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -33,10 +33,12 @@ from realcustom.config import ModelFamily
 from train.config import TrainConfig
 from train.data.features import FeatureStore, encoder_revisions
 from train.data.kinds import KINDS, NAMES, Kind
+from train.data.pixels import PixelBatch
 from train.data.precompute import Encode, precompute
 from train.data.sample import Sample
 from train.frozen import FrozenModels, Lookup, load_pipeline, start_adapter
 from train.objective import Objective, draw
+from train.precision import differentiable_attention
 from train.recipes import RECIPES
 from train.sources import open_mixture
 
@@ -52,6 +54,28 @@ def encoders_of(frozen: FrozenModels) -> dict[Kind, Encode]:
     }
 
 
+def forward_backward(
+    frozen: FrozenModels,
+    objective: Objective,
+    adapter: RealCustomAdapter,
+    config: TrainConfig,
+    samples: Sequence[Sample] | PixelBatch,
+) -> None:
+    """Encode some samples, compute their loss and add its gradient."""
+    encoded = frozen.encode(samples)
+    count, device = len(encoded.latents), frozen.device
+    draws = draw(
+        config.objective, encoded.latents.shape[1:], range(count), seed=0, step=0, batch_size=count,
+        num_timesteps=objective.num_timesteps, device=device,
+    )  # fmt: skip
+    with frozen.autocast():
+        keys_values = adapter(encoded.features)
+    with objective.attending(keys_values, draws.keep_vision), differentiable_attention(device.type):
+        with frozen.autocast():
+            losses = objective.losses(encoded, draws)
+        losses.mean().backward()
+
+
 def training_step(
     frozen: FrozenModels, adapter: RealCustomAdapter, config: TrainConfig, samples: list[Sample]
 ) -> Callable[[], object]:
@@ -61,20 +85,20 @@ def training_step(
     )
 
     def step() -> None:
-        encoded = frozen.encode(samples)
-        draws = draw(
-            config.objective, encoded.latents.shape[1:], range(len(samples)), seed=0, step=0,
-            batch_size=len(samples), num_timesteps=objective.num_timesteps,
-        )  # fmt: skip
-        with frozen.autocast():
-            keys_values = adapter(encoded.features)
-        with objective.attending(keys_values, draws.keep_vision):
-            with frozen.autocast():
-                losses = objective.losses(encoded, draws)
-            losses.mean().backward()
+        forward_backward(frozen, objective, adapter, config, samples)
         adapter.zero_grad(set_to_none=True)
 
     return step
+
+
+def noise_sample(size: int, reference_size: int, number: int = 0) -> Sample:
+    """A sample of noise; each number has its own images and caption."""
+    rng = np.random.default_rng(number)
+    return Sample(
+        image=rng.integers(0, 256, (size, size, 3), np.uint8), caption=f"a dog number {number}", target_phrase="dog",
+        reference=rng.integers(0, 256, (reference_size, reference_size, 3), np.uint8), original_size=(size, size),
+        crop=(0, 0), key=str(number),
+    )  # fmt: skip
 
 
 def cpu_seconds(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -134,12 +158,7 @@ def count_flops(recipe: str, gradient_checkpointing: bool = True) -> dict[str, f
     pipeline = random_pipeline(FAMILIES[recipe], "meta", torch.float32)
     adapter = pipeline.adapter.requires_grad_(True).train()
     frozen = _MetaModels(pipeline, torch.device("meta"))
-    size, reference_size = config.data.resolution, frozen.reference_size
-    sample = Sample(
-        image=np.zeros((size, size, 3), np.uint8), caption="a dog", target_phrase="dog",
-        reference=np.zeros((reference_size, reference_size, 3), np.uint8), original_size=(size, size), crop=(0, 0),
-        key="0",
-    )  # fmt: skip
+    sample = noise_sample(config.data.resolution, frozen.reference_size)
     if gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     report: dict[str, float] = {}

@@ -16,32 +16,31 @@ import argparse
 import gc
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.full_size import default_dtype, random_pipeline
-from benchmarks.precomputed_features import FAMILIES, count_flops, encoders_of
+from benchmarks.full_size import random_pipeline
+from benchmarks.precomputed_features import FAMILIES, count_flops, encoders_of, forward_backward, noise_sample
 from benchmarks.report import rounded, save
+from benchmarks.workbench import seconds
 from train.config import TrainConfig
-from train.data.kinds import NAMES
-from train.data.sample import Sample
+from train.data.kinds import KINDS, NAMES
 from train.data.sprite_world.batches import SpriteMixture
 from train.data.sprite_world.rendered import BatchRenderer
 from train.ema import EMA
 from train.frozen import FrozenModels, load_pipeline, start_adapter
-from train.objective import Objective, draw
-from train.precision import differentiable_attention
+from train.objective import Objective
+from train.precision import frozen_dtype
 from train.recipes import RECIPES
 from train.sources import open_training_data
+from train.startup import prepare_unet
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 FULL_SIZE_VARIANTS: dict[str, dict[str, bool]] = {
@@ -59,19 +58,13 @@ def make_step(config: TrainConfig, device: torch.device, features: bool) -> Call
     Args:
         features: whether the features of the frozen encoders are in memory before the step.
     """
-    family = FAMILIES.get(config.name)
-    if family is None:
-        pipeline = load_pipeline(config.model, default_dtype(str(device)))
-    else:
-        pipeline = random_pipeline(family, str(device))
+    family, dtype = FAMILIES.get(config.name), frozen_dtype(config.precision, device.type)
+    pipeline = load_pipeline(config.model, dtype) if family is None else random_pipeline(family, str(device), dtype)
     adapter = start_adapter(replace(config.model, adapter="base"), pipeline, 0)
     found: dict[str, dict[str, Tensor]] = {}
     frozen = FrozenModels(pipeline, device, lambda sample: found.get(sample.key))
     adapter.to(device)
-    if config.model.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-    if config.model.compile_blocks:
-        pipeline.unet.compile_repeated_blocks(fullgraph=True)
+    prepare_unet(pipeline.unet, config.model)
     objective = Objective(pipeline.unet, pipeline.scheduler, frozen.empty_text(), config.objective, device)
     parameters = list(adapter.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, betas=config.optimizer.betas, fused=device.type != "cpu")
@@ -84,7 +77,7 @@ def make_step(config: TrainConfig, device: torch.device, features: bool) -> Call
         samples: Any = mixture.samples(0, range(batch_size))
         render = BatchRenderer(config.data.resolution, frozen.reference_size, device)
     else:
-        samples = [random_sample(config.data.resolution, frozen.reference_size, i) for i in range(batch_size)]
+        samples = [noise_sample(config.data.resolution, frozen.reference_size, i) for i in range(batch_size)]
     if features:
         for kind, encode in encoders_of(frozen).items():
             with torch.no_grad():
@@ -93,17 +86,7 @@ def make_step(config: TrainConfig, device: torch.device, features: bool) -> Call
                     found.setdefault(sample.key, {}).update(zip(NAMES[kind], values))
 
     def step() -> None:
-        encoded = frozen.encode(render(samples))
-        draws = draw(
-            config.objective, encoded.latents.shape[1:], range(batch_size), seed=0, step=0, batch_size=batch_size,
-            num_timesteps=objective.num_timesteps, device=device,
-        )  # fmt: skip
-        with frozen.autocast():
-            keys_values = adapter(encoded.features)
-        with objective.attending(keys_values, draws.keep_vision), differentiable_attention(device.type):
-            with frozen.autocast():
-                losses = objective.losses(encoded, draws)
-            losses.mean().backward()
+        forward_backward(frozen, objective, adapter, config, render(samples))
         torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -112,28 +95,12 @@ def make_step(config: TrainConfig, device: torch.device, features: bool) -> Call
     return step
 
 
-def random_sample(size: int, reference_size: int, number: int) -> Sample:
-    """A sample of noise with its own caption."""
-    rng = np.random.default_rng(number)
-    return Sample(
-        image=rng.integers(0, 256, (size, size, 3), np.uint8), caption=f"a dog number {number}", target_phrase="dog",
-        reference=rng.integers(0, 256, (reference_size, reference_size, 3), np.uint8), original_size=(size, size),
-        crop=(0, 0), key=str(number),
-    )  # fmt: skip
-
-
 def measure(step: Callable[[], None], steps: int, device: torch.device) -> dict[str, float]:
     """Median seconds of a step after two to warm up, and on CUDA the peak memory in GB."""
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    times = []
-    for _ in range(steps + 2):
-        start = time.perf_counter()
-        step()
-        if on_cuda:
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+    times = [seconds(step, device) for _ in range(steps + 2)]
     result = {"seconds": statistics.median(times[2:])}
     return {**result, "peak GB": torch.cuda.max_memory_allocated(device) / 1e9} if on_cuda else result
 
@@ -144,18 +111,18 @@ def measure_variant(
     """One row of the report."""
     features = changes.get("features", False)
     model = replace(config.model, **{name: value for name, value in changes.items() if name != "features"})
+    # Release what the variant before needed, also if it ran out of memory.
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.compiler.reset()
     try:
         result: dict[str, Any] = measure(make_step(replace(config, model=model), device, features), steps, device)
     except torch.cuda.OutOfMemoryError:
         return {"error": "out of memory"}
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.compiler.reset()
     result["samples/s"] = config.micro_batch_size / result.pop("seconds")
     if peak is not None and config.name in FAMILIES:
         counts = count_flops(config.name, gradient_checkpointing=False)
-        tflops = counts["rest"] + (0 if features else sum(counts[kind] for kind in NAMES))
+        tflops = counts["rest"] + (0 if features else sum(counts[kind] for kind in KINDS))
         result["MFU"] = tflops * result["samples/s"] / peak
     return result
 

@@ -19,25 +19,24 @@ def test_corresponding_positions_have_the_same_color(batch):
     """In another pose, the pixel at the same position on the subject has the same color: at least four times as close
     as that of another position on the subject."""
     views = render_views(batch, cpu_renderer())
-    positions, shown = (
-        part.unflatten(0, (-1, 2)) for part in positions_on_subjects(views.homographies.flatten(0, 1), 128)
-    )
-    categories = batch.views.category.reshape(-1, 3, 2)
+    positions, shown = positions_on_subjects(views.homographies, 128)
+    categories = batch.views.category.reshape(2, 32, 2)
     generator = np.random.default_rng(0)
     differences = []
-    for row in np.flatnonzero((categories[:, :2, 1] < 0).all(1)):  # the instance alone in both views
-        alpha = torch.from_numpy(load_sprite(list(CATEGORIES)[categories[row, 0, 0]]).alpha[..., 0])
-        x, y = (positions[row, 0, 0].clamp(0, 0.999) * torch.tensor(alpha.shape[::-1])).long().T
-        here = (shown[row, 0, 0] & (alpha[y, x] == 1)).nonzero()[::7, 0]
-        there = shown[row, 1, 0].nonzero()[:, 0]
-        distance = torch.cdist(positions[row, 0, 0, here], positions[row, 1, 0, there])
+    for row in np.flatnonzero((categories[:, :, 1] < 0).all(0)):  # the instance alone in both views
+        other = row + 32
+        alpha = torch.from_numpy(load_sprite(list(CATEGORIES)[categories[0, row, 0]]).alpha[..., 0])
+        x, y = (positions[row, 0].clamp(0, 0.999) * torch.tensor(alpha.shape[::-1])).long().T
+        here = (shown[row, 0] & (alpha[y, x] == 1)).nonzero()[::7, 0]
+        there = shown[other, 0].nonzero()[:, 0]
+        distance = torch.cdist(positions[row, 0, here], positions[other, 0, there])
         near = distance.amin(1) < 0.02
         matches = there[distance.argmin(1)[near]]
-        colors = views.images[row, 0].flatten(1)[:, here[near]]
+        colors = views.images[row].flatten(1)[:, here[near]]
         for found in (matches, torch.from_numpy(generator.permutation(matches.numpy()))):
-            differences.append((views.images[row, 1].flatten(1)[:, found] - colors).abs().mean().item())
-    same, other = np.array(differences).reshape(-1, 2).mean(0)
-    assert len(differences) >= 8 and 4 * same < other
+            differences.append((views.images[other].flatten(1)[:, found] - colors).abs().mean().item())
+    same, different = np.array(differences).reshape(-1, 2).mean(0)
+    assert len(differences) >= 8 and 4 * same < different
 
 
 def test_subjects_lie_in_their_boxes(batch):
@@ -52,8 +51,8 @@ def test_subjects_lie_in_their_boxes(batch):
     assert not shown[torch.from_numpy(batch.views.category < 0)].any()
 
 
-def test_positions_in_a_crop_are_those_of_the_picture(batch):
-    """The left half of a picture has the same positions on the subjects as the picture itself."""
+def test_positions_in_a_crop_are_those_of_the_image(batch):
+    """The left half of an image has the same positions on the subjects as the image itself."""
     whole = homographies(batch.views, "cpu")
     half = whole @ crop_homography(torch.tensor([[0.0, 0.0, 0.5, 1.0]]))
     positions, shown = positions_on_subjects(whole, 16)

@@ -11,11 +11,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
+from diffusers import UNet2DConditionModel
 
 from realcustom import RealCustomAdapter, RealCustomPipeline
 
 from .checkpoint import Checkpoint, damaged_checkpoints, has_checkpoint, newest_checkpoint
-from .config import TrainConfig
+from .config import ModelConfig, TrainConfig
 from .data.features import open_features
 from .data.mixture import Mixture
 from .data.sprite_world.batches import SpriteMixture
@@ -115,16 +116,21 @@ def load(config: TrainConfig, device: torch.device, validates: bool) -> Loaded:
     pipeline.set_progress_bar_config(disable=True)
     adapter = start_adapter(config.model, pipeline, config.seed)
     frozen = FrozenModels(pipeline, device, open_features(config.data.features, pipeline))
-    if config.model.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-    if config.model.compile_blocks:
-        pipeline.unet.compile_repeated_blocks(fullgraph=True)
+    prepare_unet(pipeline.unet, config.model)
     objective = Objective(pipeline.unet, pipeline.scheduler, frozen.empty_text(), config.objective, device)
     mixture = open_training_data(config, frozen.reference_size)
     validation = None
     if validates and config.data.validation is not None and config.preview.every_steps:
         validation = Validation(config, frozen, objective)
     return Loaded(pipeline, adapter, frozen, objective, mixture, validation)
+
+
+def prepare_unet(unet: UNet2DConditionModel, model: ModelConfig) -> None:
+    """Set up gradient checkpointing and compilation as configured."""
+    if model.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if model.compile_blocks:
+        unet.compile_repeated_blocks(fullgraph=True)
 
 
 def warn_about_changes(found: Checkpoint, config: TrainConfig, fingerprint: str) -> None:

@@ -36,7 +36,7 @@ from ..precision import autocast
 from .loop import LoopConfig, load_stage, run_loop
 from .networks import VISION_SIZE, VISION_WIDTH, build_vision_encoders
 from .stream import SampleStream
-from .views import GRID, NUM_VIEWS, ViewMixture, Views, render_views
+from .views import GRID, ViewMixture, Views, render_views
 
 BATCH_SIZE, GPU_BATCH_SIZE = 24, 768
 NUM_HELD_OUT = 64
@@ -69,10 +69,6 @@ class VisionPretrainer(nn.Module):
     def encoders(self) -> VisionEncoders:
         """The encoders without the heads."""
         return VisionEncoders(self.siglip, self.dino, MINI_VISION, MethodConfig())
-
-    def tokens(self, pixels: Tensor) -> list[Tensor]:
-        """[B, 3, 64, 64] in [0, 1] -> tokens of every block, each [B, N, C]."""
-        return tokens_of_blocks(self.encoders(), pixels)
 
     def portrait(self, deep: Tensor, inside: Tensor) -> Tensor:
         """Reconstruct the portrait from the deep tokens [B, N, C] where `inside` [B, N] is true; [B, 3, 32, 32]."""
@@ -108,29 +104,26 @@ def vision_loss(
         generator: of the position of the local crops.
         kept: encoders whose features the model should keep, see `change_of_features`.
     """
-    both = views.images.transpose(0, 1).flatten(0, 1)  # all first views, then all second views
-    count = len(views.images)
+    count = len(views.portraits)
     top, left = torch.randint(0, SCENE_SIZE - VISION_SIZE + 1, (2,), generator=generator).tolist()
-    crops = both[:count, :, top : top + VISION_SIZE, left : left + VISION_SIZE]
-    images = torch.cat([F.avg_pool2d(both, SCENE_SIZE // VISION_SIZE), crops])
-    blocks = model.tokens(images)
+    crops = views.images[:count, :, top : top + VISION_SIZE, left : left + VISION_SIZE]
+    images = torch.cat([F.avg_pool2d(views.images, SCENE_SIZE // VISION_SIZE), crops])
+    blocks = tokens_of_blocks(model.encoders(), images)
     deep, last = blocks[MINI_VISION.siglip_deep], blocks[-1]
-    inside = views.inside.transpose(0, 1).flatten(0, 1)
+    inside = views.inside
     summary = (last[: 2 * count] * inside[..., None]).sum(1) / inside.sum(1, keepdim=True)
     patches = (model.patches(deep).float() - F.avg_pool2d(images, 2)).abs().mean()
-    portrait = model.portrait(deep[: 2 * count], inside).float() - views.portraits.repeat(NUM_VIEWS, 1, 1, 1)
+    portrait = model.portrait(deep[: 2 * count], inside).float() - views.portraits.repeat(2, 1, 1, 1)
     portrait = portrait.abs().mean() + 2 * portrait.pow(2).mean()
     box = torch.tensor([[left, top, left + VISION_SIZE, top + VISION_SIZE]], device=deep.device) / SCENE_SIZE
-    where = views.homographies.transpose(0, 1).flatten(0, 1)
-    where = torch.cat([where, where[:count] @ crop_homography(box)])
-    labels = views.categories.transpose(0, 1).flatten(0, 1)
-    labels = torch.cat([labels, labels[:count]])
+    where = torch.cat([views.homographies, views.homographies[:count] @ crop_homography(box)])
+    labels = torch.cat([views.categories, views.categories[:count]])
     token_category, token_position = token_losses(model.locate(deep).float(), where, labels)
     embedded = F.normalize(model.embed(summary).float(), dim=-1)
     similarity = embedded[:count] @ embedded[count:].T / TEMPERATURE
     same = torch.arange(count, device=similarity.device)
     contrast = (F.cross_entropy(similarity, same) + F.cross_entropy(similarity.T, same)) / 2
-    category = F.cross_entropy(model.classify(summary).float(), views.category.repeat(NUM_VIEWS))
+    category = F.cross_entropy(model.classify(summary).float(), views.category.repeat(2))
     loss = 2 * patches + 3 * portrait + 0.3 * contrast + 0.2 * category + 0.3 * token_category + token_position
     metrics = {
         "patches": patches,
@@ -144,7 +137,8 @@ def vision_loss(
     if kept is not None:
         with torch.no_grad():
             before = tokens_of_blocks(kept, images)
-        metrics["change"] = change_of_features(blocks[: MINI_VISION.siglip_deep + 1], before)
+        read = slice(MINI_VISION.siglip_deep + 1)  # the projector reads no later block
+        metrics["change"] = change_of_features(blocks[read], before[read])
         loss = loss + metrics["change"]
     return loss, {name: float(value.detach()) for name, value in metrics.items()}
 
@@ -167,7 +161,7 @@ def token_losses(predicted: Tensor, where: Tensor, categories: Tensor) -> tuple[
 def change_of_features(now: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
     """Squared change of the tokens of each block relative to the variance of their channels; mean over the blocks."""
     changes = []
-    for new, old in zip(now, before):
+    for new, old in zip(now, before, strict=True):
         new, old = new.float(), old.float()
         changes.append(((new - old).square().mean((0, 1)) / old.var((0, 1)).clamp_min(1e-6)).mean())
     return torch.stack(changes).mean()
@@ -214,13 +208,13 @@ def train_vision(
 
     def preview(step: int) -> dict[str, float]:
         loss, metrics = vision_loss(model, held_out, torch.Generator().manual_seed(0), kept)
-        shown = held_out.images[:16, 0]
-        deep = model.tokens(F.avg_pool2d(shown, 2))[MINI_VISION.siglip_deep]
+        shown = held_out.images[:16]
+        deep = tokens_of_blocks(model.encoders(), F.avg_pool2d(shown, 2))[MINI_VISION.siglip_deep]
         rows = [
             F.avg_pool2d(shown, 4),
             model.patches(deep),
             held_out.portraits[:16],
-            model.portrait(deep, held_out.inside[:16, 0]),
+            model.portrait(deep, held_out.inside[:16]),
         ]
         save_grid(torch.cat(rows).float() * 2 - 1, out / "preview.png", columns=16)
         return {f"held_out_{name}": round(value, 4) for name, value in {"loss": float(loss), **metrics}.items()}

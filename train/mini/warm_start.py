@@ -25,7 +25,7 @@ def warm_start(folder: Path, out: Path, device: str = "cpu", base_batch_size: in
     """Write a checkpoint to `out/STAGE` for every stage that the model in `folder` has been trained in.
 
     Args:
-        device: that the stages will use; it determines their batch sizes.
+        device: where the stages will run; it determines their batch sizes.
         base_batch_size: samples per step of stage `base`; None for the default of the device.
     Raises:
         FileExistsError: a stage already has a checkpoint in `out`.

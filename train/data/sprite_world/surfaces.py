@@ -1,6 +1,6 @@
-"""Where the subjects of views lie, as homographies from positions in the picture to positions on the subjects.
+"""Where the subjects of views lie, as homographies from positions in the image to positions on the subjects.
 
-Positions are fractions of the sides of the picture or of the subject's drawing. Two views of an instance correspond
+Positions are fractions of the sides of the image or of the subject's drawing. Two views of an instance correspond
 where their positions on it are equal.
 
 Legend: B views, S = 2 slots for subjects.
@@ -18,7 +18,7 @@ from .views import PackedViews
 
 
 def homographies(views: PackedViews, device: torch.device | str) -> Tensor:
-    """Position in the picture -> position on each subject, float32 [B, S, 3, 3]; zeros for an empty slot."""
+    """Position in the image -> position on each subject, float32 [B, S, 3, 3]; zeros for an empty slot."""
     coefficients = torch.from_numpy(views.coefficients).to(device)
     to_sprite = F.pad(coefficients, (0, 1), value=1.0).unflatten(-1, (3, 3))  # px from the image's center -> px
     category = torch.from_numpy(views.category).to(device, torch.int64)
@@ -28,10 +28,10 @@ def homographies(views: PackedViews, device: torch.device | str) -> Tensor:
 
 
 def crop_homography(boxes: Tensor) -> Tensor:
-    """Position in a crop -> position in the picture, [B, 3, 3].
+    """Position in a crop -> position in the image, [B, 3, 3].
 
     Args:
-        boxes: left, top, right, bottom of the crops as fractions of the picture's sides, [B, 4].
+        boxes: left, top, right, bottom of the crops as fractions of the image's sides, [B, 4].
     """
     left, top, right, bottom = boxes.unbind(1)
     zero, one = torch.zeros_like(left), torch.ones_like(left)
