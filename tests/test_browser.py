@@ -98,9 +98,30 @@ def png(image: Image.Image) -> dict:
     return {"name": "subject.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
 
 
+def open_tab(page, tab: str) -> None:
+    page.get_by_role("tab", name=tab, exact=True).click()
+    wait_for_frames(page, f"#{tab}-prompt")
+
+
+def open_settings(page, tab: str) -> None:
+    if not page.is_visible(f"#{tab}-seed"):
+        page.click(f"#{tab}-settings button")
+        wait_for_frames(page, f"#{tab}-seed")
+
+
+def wait_for_frames(page, shown: str) -> None:
+    """Wait for an element that has just been shown, and for two animation frames.
+
+    Gradio sets the components of a tab or an accordion to their initial values one frame after it opens, and would
+    undo what a test enters before that.
+    """
+    page.wait_for_selector(shown)
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
 def fill_in(page, tab: str, prompt: str, slots: list[tuple[Image.Image, list[str]]]) -> None:
     """Open a tab, upload the images, type the prompt, select the words, and enter a seed."""
-    page.get_by_role("tab", name=tab, exact=True).click()
+    open_tab(page, tab)
     page.fill(f"#{tab}-prompt textarea", prompt)
     if len(slots) > 2:
         page.click(f"#{tab}-more")
@@ -109,7 +130,7 @@ def fill_in(page, tab: str, prompt: str, slots: list[tuple[Image.Image, list[str
         page.wait_for_selector(f"#{tab}-image-{index} img")
         for word in words:
             page.click(f"#{tab}-words-{index} label:has-text('{word}')")
-    page.click(f"#{tab}-settings button")
+    open_settings(page, tab)
     page.fill(f"#{tab}-seed input", "11")
 
 
@@ -170,8 +191,7 @@ def test_reference_changes_the_image_inside_the_mask(page, external_requests, ta
 
 def test_empty_seed_is_random_and_can_be_reused(page):
     """Opening the settings leaves the seed empty; the button below the results copies the last seed into the field."""
-    page.click("#One2One-settings button")
-    page.wait_for_selector("#One2One-seed input")
+    open_settings(page, "One2One")
     page.wait_for_timeout(500)
     assert page.input_value("#One2One-seed input") == ""
     page.fill("#One2One-prompt textarea", "a dog runs")
@@ -348,7 +368,7 @@ def make_result(page, seed: int = 3) -> None:
     """Fill in the first example and wait for its result."""
     page.click("#One2One-example-0")
     page.wait_for_selector("#One2One-words-0 label.selected:has-text('dog')")
-    page.click("#One2One-settings button") if not page.is_visible("#One2One-seed") else None
+    open_settings(page, "One2One")
     page.fill("#One2One-seed input", str(seed))
     page.click("#One2One-generate")
     page.wait_for_selector(f"#One2One-status:has-text('Done. Seed {seed}')")
@@ -414,7 +434,7 @@ def test_arrow_keys_move_between_word_chips(scripted_page):
 
 def test_chips_of_one_image_have_the_colors_of_their_masks(scripted_page):
     page = scripted_page
-    page.get_by_role("tab", name="One2Many").click()
+    open_tab(page, "One2Many")
     page.click("#One2Many-example-0")
     page.wait_for_selector("#One2Many-words-0 label.selected >> nth=1")
     chips = page.locator("#One2Many-words-0 label.selected")
@@ -482,7 +502,7 @@ def test_all_text_has_sufficient_contrast(scripted, client, browser, theme):
 
 def test_number_of_mask_steps_follows_the_number_of_steps(scripted_page):
     page = scripted_page
-    page.click("#One2One-settings button")
+    open_settings(page, "One2One")
     page.fill("#One2One-steps input[type=number]", "5")
     page.press("#One2One-steps input[type=number]", "Tab")
     page.wait_for_function("document.querySelector('#One2One-stop-step input[type=range]').max === '5'")
@@ -505,7 +525,7 @@ def test_example_selects_its_word_and_image_labels_are_above_the_images(scripted
 )
 def test_composer_writes_the_prompt(page, tab, subjects, prompt):
     """Chips of subjects and scenes write the prompt, whose words can then be selected."""
-    page.get_by_role("tab", name=tab, exact=True).click()
+    open_tab(page, tab)
     page.click(f"#{tab}-compose button")
     for word in subjects:
         page.click(f"#{tab}-known-subjects label:has-text('{word}')")
