@@ -3,13 +3,17 @@
 import io
 import json
 import os
+import signal
 import tarfile
+import threading
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from train.curriculum import Curriculum
+from train.data import decode
 from train.data.caption import guess_target_phrase
 from train.data.decode import Limits
 from train.data.index import content_hash
@@ -310,6 +314,24 @@ def test_index_is_built_once(shards, monkeypatch):
     changed = TextImageSource(shards, limits=LIMITS)
     assert len(changed.sizes) == 9 and changed.fingerprint != first.fingerprint
     assert load(changed).caption == "a photo of a dog, number 50"
+
+
+def test_ctrl_c_ends_the_index_of_a_large_shard(tmp_path, monkeypatch):
+    """The rest of the shard is not read, and no sidecar of a part is left behind."""
+    path, read = write_shard(tmp_path / "0.tar", good(count=500)), []
+
+    def read_size(image, key):
+        read.append(key)
+        if len(read) == 3:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.01)
+        return decode.read_size(image, key)
+
+    monkeypatch.setattr("train.data.index.read_size", read_size)
+    with pytest.raises(KeyboardInterrupt):
+        TextImageSource(path, limits=LIMITS)
+    assert 3 <= len(read) < 500
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_changed_captions_change_the_fingerprint(shards):

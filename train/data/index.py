@@ -7,7 +7,8 @@ Legend: N records of the shard.
 
 import tarfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
@@ -82,17 +83,21 @@ class Index:
         return digest.hexdigest()
 
 
-def index_shard(path: Path, name: str) -> Index:
+def index_shard(path: Path, name: str, is_cancelled: Callable[[], bool] = lambda: False) -> Index:
     """The index of a shard, from its sidecar if that is up to date.
 
     Args:
         path: a tar file.
         name: of the shard in keys and messages.
+        is_cancelled: asked before each record. A large shard takes minutes, and a thread cannot be interrupted.
+
+    Raises:
+        CancelledError: `is_cancelled` returned True; no sidecar is written.
     """
 
     def build() -> tuple[Columns, dict[str, Any]]:
         findings = Findings()
-        columns = _scan(path, name, findings)
+        columns = _scan(path, name, findings, is_cancelled)
         return columns, {"counts": findings.counts, "examples": findings.examples}
 
     columns, information = load_or_build(path, stamp_of_file(path), build)
@@ -113,9 +118,11 @@ def rows_with_hash(columns: Columns, hashes: Collection[bytes]) -> list[int]:
     return [row for row in candidates.tolist() if columns["hash"][row].tobytes() in hashes]
 
 
-def _scan(path: Path, name: str, findings: Findings) -> Columns:
+def _scan(path: Path, name: str, findings: Findings, is_cancelled: Callable[[], bool]) -> Columns:
     records: dict[str, dict[str, tarfile.TarInfo]] = {}
     for member in _members(path, name, findings):
+        if is_cancelled():
+            raise CancelledError
         key, extension = _split(member.name)
         kind = "image" if extension in EXTENSIONS else extension
         if kind in ("image", *CAPTIONS):
@@ -127,6 +134,8 @@ def _scan(path: Path, name: str, findings: Findings) -> Columns:
     names = []
     with open(path, "rb") as file:
         for key, members in records.items():
+            if is_cancelled():
+                raise CancelledError
             try:
                 size, digest, caption = _inspect(file, f"{name}/{key}", members)
             except BrokenRecord as broken:

@@ -6,6 +6,7 @@ laion/00001.tar    ...
 
 import logging
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -181,5 +182,9 @@ def shard_name(path: Path, shard: Path) -> str:
 
 
 def _index_all(path: Path, shards: list[Path]) -> Iterator[Index]:
+    cancelled = threading.Event()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        yield from threads.map(lambda shard: index_shard(shard, shard_name(path, shard)), shards)
+        try:
+            yield from threads.map(lambda shard: index_shard(shard, shard_name(path, shard), cancelled.is_set), shards)
+        finally:  # on Ctrl-C, the executor would wait for the shards that it is reading
+            cancelled.set()
