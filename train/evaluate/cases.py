@@ -37,6 +37,7 @@ class Case:
         categories: target words, from left to right, in the order of training captions.
         references: per subject, one image of each candidate; the correct instance comes first.
         given: per subject, the reference image for the model. It differs from the images in `references`.
+        cropped: per subject, `given` or, with One2Many, its part that shows the subject.
         truth: a rendered image of the instances in the scene.
     """
 
@@ -53,23 +54,26 @@ class Case:
         views = [make_reference(rng, (instance,), on_scene=0.0) for instances in candidates for instance in instances]
         right = tuple(instances[0] for instances in candidates)
         # An image of both instances shows them in random order.
-        shown = [right[:: rng.choice([1, -1])]] if task == "One2Many" else [(instance,) for instance in right]
+        order = rng.choice([1, -1]) if task == "One2Many" else 1
+        shown = [right[::order]] if task == "One2Many" else [(instance,) for instance in right]
         views += [make_reference(rng, instances, on_scene=0.0) for instances in shown]
         views.append(compose(rng, right, scene_background(rng, self.scene)))
         images = iter(render_views(views))
         self.references = [[next(images) for _ in instances] for instances in candidates]
         given = [next(images) for _ in shown]
         self.given = given * num_subjects if task == "One2Many" else given
+        self.cropped = [crop_subject(given[0], side) for side in (0, 1)[::order]] if task == "One2Many" else given
         self.truth = next(images)
 
     @property
     def prompt(self) -> str:
         return f"{' and '.join(map(with_article, self.categories))} {SCENES[self.scene]}"
 
-    def request(self, **settings) -> Request:
+    def request(self, cropped: bool = False, **settings) -> Request:
         """The request for this case. `settings` are those of a condition, see `report.CONDITIONS`."""
+        images = self.cropped if cropped else self.given
         subjects = tuple(
-            Subject(image=image, target_phrase=category) for image, category in zip(self.given, self.categories)
+            Subject(image=image, target_phrase=category) for image, category in zip(images, self.categories)
         )
         return Request(prompt=self.prompt, seed=self.index, **{"subjects": subjects, **settings})
 

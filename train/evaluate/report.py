@@ -2,8 +2,9 @@
 
 Each case requests held-out instances in a scene. It is generated from the same seed under several conditions: with
 guidance masks, with masks of ones (every reference at all positions), and with text only; for one subject also with
-guidance masks from both approximations. The classifiers select the instance among ten references of the same
-category, and predict the category and the scene. The chance levels are 10%, 6.25% and 12.5%.
+guidance masks from both approximations, and for One2Many also with the reference cropped to each subject. The
+classifiers select the instance among ten references of the same category, and predict the category and the scene. The
+chance levels are 10%, 6.25% and 12.5%.
 """
 
 import json
@@ -31,10 +32,15 @@ CONDITIONS: dict[str, dict[str, Any]] = {  # condition -> settings of its reques
     "masked": {},
     "masked, from the generation branch": {"mask_source": "generation_branch"},
     "masked, every 3rd step": {"mask_interval": 3},
+    "masked, cropped references": {"cropped": True},
     MASK_OF_ONES: {},
     "text only": {"subjects": ()},
 }
-TWO_SUBJECT_CONDITIONS = ("masked", MASK_OF_ONES, "text only")
+CONDITIONS_OF_TASK = {
+    "One2One": ("masked", "masked, from the generation branch", "masked, every 3rd step", MASK_OF_ONES, "text only"),
+    "One2Many": ("masked", "masked, cropped references", MASK_OF_ONES, "text only"),
+    "Many2Many": ("masked", MASK_OF_ONES, "text only"),
+}
 UPPER_BOUND = "real images (upper bound)"
 
 Scores = dict[str, float]  # "instance", "category", "scene" -> fraction that is correct
@@ -104,11 +110,10 @@ def evaluate(
     results: Results = {}
     for task in TASKS:
         num_subjects = 1 if task == "One2One" else 2
-        conditions = tuple(CONDITIONS) if num_subjects == 1 else TWO_SUBJECT_CONDITIONS
         cases = [Case(i, task) for i in range(num_instances // num_subjects)]
         results[task] = {UPPER_BOUND: score(classifiers, cases, [case.truth for case in cases])}
         rows = [[case.given[subject] for case in cases] for subject in range(2 if task == "Many2Many" else 1)]
-        for condition in conditions:
+        for condition in CONDITIONS_OF_TASK[task]:
             images = generate_images(pipeline, cases, condition)
             results[task][condition] = score(classifiers, cases, images)
             rows.append(images)
