@@ -7,9 +7,9 @@ A step is measured as `train/trainer.py` runs it: rendering (sprite world), froz
 optimizer and EMA. Loading samples is not included. The variants of a recipe run one after the other on the same
 weights. Results are written after each variant; one that does not fit into memory is reported as such.
 
-Utilization (MFU) is the FLOPs that the step requires, counted on device "meta" without the recomputation of gradient
-checkpointing, divided by time and by the peak of the device. The peak is the data sheet's for dense bfloat16
-(`PEAK_TFLOPS`) or that of `--peak-tflops`; on other devices there is no utilization.
+Model FLOPs utilization (MFU) is reported for the full-size recipes: the FLOPs that the step requires, counted on device
+"meta" without the recomputation of gradient checkpointing, divided by time and by the peak of the device. The peak is
+the data sheet's for dense bfloat16 (`PEAK_TFLOPS`) or that of `--peak-tflops`.
 """
 
 import argparse

@@ -22,7 +22,7 @@ from train.mini.grounding import grounding_loss, subject_maps, subject_token_mas
 from train.mini.networks import build_scheduler, build_vae
 from train.mini.text_to_image import FULL_SIZE_EVERY, PREVIEW_PROMPTS, TextToImage, resolution_of_step
 from train.mini.vae import vae_loss
-from train.mini.views import GROUP, ViewMixture, render_views
+from train.mini.views import GROUP, ViewMixture, render_view_batch
 from train.mini.vision_encoders import (
     MINI_VISION,
     VisionPretrainer,
@@ -119,7 +119,7 @@ def test_vae_loss_has_gradients_for_all_parameters():
 
 
 def views_of(count: int):
-    return render_views(ViewMixture(count).samples(0, range(count)), cpu_renderer())
+    return render_view_batch(ViewMixture(count).samples(0, range(count)), cpu_renderer())
 
 
 def test_vision_loss_trains_the_layers_that_the_projector_reads():
@@ -170,8 +170,8 @@ def test_views_show_the_instance_of_their_group():
 
 def test_views_of_a_position_do_not_depend_on_the_part_of_the_batch():
     whole = ViewMixture(24).samples(3, range(24))
-    part = render_views(ViewMixture(24).samples(3, range(8, 12)), cpu_renderer())
-    both = render_views(whole, cpu_renderer()).images.view(2, 24, 3, 128, 128)
+    part = render_view_batch(ViewMixture(24).samples(3, range(8, 12)), cpu_renderer())
+    both = render_view_batch(whole, cpu_renderer()).images.view(2, 24, 3, 128, 128)
     assert torch.equal(part.images.view(2, 4, 3, 128, 128), both[:, 8:12])
 
 

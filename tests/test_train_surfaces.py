@@ -7,7 +7,7 @@ import torch
 from train.data.sprite_world.renderer import cpu_renderer
 from train.data.sprite_world.sprites import CATEGORIES, load_sprite
 from train.data.sprite_world.surfaces import crop_homography, homographies, positions_on_subjects
-from train.mini.views import ViewMixture, render_views
+from train.mini.views import ViewMixture, render_view_batch
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def batch():
 def test_corresponding_positions_have_the_same_color(batch):
     """In another pose, the pixel at the same position on the subject has the same color: at least four times as close
     as that of another position on the subject."""
-    views = render_views(batch, cpu_renderer())
+    views = render_view_batch(batch, cpu_renderer())
     positions, shown = positions_on_subjects(views.homographies, 128)
     categories = batch.views.category.reshape(2, 32, 2)
     generator = np.random.default_rng(0)

@@ -176,7 +176,11 @@ def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_trained(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Load the trainable parameters of `module`. The names must match exactly."""
+    """Load the trainable parameters of `module`.
+
+    Raises:
+        ValueError: the names are not exactly those of the trainable parameters.
+    """
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if named.keys() != values.keys():
         different = sorted(named.keys() ^ values.keys())

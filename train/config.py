@@ -67,7 +67,8 @@ class SourceConfig:
         path: folder of the data; None for the sprite world.
         weight: relative frequency within the source's group (other views, or the target image as the reference).
         min_side: smallest height and width of an image in px; smaller ones are not used.
-        flip: mirror half of the samples, except those whose caption names left or right; not for images of text.
+        flip: mirror half of the samples, except those whose caption names left or right; do not use it for
+            images that contain text.
     """
 
     kind: Literal["text_image", "multiview", "sprite_world"]
@@ -104,7 +105,8 @@ class DataConfig:
         workers: loader processes; 0 loads in the training process. The number does not change the samples.
         features: folder of precomputed features (`python -m train.data precompute`); None computes all in the run.
         validation: source of samples that are not trained on; their loss is logged with each preview.
-        crop: part of an image that is longer than its bucket; "random" is for models with a crop condition (SDXL).
+        crop: which part is kept if the aspect ratio of an image differs from that of its bucket; "random" is for models
+            with a crop condition (SDXL).
         evaluation: folders of images that must not be in the sources; a warning names those that are.
     """
 
@@ -298,7 +300,7 @@ class TrainConfig:
         steps: optimizer steps.
         batch_size: samples per step, over all processes.
         micro_batch_size: samples per forward pass of a process; gradients are accumulated.
-        seed: of the data order, noise, timesteps and dropout.
+        seed: of the data order, noise, timesteps, dropout and the initialization of a new adapter.
         max_seconds: stop after this time with a checkpoint; `--resume` continues.
         device: "auto" uses a GPU if there is one.
         precision: of the frozen models and the forward pass; the adapter is always float32. "auto" is bfloat16 where it

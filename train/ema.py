@@ -31,7 +31,11 @@ class EMA:
         get_ema_multi_avg_fn(decay)(list(self.values.values()), current, step)
 
     def load(self, values: Mapping[str, Tensor]) -> None:
-        """Replace the averages by saved ones, which must have the same names."""
+        """Replace the averages by saved ones.
+
+        Raises:
+            ValueError: they have other names.
+        """
         if values.keys() != self.values.keys():
             different = sorted(values.keys() ^ self.values.keys())
             raise ValueError(f"the saved EMA belongs to another network: {different[0]} is in only one of the two.")

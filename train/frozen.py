@@ -1,6 +1,7 @@
 """The frozen half of the model: VAE, text encoders, vision encoders and UNet, from any diffusers folder.
 
-Legend: B batch, C latent channels, h, w latent size, T text tokens, D channels of the text.
+Legend: B batch, C latent channels, h, w latent size, T text tokens, D channels of the text,
+P channels of the pooled text.
 """
 
 from collections import OrderedDict
@@ -121,7 +122,7 @@ class FrozenModels:
     @torch.no_grad()
     def empty_text(self) -> tuple[Tensor, Tensor | None]:
         """Text condition of a dropped caption, as the pipeline encodes an empty negative prompt: embeds [T, D] and
-        pooled text."""
+        pooled text [P], or None if the model takes none."""
         ((embeds, *rest),) = self.encode_texts([""])
         pooled = rest[0] if rest else None
         if self.pipeline.config["force_zeros_for_empty_prompt"]:
@@ -208,7 +209,7 @@ class FrozenModels:
         return [(latents,) for latents in self._decoder.scaled(self._decoder.encode(pixels))]
 
     def encode_texts(self, texts: Sequence[str]) -> list[tuple[Tensor, ...]]:
-        """Embeds, and the pooled text if the model takes one; the last texts are cached."""
+        """Per text, embeds [T, D] and, if the model takes it, the pooled text [P]; the last texts are cached."""
         if new := sorted(set(texts) - self._texts.keys()):
             for text, condition in zip(new, self.pipeline.text_encoders.encode_batch(new), strict=True):
                 self._texts[text] = condition.embeds, condition.pooled

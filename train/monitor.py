@@ -8,10 +8,10 @@ class Monitor:
     """Receives the progress of a run. All processes call its methods in the same order.
 
     Attributes:
-        validates: validation runs elsewhere, as a task of its own; the run does not wait for it.
+        validates_separately: whether validation runs as a separate task, for which the run does not wait.
     """
 
-    validates = False
+    validates_separately = False
 
     def wants_checkpoint(self, step: int) -> bool:
         """Whether a checkpoint should be written after this step, for example because a machine will be preempted.

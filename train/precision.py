@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def prefers_bfloat16(device_type: str) -> bool:
     """Whether training is faster in bfloat16 than in float32.
 
-    On a CPU this requires AMX. A CPU without bfloat16 instructions emulates them, which is hundreds of times slower.
-    With AVX-512 alone, conversions cost more than they save: training steps of the UNet take a third longer.
+    On a CPU this requires AMX on x86 or the bf16 instructions of Arm. A CPU without bfloat16 instructions emulates
+    them, which is many times slower. With AVX-512 alone, conversions cost more than they save: training steps of the
+    UNet take a third longer.
     """
     if device_type != "cpu":
         return True

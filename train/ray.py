@@ -116,7 +116,7 @@ class RayMonitor(Monitor):
     """Reports checkpoints to Ray and asks it whether machines will be preempted."""
 
     def __init__(self, validates: bool) -> None:
-        self.validates = validates
+        self.validates_separately = validates
         self._announced = False
 
     def wants_checkpoint(self, step: int) -> bool:
@@ -132,7 +132,7 @@ class RayMonitor(Monitor):
             return
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / POINTER).write_text(json.dumps(str(checkpoint)))
-            report(metrics, checkpoint=Checkpoint.from_directory(folder), validation=self.validates)
+            report(metrics, checkpoint=Checkpoint.from_directory(folder), validation=self.validates_separately)
 
 
 def _train(settings: dict[str, Any]) -> None:

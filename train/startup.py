@@ -57,8 +57,8 @@ def check_outputs(config: TrainConfig) -> None:
     """Check what a run uses only later: trackers, previews and the upload.
 
     Raises:
-        ValueError: a tracker that is not installed, a preview that cannot be generated, or a repository that cannot
-            be written to.
+        ValueError: a tracker that is not installed, a preview that cannot be generated, an invalid `hub.repo_id`, or no
+            token of the Hugging Face Hub.
     """
     available = [str(name) for name in get_available_trackers()]
     for name in config.log.trackers:

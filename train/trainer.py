@@ -1,8 +1,8 @@
 """The training loop of RealCustom++: trains the adapter (projector, W_Ki, W_Vi) of a frozen text-to-image model.
 
 Everything random is a function of the seed, the step and the position in the global batch (`data/mixture.py`,
-`objective.draw`). To resume, a run therefore needs the weights, the optimizer state and the number of the step; and any
-number of processes trains on the same samples with the same noise.
+`objective.draw`). To resume, a run therefore needs only the weights, their EMA, the optimizer state and the number of
+the step. Any number of processes trains on the same samples with the same noise.
 """
 
 import logging
@@ -54,6 +54,7 @@ def run(config: TrainConfig, *, resume: bool = False, monitor: Monitor | None = 
         Number of steps done, including those of earlier runs.
     Raises:
         ValueError: a configuration that does not fit the models, the data or the checkpoints.
+        RuntimeError: a loader process failed.
     """
     with StopSignal().listen() as stop:
         return _run(config, resume, monitor or Monitor(), stop)
@@ -84,7 +85,7 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
         return bool(_sum_over_processes(accelerator, torch.tensor([float(flag)], device=device))[0] > 0)
 
     # ---- frozen models and data ----------------------------------------------------------------------------------
-    loaded = stop.interruptible(lambda: load(config, device, validates=is_main and not monitor.validates))
+    loaded = stop.interruptible(lambda: load(config, device, validates=is_main and not monitor.validates_separately))
     if any_process(loaded is None or stop.requested):
         logger.info("Stopped before the first step.")
         return step

@@ -1,8 +1,8 @@
 """Pretraining of the embedded model: `python -m train.mini STAGE --out FOLDER`.
 
-Stages in order: sprites (or start, to continue from an exported model), tokenizer, vae, base, vision, export. Then
-`python -m train mini` trains the adapter from the exported folder, and `classifiers` and `evaluate` measure it. Each
-stage keeps its checkpoints in `FOLDER/STAGE` and resumes from them.
+Stages in order: tokenizer, vae, base, vision, export. Then `python -m train mini` trains the adapter from the exported
+folder, and `classifiers` and `evaluate` measure it. `start` writes the checkpoints of vae, base and vision from an
+exported model, to continue it. Each stage keeps its checkpoints in `FOLDER/STAGE` and resumes from them.
 
 Imports are inside the functions that need them, so that `--help` is fast and worker processes, which import this file
 again, stay light.
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m train.mini", description="Pretrain the embedded model, stage by stage. See docs/mini.md."
     )
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, outside the source tree")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, for example runs/stages")
     parser.add_argument("--sprites", type=Path, help="sprites: `assets` folder of the unpacked npm package")
     parser.add_argument(
         "--model",
@@ -34,12 +34,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="number of CPU threads (default: chosen by PyTorch)")
     parser.add_argument("--device", help="torch device (default: cuda if available, else cpu)")
     parser.add_argument(
-        "--max-samples", type=int, help="total number of training samples; the learning rate falls toward this end"
+        "--max-samples",
+        type=int,
+        help="total number of training samples, up to which the learning rate falls (default: no limit and no decay)",
     )
     parser.add_argument(
         "--batch-size",
         type=int,
-        help="samples per step of base (default: 64, on a GPU 1024) or vision (24, on a GPU 768); start: of base",
+        help="samples per step of base (default: 64, on a GPU 1024) or vision (24, on a GPU 768); with start: of base",
     )
     parser.add_argument(
         "--keep", action="store_true", help="vision: keep the features of --model, so that its adapter remains usable"

@@ -1,4 +1,7 @@
-"""Text conditions from frozen text encoders. Each of the sprite world's 9,000 captions is encoded once."""
+"""Text conditions from frozen text encoders. Each caption of the sprite world is encoded once.
+
+Legend: B batch, T text tokens, C channels of the hidden states, D channels of the pooled text.
+"""
 
 from collections.abc import Callable, Sequence
 

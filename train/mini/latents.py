@@ -20,6 +20,9 @@ class LatentCodec:
     """The frozen VAE of `out/vae` with its scaling factor.
 
     `scaling_factor` is 1 / (root mean square of the latents). It is measured once and stored next to the checkpoint.
+
+    Raises:
+        FileNotFoundError: stage `vae` has no checkpoint in `out`.
     """
 
     def __init__(self, out: Path, device: str = "cpu") -> None:

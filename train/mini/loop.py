@@ -1,8 +1,8 @@
 """The pretraining loop of the embedded model's networks: the stages that a full-size model takes from public weights.
 
 All random numbers of a step come from a generator seeded by (seed, step). A run that is stopped and resumed therefore
-gives the same losses as an uninterrupted one. To stop a run, send SIGTERM or create a file named `stop` in its folder:
-the loop finishes the current step, writes a checkpoint and returns.
+gives the same losses as an uninterrupted one. To stop a run, press Ctrl-C, send SIGTERM or create a file named `stop`
+in its folder: the loop writes a checkpoint and returns.
 """
 
 import logging
@@ -102,7 +102,7 @@ def run_loop(config: LoopConfig, module: nn.Module, loss_of_step: LossOfStep, pr
         Number of steps done, including those of earlier runs.
 
     Raises:
-        ValueError: the checkpoint is of a run with another batch size.
+        ValueError: the checkpoint is from a run with a different batch size, or of another network.
     """
     with StopSignal().listen() as stop:
         return _run_loop(config, module, loss_of_step, preview, stop)

@@ -62,7 +62,7 @@ class RenderSamples:
 
 @dataclass(frozen=True)
 class RenderImages:
-    """Images without captions, one reference per four samples: `pixels` uint8 [n, 3, 128, 128]."""
+    """Images without captions, of which every fifth is a reference: `pixels` uint8 [n, 3, 128, 128]."""
 
     seed: int = 1
 

@@ -1,4 +1,4 @@
-"""Samples of consecutive steps from worker processes, for stages that render every sample anew."""
+"""Samples of consecutive steps from worker processes, for stages that never reuse a sample."""
 
 import os
 from collections.abc import Generator

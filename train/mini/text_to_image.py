@@ -114,7 +114,7 @@ class TextToImage(nn.Module):
 
 
 def default_batch_size(device: str) -> int:
-    """Samples per step, if nothing else is asked for."""
+    """Default number of samples per step on a device."""
     return BATCH_SIZE if device == "cpu" else GPU_BATCH_SIZE
 
 
@@ -128,6 +128,9 @@ def train_base(
         compiled: compile the UNet.
         batch_size: samples per step; None for `default_batch_size`.
         options: fields of `LoopConfig`.
+
+    Raises:
+        FileNotFoundError: stage `vae` has no checkpoint in `out`.
     """
     batch_size = batch_size or default_batch_size(device)
     config = LoopConfig(

@@ -1,6 +1,6 @@
 """Stage `vae`: the autoencoder between images and latents.
 
-A penalty keeps the latents near mean 0, standard deviation 1 and uncorrelated channels. `scaling_factor` is then close
+A penalty keeps the latents near zero mean and unit variance, with uncorrelated channels. `scaling_factor` is then close
 to 1.
 
 Legend: B batch, S image size in px, C latent channels, h, w latent size.
@@ -29,7 +29,7 @@ LATENT_NOISE = 0.05  # makes the decoder robust to the errors of generated laten
 
 
 def vae_loss(vae: AutoencoderDC, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-    """Reconstruction loss on colors and edges, plus a penalty on latents that are not white.
+    """Reconstruction loss on colors and edges, plus the penalty on the distribution of the latents.
 
     Args:
         pixels: [B, 3, S, S] in [-1, 1].

@@ -80,7 +80,7 @@ class Views:
 
     Attributes:
         images: in [0, 1], float32 [2 B, 3, 128, 128].
-        inside: whether a token's patch is at least half inside the instance's box, bool [2 B, N].
+        inside: whether the center of a token's patch is inside the instance's box, bool [2 B, N].
         categories: of all subjects, index in `CATEGORIES` (and in `TRAINED_CATEGORIES`, which come first); -1 for an
             empty slot, int64 [2 B, S].
         homographies: position in the image -> position on each subject, float32 [2 B, S, 3, 3].
@@ -96,7 +96,7 @@ class Views:
     portraits: Tensor
 
 
-def render_views(batch: ViewBatch, renderer: Renderer) -> Views:
+def render_view_batch(batch: ViewBatch, renderer: Renderer) -> Views:
     """Render a batch on the renderer's device."""
     device, views = renderer.device, batch.views
     boxes = torch.from_numpy(views.boxes[np.arange(len(views)), batch.slots]).to(device)  # of the instance, [2 B, 4]

@@ -1,14 +1,15 @@
 """Stage `vision`: the two small vision encoders. A full-size model uses pretrained ones instead.
 
-Four losses train them:
+Five losses train them:
 
 - contrastive: two views of an instance are closer to each other than to other instances of the category (last block);
+- category: the mean of the tokens on an instance predicts its category (last block);
 - appearance: the deep features reconstruct the instance upright, independent of its pose in the view;
 - structure: each deep token reconstructs its own patch;
 - correspondence: each deep token predicts the category of the subject it shows and its position on that subject, so
   that visual attention can find the tokens that show the same part. DINOv2's tokens have this property.
 
-The first two use only the tokens that lie on the instance, and half of the views contain a second subject. Each token
+The first three use only the tokens that lie on the instance, and half of the views contain a second subject. Each token
 therefore describes only the subject it lies on. Otherwise, the features of a reference with two subjects (One2Many)
 would mix them. Training uses global views and local crops, because the projector reads both.
 
@@ -36,7 +37,7 @@ from ..precision import autocast
 from .loop import LoopConfig, load_stage, run_loop
 from .networks import VISION_SIZE, VISION_WIDTH, build_vision_encoders
 from .stream import SampleStream
-from .views import GRID, ViewMixture, Views, render_views
+from .views import GRID, ViewMixture, Views, render_view_batch
 
 BATCH_SIZE, GPU_BATCH_SIZE = 24, 768
 NUM_HELD_OUT = 64
@@ -98,7 +99,7 @@ def vision_loss(
     generator: torch.Generator,
     kept: VisionEncoders | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Sum of the four losses and of a classification loss.
+    """Weighted sum of the five losses and, with `kept`, of the change of the features.
 
     Args:
         generator: of the position of the local crops.
@@ -200,11 +201,11 @@ def train_vision(
     stream = SampleStream(ViewMixture(batch_size))
 
     def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        views = render_views(stream.samples(step), renderer)
+        views = render_view_batch(stream.samples(step), renderer)
         with autocast(device):
             return vision_loss(model, views, generator, kept)
 
-    held_out = render_views(ViewMixture(NUM_HELD_OUT, split="held_out").samples(0, range(NUM_HELD_OUT)), renderer)
+    held_out = render_view_batch(ViewMixture(NUM_HELD_OUT, split="held_out").samples(0, range(NUM_HELD_OUT)), renderer)
 
     def preview(step: int) -> dict[str, float]:
         loss, metrics = vision_loss(model, held_out, torch.Generator().manual_seed(0), kept)

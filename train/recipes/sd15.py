@@ -12,8 +12,8 @@ STEPS = 160_000
 def sd15_512() -> TrainConfig:
     """SD1.5 at 512 px, 160k steps of 64 samples.
 
-    Hardware: 8 GPUs with 24 GB. Estimated time on 8 A100 at 40% of their peak: 29 hours (10.2 TFLOP per sample), or 10
-    hours with precomputed features (3.3 TFLOP). Estimated memory: 20 GB per GPU.
+    Hardware: 8 GPUs with 24 GB. Estimated time on 8 A100 at 40% of their peak: 29 hours (10.2 TFLOP per sample).
+    Estimated memory: 20 GB per GPU.
     """
     return TrainConfig(
         name="sd15_512",

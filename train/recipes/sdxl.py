@@ -20,9 +20,8 @@ SOURCES = (
 def sdxl_512() -> TrainConfig:
     """SDXL at 512 px, 60k steps of 64 samples.
 
-    Hardware: 8 GPUs with 40 GB. Estimated time on 8 A100 at 40% of their peak: 17 hours (15.6 TFLOP per sample), or 9
-    hours with precomputed features (8.7 TFLOP). Estimated memory: 30 GB per GPU (frozen models 9 GB, adapter with
-    optimizer and EMA 9 GB, the rest for activations).
+    Hardware: 8 GPUs with 40 GB. Estimated time on 8 A100 at 40% of their peak: 17 hours (15.6 TFLOP per sample).
+    Estimated memory: 30 GB per GPU (frozen models 9 GB, adapter with optimizer and EMA 9 GB, the rest for activations).
     """
     return TrainConfig(
         name="sdxl_512",
@@ -39,8 +38,8 @@ def sdxl_512() -> TrainConfig:
 def sdxl_1024() -> TrainConfig:
     """SDXL at 1024 px, 100k steps of 32 samples, from the adapter that `sdxl_512` has trained.
 
-    Hardware: 8 GPUs with 40 GB. Estimated time on 8 A100 at 40% of their peak: 32 hours (36 TFLOP per sample), or 23
-    hours with precomputed features (25.3 TFLOP). Estimated memory: 35 GB per GPU.
+    Hardware: 8 GPUs with 40 GB. Estimated time on 8 A100 at 40% of their peak: 32 hours (36 TFLOP per sample).
+    Estimated memory: 35 GB per GPU.
     """
     config = sdxl_512()
     return replace(

@@ -54,7 +54,7 @@ class BatchRenderer:
 
 
 def box_maps(boxes: Tensor, cell: int = 1, stride: int = 1) -> Tensor:
-    """Which cells of the image each box covers at least in part, bool [B, S, n, n].
+    """Which cells of the image each box covers at least in part, bool [B, S, n, n] with n = 128 / (cell * stride).
 
     Args:
         boxes: left, top, right, bottom in px, [B, S, 4]; zeros for no subject.

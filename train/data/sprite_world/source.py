@@ -36,7 +36,7 @@ class SpriteSource:
         self.world = SpriteWorld(seed, split)
 
     def load(self, number: int, other_view: bool, rng: np.random.Generator) -> Record:
-        """The pair of a number. If it shows two subjects in one reference, the target phrase is the first one's."""
+        """Pair `number`. If the reference shows two subjects, the target phrase names the first. `rng` is not used."""
         pair = self.world.pair(number)
         sample = pair.sample
         views = pack_views([sample.view, pair.reference_view])
