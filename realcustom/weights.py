@@ -17,9 +17,19 @@ from .convert import OFFICIAL_HEAD_DIM, OFFICIAL_PROJECTOR, StateDict, convert_o
 
 
 def save_adapter(adapter: RealCustomAdapter, path: str | PathLike) -> None:
-    """Save an adapter as one safetensors file, with its configuration in the file's metadata."""
+    """Save an adapter as one safetensors file, with its configuration in the file's metadata.
+
+    Raises:
+        OSError: the file cannot be written; a file that existed before is unchanged.
+    """
     state = {name: tensor.contiguous().cpu() for name, tensor in adapter.state_dict().items()}
-    save_file(state, path, metadata={"realcustom_adapter": json.dumps(_own_config(adapter))})
+    new = Path(f"{path}.new")
+    try:
+        save_file(state, new, metadata={"realcustom_adapter": json.dumps(_own_config(adapter))})
+        new.replace(path)
+    except (OSError, SafetensorError) as error:
+        new.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def load_adapter(

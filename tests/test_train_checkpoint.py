@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from train.checkpoint import (
@@ -94,19 +95,58 @@ def test_optimizer_continues_exactly(tmp_path):
 
     one, optimizer = new()
     steps(one, optimizer, 4)
-    tensors = {"model": trained_tensors(one), "optimizer": optimizer_tensors(optimizer)}
+    tensors = {"model": trained_tensors(one), "optimizer": optimizer_tensors(optimizer, one)}
     save_checkpoint(tmp_path, tensors, {"step": 4}, keep=1)
     other, resumed = new()
     found = newest_checkpoint(tmp_path)
     assert found is not None
     load_trained(other, found.tensors("model"))
-    load_optimizer(resumed, found.tensors("optimizer"))
+    load_optimizer(resumed, other, found.tensors("optimizer"))
     steps(one, optimizer, 3)
     steps(other, resumed, 3)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
 
 
+def test_optimizer_state_belongs_to_the_names_of_the_parameters():
+    """Also if a network has the same parameters in another order."""
+    one = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(2, 3)})
+    other = nn.ModuleDict({"b": nn.Linear(2, 3), "a": nn.Linear(3, 2)})
+    optimizer, loaded = (torch.optim.AdamW(module.parameters()) for module in (one, other))
+    one["b"](one["a"](torch.ones(3))).sum().backward()
+    optimizer.step()
+    saved = optimizer_tensors(optimizer, one)
+    load_optimizer(loaded, other, saved)
+    restored = optimizer_tensors(loaded, other)
+    assert restored.keys() == saved.keys() and all(torch.equal(restored[name], saved[name]) for name in saved)
+    with pytest.raises(ValueError, match="another network: it has no parameter a"):
+        load_optimizer(torch.optim.AdamW(other["b"].parameters()), other["b"], saved)
+
+
+def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    """The error says where there is no space, and the part that was written is removed."""
+    save_checkpoint(tmp_path, {"model": {"x": torch.ones(2)}}, {"step": 1}, keep=2)
+
+    def save_file(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("train.checkpoint.save_file", save_file)
+    with pytest.raises(ValueError, match=f"step 2 cannot be written to {tmp_path}: No space left"):
+        save_checkpoint(tmp_path, {"model": {"x": torch.ones(2)}}, {"step": 2}, keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_checkpoint_of_another_format_is_not_taken_for_damaged(tmp_path):
+    path = save_checkpoint(tmp_path, {}, {"step": 1}, keep=1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    with pytest.raises(ValueError, match="has format 1, but this version of the trainer reads 2"):
+        newest_checkpoint(tmp_path)
+    assert path.is_dir()
+
+
 def test_weights_of_another_network_are_refused():
+    with pytest.raises(ValueError, match=r"weight has the shape \(3, 2\), not \(2, 2\)"):
+        load_trained(nn.Linear(2, 2, bias=False), {"weight": torch.zeros(3, 2)})
     with pytest.raises(ValueError, match="another network"):
         load_trained(nn.Linear(2, 2), {"weight": torch.zeros(2, 2)})
     with pytest.raises(ValueError, match="another network"):
@@ -178,3 +218,11 @@ def test_lines_after_the_checkpoint_are_removed_from_the_log(tmp_path):
         file.write('{"step": 3, "lo')
     remove_later_steps(path, 2)
     assert path.read_text() == '{"step": 1, "loss": null}\n{"step": 2, "loss": null}\n'
+
+
+def test_damaged_lines_of_the_log_do_not_prevent_resuming(tmp_path):
+    """They are removed, as are lines after the step and a last line that was not completed."""
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"step": 1}\nx{broken\n\xff\n{"a": 1}\n[]\n{"step": 2}\n{"step": 3}\n{"step": 2')
+    remove_later_steps(log, 2)
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n'

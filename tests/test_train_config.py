@@ -89,6 +89,7 @@ def test_assignment_has_the_type_of_its_field(assignment, value):
         ("preview.seed=-1", "preview.seed is -1; it must be in"),
         (f"seed={2**63}", "seed is 9223372036854775808; it must be in"),
         ("out=", "out= is empty; give a path"),
+        ("name=../elsewhere", "name is '../elsewhere'; it must consist of letters, digits"),
         ("model.base=", "model.base is empty; give a hub id, a folder or a .safetensors file"),
         ("data.features=features", "the sprite world has no precomputed features"),
     ],

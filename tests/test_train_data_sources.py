@@ -407,8 +407,29 @@ def test_shard_that_changes_during_the_run_is_noticed(shards):
     (shards / "0.tar").write_bytes(data.replace(encoded(2), encoded(2)[:-30] + bytes(30)))
     with pytest.raises(BrokenRecord, match="002 changed"):
         load(used, 2)
-    with pytest.raises(ValueError, match=r"0.tar has changed since the run started"):
+    with pytest.raises(BrokenRecord, match="0 changed"):
         load(unused, 2)
+    (shards / "0.tar").unlink()
+    (shards / "0.tar").mkdir()
+    with pytest.raises(BrokenRecord, match="000 changed"):
+        load(used, 0)
+
+
+def test_user_without_a_home_directory_keeps_the_index_beside_the_data(shards, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", home)
+    assert len(TextImageSource(shards, limits=LIMITS).sizes) == 12
+    assert (shards / "0.tar.index").exists()
+
+
+def test_file_without_records_has_no_sidecar(tmp_path):
+    (tmp_path / "script.py").write_text("print()")
+    with pytest.raises(ValueError, match="no usable record"):
+        TextImageSource(tmp_path / "script.py", limits=LIMITS)
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
 
 @pytest.mark.parametrize(
@@ -472,6 +493,22 @@ def test_captions_of_views(views):
     captions = {load(source, i).key: (load(source, i).caption, load(source, i).target_phrase) for i in range(8)}
     assert captions["mv:7/b/images/1.jpg"] == ("a red toy car on a table", "toy car")
     assert captions["mv:7/b/images/2.jpg"] == ("wheels", "wheels")
+
+
+@pytest.mark.parametrize("category", ["...", "\ud800"])
+def test_category_that_is_not_a_word_is_counted(views, category):
+    """Its views are broken when they are indexed, unless a caption file describes them."""
+    (views / "categories.json").write_text(json.dumps({"7": category}))
+    source = MultiviewSource(views, limits=LIMITS)
+    assert len(source.sizes) == 4 and source.findings.counts["bad caption"] == 4
+    (views / "7" / "b" / "caption.txt").write_text("a red toy car on a table")
+    assert len(MultiviewSource(views, limits=LIMITS).sizes) == 8
+
+
+def test_deeply_nested_categories_are_refused(views):
+    (views / "categories.json").write_text(100_000 * "[")
+    with pytest.raises(ValueError, match=r"categories\.json is not valid JSON"):
+        MultiviewSource(views, limits=LIMITS)
 
 
 def test_broken_views_are_counted(views, caplog):

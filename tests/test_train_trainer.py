@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,10 +15,12 @@ from safetensors.torch import load_file
 from toy_training import losses, toy_config, write_base, write_data
 
 from train import startup, trainer
+from train.__main__ import main
 from train.config import EXAMPLES
 from train.data.sprite_world.batches import SpriteMixture
 from train.monitor import Monitor
 from train.objective import Objective
+from train.overrides import override
 from train.trainer import run
 
 
@@ -162,6 +165,55 @@ def test_checkpoint_is_saved_before_the_previews(base, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         run(toy_config("mini", tmp_path, [*base, "preview.every_steps=2"]))
     assert (tmp_path / "checkpoints/step_00000002").is_dir()
+
+
+@pytest.mark.parametrize("then", ["FILE", "base"])
+def test_resumed_run_does_not_need_the_adapter_it_started_from(base, uninterrupted, tmp_path, then):
+    """The checkpoint has the weights, so the file may be gone. The result is that of an uninterrupted run."""
+    file = tmp_path / "start.safetensors"
+    shutil.copy(uninterrupted / "adapter.safetensors", file)
+    runs = [toy_config("mini", tmp_path / name, [*base, f"model.adapter={file}"]) for name in ("whole", "parts")]
+    run(runs[0])
+    run(override(runs[1], ["steps=2"]))
+    file.unlink()
+    run(override(runs[1], [] if then == "FILE" else ["model.adapter=base"]), resume=True)
+    assert_same_result(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_checkpoint_of_another_base_is_refused(base, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    other = write_base(tmp_path, "sd15")
+    with pytest.raises(ValueError, match="a base with other layers or vision encoders"):
+        run(toy_config("mini", tmp_path / "run", [*other, "steps=5"]), resume=True)
+
+
+@pytest.mark.parametrize("what", ["out", "out/checkpoints", "out/adapter.safetensors"])
+def test_unusable_folder_is_refused_before_the_models_are_loaded(base, tmp_path, monkeypatch, what):
+    monkeypatch.setattr(startup, "load_pipeline", lambda *_: pytest.fail("models are loaded"))
+    if what.endswith("safetensors"):
+        (tmp_path / what).mkdir(parents=True)
+    else:
+        (tmp_path / what).parent.mkdir(exist_ok=True)
+        (tmp_path / what).write_text("")
+    with pytest.raises(ValueError, match=rf"out is {tmp_path}/out, but .*; choose another folder"):
+        run(toy_config("mini", tmp_path / "out", base))
+
+
+def test_preview_with_more_steps_than_the_base_has_timesteps_is_refused(base, tmp_path):
+    settings = ["preview.every_steps=1", "preview.num_inference_steps=5000"]
+    with pytest.raises(ValueError, match=r"preview.num_inference_steps is 5000; .* at most 1000"):
+        run(toy_config("mini", tmp_path, [*base, *settings]))
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_ctrl_c_while_modules_are_imported_ends_without_a_traceback(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.trainer.run", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main(["mini"])
+    assert end.value.code == 130 and capsys.readouterr().err == "Stopped before the first step.\n"
 
 
 def test_folder_of_another_run_is_refused(base, uninterrupted):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tiny import SDXL_UNET, subject_image, tiny_pipeline, tiny_sd15_unet
 
@@ -26,6 +26,20 @@ def saved(tmp_path):
     path = tmp_path / "adapter.safetensors"
     pipeline.save_realcustom(path)
     return pipeline, path
+
+
+def test_failed_save_keeps_the_file_from_before(saved, monkeypatch):
+    pipeline, path = saved
+    before = path.read_bytes()
+
+    def save_file(_, path, **__):
+        Path(path).write_bytes(b"a part")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("realcustom.weights.save_file", save_file)
+    with pytest.raises(OSError, match=f"{path} cannot be written: No space left"):
+        pipeline.save_realcustom(path)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
 def latents_after_one_step(pipeline):

@@ -54,9 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             from .trainer import run
 
             run(config, resume=args.resume)
-    except ValueError as error:  # a mistake in the configuration, the data or the models
+    except (ValueError, OSError) as error:  # a mistake in the configuration, the data or the models; a full disk
         logging.debug("Traceback:", exc_info=True)
         parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:  # before `run` handles signals, while modules are imported
+        parser.exit(130, "Stopped before the first step.\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 MANIFEST, STATE = "manifest.json", "state.json"
-FORMAT = 1
+FORMAT = 2  # 1: optimizer state by the number of the parameter
 _PREFIX, _UNFINISHED, _REPLACED, _DAMAGED = "step_", "unfinished_", "replaced_", "damaged_"
 
 
@@ -58,6 +59,7 @@ class Checkpoint:
 
         Raises:
             DamagedCheckpoint: a file is missing or differs.
+            ValueError: the checkpoint has another format.
         """
         try:
             manifest = json.loads((path / MANIFEST).read_text())
@@ -67,9 +69,15 @@ class Checkpoint:
                     raise DamagedCheckpoint(f"{name} has {size} bytes instead of {expected['bytes']}")
                 if _sha256(path / name) != expected["sha256"]:
                     raise DamagedCheckpoint(f"the hash of {name} differs from the manifest")
-            return cls(path, json.loads((path / STATE).read_text()))
+            checkpoint = cls(path, json.loads((path / STATE).read_text()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedCheckpoint(f"{type(error).__name__}: {error}") from error
+        if manifest["format"] != FORMAT:
+            raise ValueError(
+                f"{path} has format {manifest['format']}, but this version of the trainer reads {FORMAT}; continue the "
+                "run with the version that wrote it, or start it again in another folder."
+            )
+        return checkpoint
 
 
 def save_checkpoint(
@@ -82,7 +90,21 @@ def save_checkpoint(
         state: JSON values with the "step".
     Returns:
         The checkpoint's folder.
+    Raises:
+        ValueError: the disk is full, or the folder cannot be written to. Earlier checkpoints are kept.
     """
+    try:
+        return _save(folder, tensors, state, keep)
+    except (OSError, SafetensorError) as error:
+        for unfinished in folder.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise ValueError(
+            f"the checkpoint of step {state['step']} cannot be written to {folder}: {error}. Make space, and continue "
+            "from the checkpoint before it."
+        ) from error
+
+
+def _save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in [*folder.glob(f"{_UNFINISHED}*"), *folder.glob(f"{_REPLACED}*")]:
         shutil.rmtree(leftover)
@@ -154,19 +176,33 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimizer as tensors: "<number of the parameter>.<name of the state>"."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """The state of an optimizer of parameters of `module` as tensors: "<name of the parameter>.<name of the state>"."""
+    names = _parameter_names(optimizer, module)
     state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": value for number, values in state.items() for name, value in values.items()}
+    return {f"{names[number]}.{name}": value for number, values in state.items() for name, value in values.items()}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Load the state that `optimizer_tensors` returned. Settings such as the learning rate are not changed."""
+def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load the state that `optimizer_tensors` returned. Settings such as the learning rate are not changed.
+
+    Raises:
+        ValueError: the state belongs to another network.
+    """
+    numbers = {name: number for number, name in enumerate(_parameter_names(optimizer, module))}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
+        parameter, name = key.rsplit(".", 1)
+        if parameter not in numbers:
+            raise ValueError(f"the optimizer state belongs to another network: it has no parameter {parameter}.")
+        state.setdefault(numbers[parameter], {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameter_names(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[str]:
+    """Names of the parameters, in the order by which `state_dict` of the optimizer numbers them."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -179,11 +215,16 @@ def load_trained(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Load the trainable parameters of `module`.
 
     Raises:
-        ValueError: the names are not exactly those of the trainable parameters.
+        ValueError: the names or shapes are not exactly those of the trainable parameters.
     """
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if named.keys() != values.keys():
         different = sorted(named.keys() ^ values.keys())
         raise ValueError(f"the checkpoint belongs to another network: {different[0]} is in only one of the two.")
     for name, parameter in named.items():
+        if parameter.shape != values[name].shape:
+            raise ValueError(
+                f"the checkpoint belongs to another network: {name} has the shape {tuple(values[name].shape)}, not "
+                f"{tuple(parameter.shape)}."
+            )
         parameter.copy_(values[name])

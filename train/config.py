@@ -5,6 +5,7 @@ Imports no torch, so that the command line starts quickly.
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -328,6 +329,11 @@ class TrainConfig:
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
+        _require(  # trackers create a folder of this name
+            re.fullmatch(r"\w[\w.-]*", self.name) is not None,
+            f"name is {self.name!r}; it must consist of letters, digits, '_', '-' and '.', and begin with a letter, a "
+            "digit or '_'.",
+        )
         for name in ("steps", "batch_size", "micro_batch_size"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be at least 1.")
         _require(0 <= self.seed <= MAX_SEED, f"seed is {self.seed}; it must be in [0, 2**63).")

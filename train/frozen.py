@@ -7,7 +7,7 @@ P channels of the pooled text.
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from realcustom import RealCustomAdapter, RealCustomPipeline
+from realcustom.adapter import cross_attention_layers
 from realcustom.decoder import LatentDecoder
 from realcustom.vision import VisionFeatures
 from realcustom.weights import load_adapter
@@ -84,6 +85,31 @@ def start_adapter(model: ModelConfig, pipeline: RealCustomPipeline, seed: int) -
     else:
         adapter, plain = load_adapter(model.adapter, pipeline.unet, vision_dim=encoders.num_channels)
         assert not plain
+    return _trainable(adapter)
+
+
+def adapter_of_structure(config: Mapping[str, Any], pipeline: RealCustomPipeline) -> RealCustomAdapter:
+    """The trainable adapter in float32 with the structure of a checkpoint, whose weights will be loaded into it.
+
+    Args:
+        config: of the adapter that the checkpoint contains.
+    Raises:
+        ValueError: the adapter was trained for another base.
+    """
+    adapter = cast(RealCustomAdapter, RealCustomAdapter.from_config(dict(config)))
+    encoders = pipeline.vision_encoders
+    assert encoders is not None
+    if adapter.config["layers"] != cross_attention_layers(pipeline.unet) or (
+        adapter.config["vision_dim"] != encoders.num_channels
+    ):
+        raise ValueError(
+            "the checkpoint was trained for a base with other layers or vision encoders than those of model.base; "
+            "resume the run with the base that it started with."
+        )
+    return _trainable(adapter)
+
+
+def _trainable(adapter: RealCustomAdapter) -> RealCustomAdapter:
     nn.Module.float(adapter)  # without the warning of diffusers
     nn.Module.requires_grad_(adapter, True).train()
     return adapter

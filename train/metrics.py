@@ -43,14 +43,23 @@ class MetricWindow:
 
 
 def remove_later_steps(path: Path, step: int) -> None:
-    """Remove the lines of `log.jsonl` after a step, which a resumed run will write again."""
+    """Remove the lines of `log.jsonl` after a step, which a resumed run will write again, and damaged lines."""
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= step]
         if kept != lines:
             new = path.with_name(path.name + ".new")
             new.write_text("".join(kept))
             new.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; infinite if a kill or another program has damaged it."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+    return step if line.endswith("\n") and isinstance(step, int) else math.inf
 
 
 def append_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ preempted, and the run writes a checkpoint at once.
 
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from ray.train.torch import TorchTrainer
 
 from .checkpoint import Checkpoint as SavedCheckpoint
 from .config import TrainConfig
-from .frozen import FrozenModels, load_pipeline, start_adapter
+from .frozen import FrozenModels, adapter_of_structure, load_pipeline
 from .monitor import Monitor
 from .objective import Objective
 from .overrides import from_json
@@ -165,7 +164,7 @@ def _validate(checkpoint: Checkpoint, **_: Any) -> dict[str, float]:
     config = from_json(TrainConfig, saved.state["config"], "config")
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     pipeline = load_pipeline(config.model, frozen_dtype(config.precision, device.type))
-    adapter = start_adapter(replace(config.model, adapter="new"), pipeline, config.seed)
+    adapter = adapter_of_structure(saved.state["adapter"], pipeline)
     frozen = FrozenModels(pipeline, device)
     objective = Objective(pipeline.unet, pipeline.scheduler, frozen.empty_text(), config.objective, device)
     weights = {name: value.to(device) for name, value in saved.tensors("ema").items()}

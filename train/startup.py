@@ -4,7 +4,9 @@ Mistakes are reported here, before anything is computed.
 """
 
 import logging
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +18,17 @@ from diffusers import UNet2DConditionModel
 from realcustom import RealCustomAdapter, RealCustomPipeline
 
 from .checkpoint import Checkpoint, damaged_checkpoints, has_checkpoint, newest_checkpoint
-from .config import ModelConfig, TrainConfig
+from .config import ModelConfig, PreviewConfig, TrainConfig
 from .data.features import open_features
 from .data.mixture import Mixture
 from .data.sprite_world.batches import SpriteMixture
-from .frozen import FrozenModels, load_pipeline, start_adapter
+from .frozen import FrozenModels, adapter_of_structure, load_pipeline, start_adapter
 from .objective import Objective
 from .overrides import changed_fields
 from .precision import frozen_dtype
 from .preview import preview_requests
 from .publish import check_hub
-from .results import CHECKPOINTS
+from .results import ADAPTER, CHECKPOINTS
 from .sources import open_training_data
 from .validation import Validation
 
@@ -34,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 # Fields that a resumed run may change without changing its results.
 _FREE_FIELDS = (
-    "out", "max_seconds", "device", "checkpoint.", "log.", "preview.", "hub.", "data.workers", "data.validation",
-    "data.features", "data.evaluation",
+    "out", "max_seconds", "device", "model.adapter", "checkpoint.", "log.", "preview.", "hub.", "data.workers",
+    "data.validation", "data.features", "data.evaluation",
 )  # fmt: skip
 
 
@@ -50,6 +52,34 @@ def check_folder(config: TrainConfig, resume: bool) -> None:
         raise ValueError(
             f"{folder} already contains checkpoints; add --resume to continue that run, or choose another folder "
             "with --set out=FOLDER."
+        )
+
+
+def create_folder(out: Path) -> None:
+    """Create the folder of a run.
+
+    Raises:
+        ValueError: it cannot be created or written to, or what the run writes would replace something else.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError("there is no permission to write")
+        if (out / CHECKPOINTS).exists() and not (out / CHECKPOINTS).is_dir():
+            raise NotADirectoryError(f"{CHECKPOINTS} in it is not a folder")
+        if (out / ADAPTER).is_dir():
+            raise IsADirectoryError(f"{ADAPTER} in it is a folder")
+    except OSError as error:
+        raise ValueError(f"out is {out}, but {error}; choose another folder with --set out=FOLDER.") from None
+
+
+def check_preview_steps(config: PreviewConfig, num_train_timesteps: int) -> None:
+    """Raise ValueError if a preview has more steps than the scheduler of the base."""
+    steps = config.num_inference_steps
+    if config.every_steps and steps is not None and steps > num_train_timesteps:
+        raise ValueError(
+            f"preview.num_inference_steps is {steps}; the base was trained with {num_train_timesteps} timesteps, so it "
+            f"can be at most {num_train_timesteps}."
         )
 
 
@@ -106,15 +136,20 @@ class Loaded:
     validation: Validation | None
 
 
-def load(config: TrainConfig, device: torch.device, validates: bool) -> Loaded:
+def load(config: TrainConfig, device: torch.device, found: Checkpoint | None, validates: bool) -> Loaded:
     """Load models and data. This may take long: models are downloaded, and data is indexed when it is first used.
 
     Args:
+        found: checkpoint to continue; the adapter then has its structure, and the weights are not loaded yet.
         validates: whether this process validates if the configuration asks for it.
     """
     pipeline = load_pipeline(config.model, frozen_dtype(config.precision, device.type))
     pipeline.set_progress_bar_config(disable=True)
-    adapter = start_adapter(config.model, pipeline, config.seed)
+    check_preview_steps(config.preview, pipeline.scheduler.config["num_train_timesteps"])
+    if found is None:
+        adapter = start_adapter(config.model, pipeline, config.seed)
+    else:  # the adapter that the run started from is no longer needed
+        adapter = adapter_of_structure(found.state["adapter"], pipeline)
     frozen = FrozenModels(pipeline, device, open_features(config.data.features, pipeline))
     prepare_unet(pipeline.unet, config.model)
     objective = Objective(pipeline.unet, pipeline.scheduler, frozen.empty_text(), config.objective, device)

@@ -37,7 +37,7 @@ from .preview import adapter_with, render_previews
 from .publish import push_to_hub, write_results
 from .results import CHECKPOINTS, LOG, PREVIEWS, TRACKERS
 from .schedule import learning_rate
-from .startup import check_folder, check_outputs, find_checkpoint, load, warn_about_changes
+from .startup import check_folder, check_outputs, create_folder, find_checkpoint, load, warn_about_changes
 from .stop import StopSignal
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
 
     # ---- processes and checks ------------------------------------------------------------------------------------
     check_outputs(config)
-    config.out.mkdir(parents=True, exist_ok=True)
+    create_folder(config.out)
     accelerator = Accelerator(
         cpu=config.device == "cpu",
         mixed_precision="no",  # applied below, to the parts that need it
@@ -85,7 +85,8 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
         return bool(_sum_over_processes(accelerator, torch.tensor([float(flag)], device=device))[0] > 0)
 
     # ---- frozen models and data ----------------------------------------------------------------------------------
-    loaded = stop.interruptible(lambda: load(config, device, validates=is_main and not monitor.validates_separately))
+    validates = is_main and not monitor.validates_separately
+    loaded = stop.interruptible(lambda: load(config, device, found, validates))
     if any_process(loaded is None or stop.requested):
         logger.info("Stopped before the first step.")
         return step
@@ -111,7 +112,7 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
     if found is not None:
         load_trained(adapter, found.tensors("adapter"))
         ema.load(found.tensors("ema"))
-        load_optimizer(optimizer, found.tensors("optimizer"))
+        load_optimizer(optimizer, adapter, found.tensors("optimizer"))
         saved_step = step
         window = MetricWindow.restored(found.state["window"])
         if is_main:
@@ -124,12 +125,13 @@ def _run(config: TrainConfig, resume: bool, monitor: Monitor, stop: StopSignal) 
             tensors = {
                 "adapter": trained_tensors(adapter),
                 "ema": ema.values,
-                "optimizer": optimizer_tensors(optimizer),
+                "optimizer": optimizer_tensors(optimizer, adapter),
             }
             state = {
                 "step": step,
                 "processes": world_size,
                 "config": config.to_dict(),
+                "adapter": dict(adapter.config),
                 "data": mixture.fingerprint,
                 "window": window.state(),
             }

@@ -1,6 +1,7 @@
 """Report on a source: what it contains, and what is broken, by reason. Every image is decoded."""
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +33,8 @@ def open_folder(path: Path, limits: Limits, name: str | None = None) -> Folder:
     if has_views(path):
         return MultiviewSource(path, name, limits=limits)
     findings = Findings()
-    if find_shards(path, findings) or findings.counts["link"]:  # of links only, the source says that it skips them
+    # The source itself says that it cannot use links or files without permission.
+    if find_shards(path, findings) or findings.counts["link"] or findings.counts["unreadable"]:
         return TextImageSource(path, name, limits=limits)
     raise ValueError(
         f"{path} {'has no .tar file and no CATEGORY/INSTANCE/images folder' if path.exists() else 'does not exist'}; "
@@ -150,7 +152,8 @@ _in_worker: list[tuple[Folder, EvaluationImages]] = []
 
 
 def _set_source(source: Folder, evaluation: EvaluationImages) -> None:
-    """Keep the source in a worker process, instead of sending it with every chunk."""
+    """Keep the source in a worker process, instead of sending it with every chunk. Ctrl-C is for the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _in_worker[:] = [(source, evaluation)]
 
 

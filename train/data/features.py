@@ -1,11 +1,13 @@
 """Precomputed features of the frozen models in safetensors files.
 
 A feature is found by a key: a hash of the content, the encoder's revision, the size and the crop. A changed image, crop
-or encoder thus has another key, and stale features are never used. `precompute` writes the files.
+or encoder thus has another key, and stale features are never used. `precompute` writes the files. Each tensor has a
+checksum in the metadata of its file; a damaged feature is computed again.
 """
 
 import json
 import logging
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
@@ -38,11 +40,13 @@ class FeatureStore:
     def __init__(self, folder: Path, revisions: Mapping[Kind, str]) -> None:
         self.folder, self._revisions = folder, dict(revisions)
         self._files: dict[str, Path] = {}  # tensor name -> file
+        self._checksums: dict[str, str] = {}  # tensor name -> CRC-32
         self._open: OrderedDict[Path, safe_open] = OrderedDict()
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:
-                    self._files.update(dict.fromkeys(file.keys(), path))
+                    self._checksums.update(file.metadata() or {})
+                    self._files.update((name, path) for name in file.keys() if name in self._checksums)
             except (SafetensorError, OSError) as error:
                 log.warning("%s is damaged (%s); its features are computed again.", path, error)
 
@@ -55,7 +59,8 @@ class FeatureStore:
         for kind in KINDS:
             if (key := self.key(kind, sample)) is not None:
                 stored = [(name, path) for name in NAMES[kind] if (path := self._files.get(f"{key}.{name}"))]
-                found |= {name: self._read(path, f"{key}.{name}") for name, path in stored}
+                values = {name: self._read(path, f"{key}.{name}") for name, path in stored}
+                found |= {name: value for name, value in values.items() if value is not None}
         return found or None
 
     def key(self, kind: Kind, sample: Sample) -> str | None:
@@ -83,17 +88,30 @@ class FeatureStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = blake2b("\n".join(sorted(tensors)).encode(), digest_size=8).hexdigest()
         path = self.folder / f"{name}.safetensors"
-        write_atomically(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
-        self._files.update(dict.fromkeys(tensors, path))
+        values = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        checksums = {name: _checksum(value) for name, value in values.items()}
+        write_atomically(path, save(values, checksums))
+        self._files.update(dict.fromkeys(values, path))
+        self._checksums |= checksums
         return path
 
-    def _read(self, path: Path, name: str) -> Tensor:
+    def _read(self, path: Path, name: str) -> Tensor | None:
+        """A stored tensor; None if it is damaged, which is logged once."""
         if path not in self._open:
             self._open[path] = safe_open(path, "pt")
             if len(self._open) > MAX_OPEN_FILES:
                 self._open.popitem(last=False)
         self._open.move_to_end(path)
-        return self._open[path].get_tensor(name)
+        value = self._open[path].get_tensor(name)
+        if _checksum(value) == self._checksums[name]:
+            return value
+        log.warning("%s in %s is damaged; it is computed again.", name, path)
+        del self._files[name]
+        return None
+
+
+def _checksum(tensor: Tensor) -> str:
+    return f"{zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data):08x}"
 
 
 def open_features(folder: Path | None, pipeline: RealCustomPipeline) -> Callable[[Sample], dict[str, Tensor] | None]:

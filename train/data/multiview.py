@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from realcustom.words import is_encodable, words_of
+
 from .caption import names_sides, parse_caption
 from .decode import EXTENSIONS, Limits, decode, read_size
 from .index import CAPTIONS, Findings, Index, NoUsableRecord, content_hash, rows_with_hash
@@ -256,6 +258,8 @@ def _read_caption(path: Path, name: str, categories: dict[str, str], key: str) -
         text, record = (_read_view(file, key) if _is_regular(file) else None for file in files)
         if text is not None or record is not None:
             return parse_caption(text, record, key, subject=category)
+    if not is_encodable(category) or not words_of(category):
+        raise BrokenRecord("bad caption", key, f"the category is {category!a}, which is not a word")
     article = "an" if category[0].lower() in "aeiou" else "a"
     return f"a photo of {article} {category}", category
 
@@ -265,7 +269,7 @@ def _read_categories(path: Path) -> dict[str, str]:
         return {}
     try:
         values = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); write an object, folder name -> category.") from None
     if not isinstance(values, dict) or not all(isinstance(v, str) and v.strip() for v in values.values()):
         raise ValueError(f"{path} must be an object that maps folder names to categories, such as {{'7': 'teapot'}}.")

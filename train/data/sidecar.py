@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 Columns = dict[str, np.ndarray]
 
 
@@ -42,11 +42,15 @@ def load_or_build(
         stamp: a sidecar with another stamp is stale.
         build: returns the columns, and further information that JSON can represent.
     """
-    places = (source.with_name(f"{source.name}.index"), _cache_folder() / f"{source.name}-{_digest(source)}.index")
+    places = [source.with_name(f"{source.name}.index")]
+    if (cache := _cache_folder()) is not None:
+        places.append(cache / f"{source.name}-{_digest(source)}.index")
     for place in places:
         if (found := _read(place, stamp)) is not None:
             return found
     columns, information = build()
+    if not any(len(column) for column in columns.values()):  # perhaps not a source at all
+        return columns, information
     for place in places:
         try:
             _write(place, columns, stamp, information)
@@ -93,8 +97,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "realcustom" / "index"
+def _cache_folder() -> Path | None:
+    """The user's cache folder; None for a user without a home directory, as in a container with an arbitrary user."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "realcustom" / "index"
+    except RuntimeError:
+        return None
 
 
 def _digest(source: Path) -> str:

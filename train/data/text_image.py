@@ -56,7 +56,9 @@ class TextImageSource:
         self.shards = find_shards(self.path, self.findings)
         if not self.shards:
             problem = "contains no .tar file" if self.path.exists() else "does not exist"
-            if links := self.findings.counts["link"]:
+            if unreadable := self.findings.counts["unreadable"]:
+                problem = f"has {unreadable} files or folders without permission to read them"
+            elif links := self.findings.counts["link"]:
                 problem = f"contains only links ({links}), which are not followed"
             raise ValueError(f"{self.path} {problem}; give a folder of tar shards. See docs/training_data.md.")
         digest = blake2b(repr(self.limits).encode(), digest_size=8)
@@ -93,8 +95,10 @@ class TextImageSource:
                     read_part(file, offset, size, key)
                     for offset, size in (columns[column][row].tolist() for column in ("image", "text", "json"))
                 )
-        except FileNotFoundError as error:
+        except (FileNotFoundError, IsADirectoryError) as error:
             raise BrokenRecord("changed", key, "the shard was removed") from error
+        except PermissionError as error:
+            raise BrokenRecord("unreadable", key) from error
         if content_hash(image) != columns["hash"][row].tobytes():
             raise BrokenRecord("changed", key)
         caption, target_phrase = parse_caption(text or None, json or None, key)
@@ -114,12 +118,16 @@ class TextImageSource:
                 yield columns["hash"][row].tobytes(), f"{self.name}:{name}/{unpack_name(columns, row)}"
 
     def _columns(self, shard: int) -> Columns:
-        """The index of a shard, as it was when the source was created."""
+        """The index of a shard, as it was when the source was created.
+
+        Raises:
+            BrokenRecord: the shard was replaced since then.
+        """
         if shard not in self._cache:
             path = self.shards[shard]
             index = index_shard(path, self._shard_name(path))
             if index.digest != self._digests[shard]:
-                raise ValueError(f"{path} has changed since the run started; start the run again.")
+                raise BrokenRecord("changed", self._shard_name(path), "the shard was replaced")
             self._cache[shard] = index.columns
             if len(self._cache) > MAX_CACHED:
                 self._cache.popitem(last=False)
@@ -153,7 +161,9 @@ def find_shards(path: Path, findings: Findings) -> list[Path]:
     Links, which are not followed, and files and folders without permission to read them are counted.
     """
     if path.is_file():
-        return [path]
+        if os.access(path, os.R_OK):
+            return [path]
+        findings.add(BrokenRecord("unreadable", path.name))
     shards = []
 
     def unreadable(error: OSError) -> None:

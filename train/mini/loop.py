@@ -122,7 +122,7 @@ def _run_loop(
     if (found := newest_checkpoint(config.out / CHECKPOINTS)) is not None:
         load_trained(module, found.tensors("model"))
         ema.load(found.tensors("ema"))
-        load_optimizer(optimizer, found.tensors("optimizer"))
+        load_optimizer(optimizer, module, found.tensors("optimizer"))
         step, warmup_start_step = found.step, found.state["warmup_start_step"]
         if (before := found.state["batch_size"]) != config.batch_size:
             raise ValueError(
@@ -196,7 +196,7 @@ def save_stage(
     out: Path, module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, state: Mapping[str, int]
 ) -> None:
     """Write a checkpoint of the stage whose folder is `out`."""
-    tensors = {"model": trained_tensors(module), "ema": ema.values, "optimizer": optimizer_tensors(optimizer)}
+    tensors = {"model": trained_tensors(module), "ema": ema.values, "optimizer": optimizer_tensors(optimizer, module)}
     save_checkpoint(out / CHECKPOINTS, tensors, state, keep=2)
 
 
