@@ -16,7 +16,7 @@ import argparse
 import gc
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from benchmarks.full_size import random_pipeline
 from benchmarks.precomputed_features import FAMILIES, count_flops, encoders_of, forward_backward, noise_sample
 from benchmarks.report import rounded, save
 from benchmarks.workbench import seconds
+from train.arguments import at_least, torch_device
 from train.config import TrainConfig
 from train.data.kinds import KINDS, NAMES
 from train.data.sprite_world.batches import SpriteMixture
@@ -146,23 +147,27 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["mini_gpu", "sdxl_512", "sdxl_1024"])
-    parser.add_argument("--batch", type=int, help="samples per step (default: the recipe's micro-batch)")
-    parser.add_argument("--steps", type=int, default=5, help="measured steps per variant (default: %(default)s)")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 peak of a device that is not listed")
+    parser.add_argument("--batch", type=at_least(1), help="samples per step (default: the recipe's micro-batch)")
+    parser.add_argument(
+        "--steps", type=at_least(1), default=5, help="measured steps per variant (default: %(default)s)"
+    )
+    parser.add_argument("--device", type=torch_device, default="cuda", help="torch device (default: %(default)s)")
+    parser.add_argument("--peak-tflops", type=at_least(1.0), help="dense bfloat16 peak of a device that is not listed")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else args.device
-    peak = args.peak_tflops or next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
+    peak = args.peak_tflops
+    if peak is None:
+        peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
     setup = {"device": name, "torch": torch.__version__, "steps": args.steps, "peak TFLOPS": peak}
     report: dict[str, Any] = {"setup": setup, "recipes": {}}
     for recipe in args.recipes:
         config = RECIPES[recipe]()
-        batch = args.batch or config.micro_batch_size
+        batch = config.micro_batch_size if args.batch is None else args.batch
         config = replace(config, batch_size=batch, micro_batch_size=batch)
         rows = report["recipes"].setdefault(recipe, {})
         for variant, changes in (FULL_SIZE_VARIANTS if recipe in FAMILIES else MINI_VARIANTS).items():

@@ -62,8 +62,8 @@ TASKS = (
     ),
     Task(
         name="One2Many",
-        text="**One image, several words.** Each selected word takes its subject from the same image. If the subjects mix, "
-        "crop the image to each of them and use Many2Many.",
+        text="**One image, several words.** Each selected word takes its subject from the same image. If the subjects "
+        "mix, crop the image to each of them and use Many2Many.",
         num_slots=1,
         multiple_words=True,
         examples=(

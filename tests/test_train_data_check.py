@@ -3,6 +3,8 @@
 import gzip
 import io
 import logging
+import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -90,6 +92,52 @@ def test_every_kind_of_broken_record_is_counted_and_named(mixed, capsys):
 def test_workers_find_the_same(mixed):
     alone, parallel = (check(open_folder(mixed, LIMITS), workers=workers).contents for workers in (0, 2))
     assert alone == parallel and alone.usable == 3
+
+
+@pytest.mark.parametrize("option, limit", [("--min-side", 1), ("--max-pixels", 1), ("--examples", 0), ("--workers", 0)])
+def test_wrong_argument_is_an_error_message(tmp_path, monkeypatch, capsys, option, limit):
+    """It names the option, its value and the limit, before the source is opened."""
+    monkeypatch.setattr("train.data.check.open_folder", lambda *_: pytest.fail("the source was opened"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", str(tmp_path), option, str(limit - 1)])
+    expected = f"{option}: the value is {limit - 1}; it must be an integer of at least {limit}"
+    assert expected in capsys.readouterr().err
+
+
+# `check` of a source whose records take long.
+SLOW = """
+import signal, sys, time
+import numpy as np
+from train.data import __main__, check
+from train.data.index import Findings
+from train.data.sample import BrokenRecord
+
+class Slow:
+    findings, sizes = Findings(), np.ones((6400, 2), int)
+
+    def load(self, number, *_):
+        print("ignored:", signal.getsignal(signal.SIGINT) == signal.SIG_IGN, flush=True)  # in the worker
+        time.sleep(0.01)
+        raise BrokenRecord("tiny", str(number))
+
+if __name__ == "__main__":
+    check.open_folder = lambda *_: Slow()
+    sys.exit(__main__.main(["check", "slow", "--workers", "1"]))
+"""
+
+
+def test_ctrl_c_ends_the_check(tmp_path):
+    """All processes receive it and end soon; the main process prints one word, and its workers ignore it."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "slow.py"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        ignored = process.stdout is not None and process.stdout.readline() == "ignored: True\n"
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert ignored and (process.returncode, errors) == (130, "Stopped.\n")
 
 
 def test_invalid_resolution_is_an_error_message(mixed, capsys):

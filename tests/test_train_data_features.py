@@ -121,6 +121,31 @@ def test_damaged_or_missing_file_is_computed_again(base, frozen, tmp_path, caplo
     assert "is damaged" in caplog.text and again.new == first.new
 
 
+def test_damaged_feature_is_computed_in_the_run(base, frozen, tmp_path, caplog):
+    """The header of the file is intact; the checksum of the tensor differs. This is logged once."""
+    mixture = open_mixture(toy_config("mini", tmp_path, base), frozen.reference_size)
+    precompute(mixture, open_store(tmp_path / "f", frozen), encoders(frozen), num_steps=1)
+    sample = mixture.sample(0, 0)
+    names = set(open_store(tmp_path / "f", frozen)(sample) or {})
+    (path,) = (tmp_path / "f").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")  # the last value of one tensor
+    store, damaged = open_store(tmp_path / "f", frozen), []
+    for sample in (mixture.sample(0, position) for position in range(mixture.batch_size)):
+        damaged += names - set(store(sample) or {})
+    assert len(damaged) == 1 and caplog.text.count("is damaged; it is computed again") == 1
+
+
+@pytest.mark.parametrize("content", ["", '{"next_step": 1}', "[]"])
+def test_damaged_progress_file_is_ignored(base, frozen, tmp_path, caplog, content):
+    """The call starts at step 0, with a warning, and finds what is stored."""
+    mixture = open_mixture(toy_config("mini", tmp_path, base), frozen.reference_size)
+    first = precompute(mixture, open_store(tmp_path / "f", frozen), encoders(frozen), num_steps=1)
+    path = tmp_path / "f" / "progress-0-of-1.json"
+    path.write_text(content)
+    again = precompute(mixture, open_store(tmp_path / "f", frozen), encoders(frozen), num_steps=1)
+    assert f"{path} is damaged" in caplog.text and not +again.new and again.found.total() >= first.new.total() > 0
+
+
 def test_revision_follows_weights_and_settings(frozen):
     """Other weights of an encoder change its revision only; another type changes all weights."""
     revisions = encoder_revisions(frozen.pipeline)
@@ -144,6 +169,37 @@ def test_too_little_space_is_an_error(base, frozen, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"100 steps need up to .* GB are free; use fewer steps"):
         precompute(mixture, open_store(tmp_path / "f", frozen), encoders(frozen), num_steps=100)
     assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--device foo", "--device: foo cannot be used on this machine"),
+        ("--steps -3", "--steps: the value is -3; it must be an integer of at least 1"),
+        ("--steps 0", "--steps: the value is 0; it must be an integer of at least 1"),
+        ("--rank -1", "--rank: the value is -1; it must be an integer of at least 0"),
+        ("--world-size 0", "--world-size: the value is 0; it must be an integer of at least 1"),
+        ("--rank 1", "--rank is 1 and --world-size 1; the rank must be less"),
+        ("--world-size 9999", "--world-size 9999; the rank must be less than the world size, which must be at most"),
+        ("--out {file}", "--out is {file}, which is not a folder that can be written to"),
+    ],
+)
+def test_wrong_argument_is_an_error_message(tmp_path, monkeypatch, capsys, arguments, message):
+    """It names the option, its value and the limit, before models are loaded."""
+    monkeypatch.setattr("train.frozen.load_pipeline", lambda *_: pytest.fail("models were loaded"))
+    (file := tmp_path / "file").touch()
+    command = ["precompute", "mini", "--out", str(tmp_path / "f"), *arguments.format(file=file).split()]
+    try:
+        status = main(command)
+    except SystemExit as exit:
+        status = exit.code
+    assert status and message.format(file=file) in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_call_without_a_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.frozen.load_pipeline", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["precompute", "mini", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "Stopped."
 
 
 def test_folder_without_features_is_an_error(frozen, tmp_path):

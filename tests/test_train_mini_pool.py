@@ -3,7 +3,9 @@
 Worker processes import this file, so it does not import torch.
 """
 
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +31,7 @@ from train.mini.render import RenderImages
 from train.stop import StopSignal
 
 fields = {"pixels": ((3, 128, 128), "uint8")}
-pool = SamplePool(Path(sys.argv[1]), fields, RenderImages(), start=4000, capacity=4000, per_step=2)
+pool = SamplePool(Path(sys.argv[1]), fields, RenderImages(), start=1500, capacity=1500, per_step=2)
 with StopSignal().listen() as stop:
     print("rendering", flush=True)
     result = stop.interruptible(lambda: pool.refresh(0) or "complete")
@@ -122,6 +125,27 @@ def test_empty_pool_is_filled_in_the_middle_of_a_run(tmp_path):
     pool = SamplePool(tmp_path, {"a": ((), "int64")}, partial(_ones, names="a"), start=4, capacity=150, per_step=1)
     pool.refresh(100)
     assert len(drawn := pool.batch(100, np.arange(104) / 104)["a"]) == 104 and (drawn == 1).all()
+
+
+def test_disk_space_is_reserved(tmp_path):
+    """The blocks of all files are allocated before a sample is written, also if earlier versions left them sparse."""
+    options = dict(start=4, capacity=10_000, per_step=1)
+    for _ in range(2):
+        SamplePool(tmp_path, {"a": ((100,), "uint8")}, partial(_ones, names="a"), **options)
+        statuses = [path.stat() for path in tmp_path.iterdir()]
+        assert len(statuses) == 2 and all(512 * status.st_blocks >= status.st_size for status in statuses)
+        np.lib.format.open_memmap(tmp_path / "a.npy", mode="w+", dtype="uint8", shape=(10_000, 100))
+
+
+@pytest.mark.parametrize("limit", ["disk", "quota"])
+def test_full_disk_is_an_error(tmp_path, monkeypatch, limit):
+    """Writing to a mapped file would end the process with SIGBUS."""
+    if limit == "disk":
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2_000_000))
+    else:
+        monkeypatch.setattr("os.posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(errno.EDQUOT, "quota")))
+    with pytest.raises(ValueError, match=rf"another 8 MB in {re.escape(str(tmp_path))}, but \d+ MB are free; free"):
+        SamplePool(tmp_path, {}, partial(_ones, names=""), start=4, capacity=1_000_000, per_step=1)
 
 
 def _ones(indices, names):

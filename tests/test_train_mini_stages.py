@@ -6,10 +6,12 @@ import json
 import math
 
 import pytest
+import torch
 from PIL import Image
 from toy_training import toy_config
 from transformers import CLIPTokenizer
 
+from benchmarks import training
 from realcustom import RealCustomPipeline, Request, Subject
 from realcustom.assets import EXAMPLE_IMAGES, MINI_MODEL
 from train.evaluate import classifiers
@@ -75,3 +77,49 @@ def test_model_from_scratch(toy_sizes, tmp_path):
     generation = pipeline.prepare(Request(prompt="a dog in the snow", subjects=(subject,), num_inference_steps=1))
     pipeline.run([generation])
     assert pipeline.decode([generation])[0].size == (128, 128)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("vae --device foo", "--device: foo cannot be used on this machine"),
+        ("vae --device meta", "--device: meta cannot be used on this machine"),
+        ("vae --threads 0", "--threads: the value is 0; it must be an integer of at least 1"),
+        ("vae --max-samples -5", "--max-samples: the value is -5; it must be an integer of at least 1"),
+        ("vae --max-seconds -1", "--max-seconds: the value is -1; it must be a finite number of at least 0"),
+        ("vae --max-seconds nan", "--max-seconds: the value is nan; it must be a finite number"),
+        ("base --batch-size 0", "--batch-size: the value is 0; it must be an integer of at least 1"),
+        ("evaluate --instances 1", "--instances: the value is 1; it must be an integer of at least 2"),
+        ("sprites --sprites /none", "--sprites is /none, which contains no 1f436.webp; give the `assets` folder"),
+        ("start --model /none", "--model is /none, which contains no training.json; give a folder"),
+        ("evaluate --model /none", "--model is /none, which contains no model_index.json; give a folder"),
+        ("vision --keep --model /none", "--model is /none, which contains no model_index.json; give a folder"),
+    ],
+)
+def test_wrong_argument_is_an_error_message(tmp_path, monkeypatch, capsys, arguments, message):
+    """It names the option, its value and the limit, before the stage starts."""
+    monkeypatch.setattr("train.mini.__main__.run_stage", lambda _: pytest.fail("the stage was started"))
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments.split(), "--out", str(tmp_path)])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        pytest.param(
+            "", "--device: cuda cannot be used on this machine",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the default device exists"),
+        ),
+        ("--device foo", "--device: foo cannot be used on this machine"),
+        ("--device cpu --steps 0", "--steps: the value is 0; it must be an integer of at least 1"),
+        ("--device cpu --batch -1", "--batch: the value is -1; it must be an integer of at least 1"),
+        ("--device cpu --batch 0", "--batch: the value is 0; it must be an integer of at least 1"),
+    ],
+)  # fmt: skip
+def test_wrong_argument_of_the_benchmark_is_an_error_message(monkeypatch, capsys, arguments, message):
+    """As for the stages; nothing is measured."""
+    monkeypatch.setattr(training, "measure_variant", lambda *_: pytest.fail("a step was measured"))
+    with pytest.raises(SystemExit, match="2"):
+        training.main(arguments.split())
+    assert message in capsys.readouterr().err

@@ -5,11 +5,13 @@ See docs/training_data.md. Imports are inside the functions that need them: `che
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from ..arguments import at_least, torch_device
 from ..recipes import RECIPES
 from .decode import Limits
 from .kinds import KINDS, Kind
@@ -25,15 +27,17 @@ def build_parser() -> argparse.ArgumentParser:
         "status is 1 if no record can be used.",
     )
     check.add_argument("path", type=Path, help="folder of tar shards, one shard, or folder CATEGORY/INSTANCE/images")
-    check.add_argument("--min-side", type=int, default=Limits.min_side, help="px (default: %(default)s)")
-    check.add_argument("--max-pixels", type=int, default=Limits.max_pixels, help="(default: %(default)s)")
+    check.add_argument("--min-side", type=at_least(1), default=Limits.min_side, help="px (default: %(default)s)")
+    check.add_argument("--max-pixels", type=at_least(1), default=Limits.max_pixels, help="(default: %(default)s)")
     check.add_argument("--resolution", type=int, default=512, help="of the aspect buckets (default: %(default)s)")
-    check.add_argument("--examples", type=int, default=3, help="names to show per reason (default: %(default)s)")
+    check.add_argument(
+        "--examples", type=at_least(0), default=3, help="names to show per reason (default: %(default)s)"
+    )
     check.add_argument(
         "--evaluation", type=Path, action="append", default=[], metavar="FOLDER",
         help="folder of evaluation images that must not be in the training data; may be repeated",
     )  # fmt: skip
-    check.add_argument("--workers", type=int, help="number of processes (default: one per core)")
+    check.add_argument("--workers", type=at_least(0), help="number of processes (default: one per core)")
 
     features = commands.add_parser(
         "precompute",
@@ -44,14 +48,17 @@ def build_parser() -> argparse.ArgumentParser:
     features.add_argument("recipe", choices=RECIPES, help="as for `python -m train`")
     features.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for `python -m train`")
     features.add_argument("--out", type=Path, required=True, help="folder of the features")
-    features.add_argument("--steps", type=int, help="number of steps (default: all steps of the run)")
+    features.add_argument("--steps", type=at_least(1), help="number of steps (default: all steps of the run)")
     features.add_argument(
         "--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to store (default: all; vision is the largest)"
     )
-    features.add_argument("--device", help="torch device (default: cuda if available, else cpu)")
-    features.add_argument("--rank", type=int, default=0, help="of this process (default: %(default)s)")
+    features.add_argument("--device", type=torch_device, help="torch device (default: cuda if available, else cpu)")
+    features.add_argument("--rank", type=at_least(0), default=0, help="of this process (default: %(default)s)")
     features.add_argument(
-        "--world-size", type=int, default=1, help="number of processes that share the work (default: %(default)s)"
+        "--world-size",
+        type=at_least(1),
+        default=1,
+        help="number of processes that share the work (default: %(default)s)",
     )
     return parser
 
@@ -60,11 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; `argv` defaults to the command line. Returns the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.command == "check":
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        return run_check(args)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    return run_precompute(args)
+    try:
+        if args.command == "check":
+            logging.basicConfig(level=logging.WARNING, format="%(message)s")
+            return run_check(args)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        return run_precompute(args)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 128 + signal.SIGINT  # as in a shell
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -103,10 +114,16 @@ def run_precompute(args: argparse.Namespace) -> int:
     from ..precision import frozen_dtype
     from ..sources import open_mixture
     from .features import FeatureStore, encoder_revisions
-    from .precompute import Encode, precompute
+    from .precompute import Encode, create_folder, precompute
 
     try:
         config = override(RECIPES[args.recipe](), args.set)
+        if not args.rank < args.world_size <= config.batch_size:
+            raise ValueError(
+                f"--rank is {args.rank} and --world-size {args.world_size}; the rank must be less than the world size, "
+                f"which must be at most the batch size, {config.batch_size}."
+            )
+        create_folder(args.out)
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         pipeline = load_pipeline(config.model, frozen_dtype(config.precision, device.type))
         store = FeatureStore(args.out, encoder_revisions(pipeline))
@@ -126,7 +143,7 @@ def run_precompute(args: argparse.Namespace) -> int:
                 world_size=args.world_size,
                 workers=config.data.workers,
             )
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a mistake in the arguments or their folders; a full disk
         print(error, file=sys.stderr)
         return 1
     print(summary)

@@ -7,6 +7,7 @@ epochs share a feature if they share image, size and crop.
 import json
 import logging
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -100,6 +101,22 @@ def precompute(
     return summary
 
 
+def create_folder(folder: Path) -> None:
+    """Create the folder of the features, and check that files can be written to it.
+
+    Raises:
+        ValueError: it cannot be created or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--out is {folder}, which is not a folder that can be written to ({error}); choose another one."
+        ) from error
+
+
 def _missing(
     store: FeatureStore, kind: Kind, samples: Sequence[Sample], pending: dict[str, Tensor], summary: Summary
 ) -> dict[str, Sample]:
@@ -138,9 +155,13 @@ class _Progress:
     def read(self) -> int:
         if not self._path.is_file():
             return 0
-        stored = json.loads(self._path.read_text())
-        complete = len(self.store) >= stored["num_tensors"]  # no file was removed or damaged since
-        return stored["next_step"] if complete and stored["identity"] == self._identity else 0
+        try:
+            stored = json.loads(self._path.read_text())
+            complete = len(self.store) >= stored["num_tensors"]  # no file was removed or damaged since
+            return int(stored["next_step"]) if complete and stored["identity"] == self._identity else 0
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("%s is damaged (%r); starting at step 0.", self._path, error)
+            return 0
 
     def write(self, next_step: int) -> None:
         self.store.folder.mkdir(parents=True, exist_ok=True)

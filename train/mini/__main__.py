@@ -13,8 +13,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..arguments import at_least, torch_device
+
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "mini"
 STAGES = ("sprites", "start", "tokenizer", "vae", "base", "vision", "classifiers", "evaluate", "export")
+MODEL_INDEX, TRAINING = "model_index.json", "training.json"  # as in export.py, which imports torch
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,29 +34,32 @@ def build_parser() -> argparse.ArgumentParser:
         help="start, evaluate, vision --keep: model to read; export: model to write (default: the embedded model)",
     )
     parser.add_argument("--run", type=Path, help="export: folder of a run of recipe mini, whose adapter to include")
-    parser.add_argument("--threads", type=int, help="number of CPU threads (default: chosen by PyTorch)")
-    parser.add_argument("--device", help="torch device (default: cuda if available, else cpu)")
+    parser.add_argument("--threads", type=at_least(1), help="number of CPU threads (default: chosen by PyTorch)")
+    parser.add_argument("--device", type=torch_device, help="torch device (default: cuda if available, else cpu)")
     parser.add_argument(
         "--max-samples",
-        type=int,
+        type=at_least(1),
         help="total number of training samples, up to which the learning rate falls (default: no limit and no decay)",
     )
     parser.add_argument(
         "--batch-size",
-        type=int,
+        type=at_least(1),
         help="samples per step of base (default: 64, on a GPU 1024) or vision (24, on a GPU 768); with start: of base",
     )
     parser.add_argument(
         "--keep", action="store_true", help="vision: keep the features of --model, so that its adapter remains usable"
     )
-    parser.add_argument("--max-seconds", type=float, help="stop after this time; the next call resumes")
+    parser.add_argument("--max-seconds", type=at_least(0.0), help="stop after this time; the next call resumes")
     parser.add_argument(
         "--compile",
         action="store_true",
         help="base: compile the UNet (on a CPU 20%% faster after two minutes of compilation)",
     )
     parser.add_argument(
-        "--instances", type=int, default=200, help="evaluate: number of instances per task (default: %(default)s)"
+        "--instances",
+        type=at_least(2),  # a case of some tasks has two
+        default=200,
+        help="evaluate: number of instances per task (default: %(default)s)",
     )
     return parser
 
@@ -64,32 +70,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
-    if args.stage == "sprites":
-        from ..data.sprite_world.sprites import prepare_sprites
-
-        if args.sprites is None:
-            parser.error("stage sprites needs --sprites, the `assets` folder of the unpacked npm package")
-        prepare_sprites(args.sprites)
-        return
-
-    if args.batch_size is not None and args.batch_size < 1:
-        parser.error(f"--batch-size is {args.batch_size}; it must be at least 1.")
+    check_inputs(parser, args)
     try:
         run_stage(args)
-    except (ValueError, FileExistsError, FileNotFoundError) as error:  # a mistake in the arguments or their folders
+    except (ValueError, OSError) as error:  # a mistake in the arguments or their folders; a full disk
         logging.debug("Traceback:", exc_info=True)
         parser.exit(1, f"{parser.prog}: error: {error}\n")
 
 
+def check_inputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a message if the folder that the stage reads, --sprites or --model, is not of the required kind."""
+    if args.stage == "sprites":
+        from ..data.sprite_world.sprites import CATEGORIES
+
+        if args.sprites is None:
+            parser.error("stage sprites needs --sprites, the `assets` folder of the unpacked npm package")
+        for name in (f"{code}.webp" for code in CATEGORIES.values()):
+            if not (args.sprites / name).is_file():
+                parser.error(
+                    f"--sprites is {args.sprites}, which contains no {name}; give the `assets` folder of the unpacked "
+                    "npm package @lobehub/fluent-emoji-3d."
+                )
+    if args.stage in ("start", "evaluate") or (args.stage == "vision" and args.keep):
+        name = TRAINING if args.stage == "start" else MODEL_INDEX
+        if not (args.model / name).is_file():
+            parser.error(
+                f"--model is {args.model}, which contains no {name}; give a folder that stage export has written, or "
+                "leave it out to read the embedded model."
+            )
+
+
 def run_stage(args: argparse.Namespace) -> None:
-    """Run a stage other than `sprites`.
+    """Run a stage.
 
     Raises:
-        ValueError, FileExistsError, FileNotFoundError: the arguments or their folders do not fit the stage.
+        ValueError, OSError: the arguments or their folders do not fit the stage, or the disk is full.
     """
+    if args.stage == "sprites":
+        from ..data.sprite_world.sprites import prepare_sprites
+
+        prepare_sprites(args.sprites)
+        return
+
     import torch
 
-    if args.threads:
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"device": device, "max_samples": args.max_samples, "max_seconds": args.max_seconds}

@@ -5,8 +5,10 @@ only on the step, so a resumed run uses the same samples. Entries are stored in 
 are rendered.
 """
 
+import errno
 import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -34,6 +36,8 @@ class SamplePool:
         start: number of samples before step 0.
         capacity: maximum number of samples.
         per_step: new samples per step.
+    Raises:
+        ValueError: the disk has too little space for `capacity` samples.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class SamplePool:
         arrays = {name: _reopen(paths[name], *shapes[name]) for name in shapes}
         if any(array is None for array in arrays.values()):  # missing, or of another layout
             arrays = {name: _create(paths[name], *shapes[name]) for name in shapes}
+        _reserve(folder, list(paths.values()))
         self.arrays = {name: array for name, array in arrays.items() if array is not None}
         self.index = self.arrays.pop("index")  # sample index + 1; 0 marks an empty slot
 
@@ -131,3 +136,31 @@ def _reopen(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None
 
 def _create(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+
+def _reserve(folder: Path, paths: Sequence[Path]) -> None:
+    """Allocate the disk space of the files, which are sparse when they are new.
+
+    Otherwise, if the disk becomes full, the next write to a mapped file ends the process with SIGBUS.
+
+    Raises:
+        ValueError: the disk has too little space.
+    """
+    needed = sum(max(0, status.st_size - 512 * status.st_blocks) for status in map(os.stat, paths))
+    free = shutil.disk_usage(folder).free
+    full = ValueError(
+        f"the samples need another {needed / 1e6:.0f} MB in {folder}, but {free / 1e6:.0f} MB are free; free space, or "
+        "choose a folder on another disk with --out."
+    )
+    if needed > free:
+        raise full
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    try:
+        for path in paths:
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise full from error
