@@ -72,11 +72,19 @@ async def follow(client: Client, request: Request, started: asyncio.Event) -> tu
 
 
 async def begin(clients: Sequence[Client], request: Request) -> list[asyncio.Task]:
-    """Start the request with each client, and wait until each image is in progress."""
-    started = [asyncio.Event() for _ in clients]
-    tasks = [asyncio.create_task(follow(client, request, event)) for client, event in zip(clients, started)]
-    await asyncio.gather(*(event.wait() for event in started))
-    return tasks
+    """Start the request with each client, and wait until all images are in progress.
+
+    On a busy machine, the image of one client may be complete before that of the other begins; both are then started
+    again.
+    """
+    for _ in range(10):
+        started = [asyncio.Event() for _ in clients]
+        tasks = [asyncio.create_task(follow(client, request, event)) for client, event in zip(clients, started)]
+        await asyncio.gather(*(event.wait() for event in started))
+        if not any(task.done() for task in tasks):
+            return tasks
+        await asyncio.gather(*tasks)
+    raise AssertionError("the images were never in progress at the same time")
 
 
 @pytest.mark.parametrize("kinds", [["replica"], ["ingress"], ["proxy", "controller"]], ids=" and ".join)
@@ -92,7 +100,7 @@ def test_requests_complete_when_processes_are_killed(server, clients, kinds):
         expected = pixels(await server.generate(request))
         tasks = await begin(clients, request)
         killed = running()
-        assert len(killed) >= len(kinds) and not any(task.done() for task in tasks)
+        assert len(killed) >= len(kinds)
         for process in killed:
             process.kill()
         for result, steps in await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE_S + 30):
@@ -109,7 +117,7 @@ HUNG_S = 30  # within which the images of a hung replica are finished elsewhere;
 def test_requests_complete_when_a_replica_hangs(clients):
     """A replica is stopped by SIGSTOP while it generates images of both clients. They are finished on the other
     replica, and so are requests that arrive afterwards."""
-    request = Request(**SHORT, seed=7, num_inference_steps=60)
+    request = Request(**SHORT, seed=7, num_inference_steps=120)
 
     async def run():
         await until(lambda: len(processes("replica")) == 2)
@@ -223,13 +231,11 @@ def test_scale_to_zero_and_back(server, settings):
 
 def test_deleting_the_application_finishes_its_images(server, clients):
     """`serve.delete` waits for active images, as deploying a file without the application does."""
-    # Long enough that the first image is not complete before the second begins.
-    request = Request(**SHORT, seed=8, num_inference_steps=400)
+    request = Request(**SHORT, seed=8, num_inference_steps=400)  # still in progress when the deletion begins
 
     async def run():
         expected = pixels(await server.generate(request))
         tasks = await begin(clients, request)
-        assert not any(task.done() for task in tasks)
         await asyncio.to_thread(serve.delete, NAME)
         for task in tasks:
             assert task.done() and np.abs(pixels(task.result()[0]) - expected).max() <= 1
