@@ -78,7 +78,7 @@ def test_recipe_sdxl_512_makes_one_step(tmp_path, monkeypatch):
     assert all(float(value.double().sum()) != start[name] for name, value in adapter.items())
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in adapter.values())
     assert saved["optimizer"].keys() == {
-        f"{number}.{part}" for number in range(len(adapter)) for part in ("step", "exp_avg", "exp_avg_sq")
+        f"{name}.{part}" for name in adapter for part in ("step", "exp_avg", "exp_avg_sq")
     }
     modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
     assert all(p.grad is None for module in modules for p in module.parameters())
