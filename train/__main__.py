@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.debug("Traceback:", exc_info=True)
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:  # before `run` handles signals, while modules are imported
+        if args.ray is not None:
+            raise
         parser.exit(130, "Stopped before the first step.\n")
 
 

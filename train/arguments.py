@@ -1,8 +1,10 @@
-"""Types of command-line arguments: a wrong value ends the call with exit status 2, before anything is loaded."""
+"""Checks of command-line arguments, before anything is loaded. A value of a wrong type ends the call with status 2."""
 
 import argparse
 import math
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 Number = TypeVar("Number", int, float)
@@ -44,3 +46,14 @@ def torch_device(text: str) -> str:
         usable = "cpu or cuda" if torch.cuda.is_available() else "cpu"
         raise argparse.ArgumentTypeError(f"{text} cannot be used on this machine ({reason}); use {usable}.") from None
     return text
+
+
+def ensure_writable(folder: Path) -> None:
+    """Create a folder if it does not exist, and check that files can be written to it.
+
+    Raises:
+        OSError: it cannot be created or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass

@@ -69,12 +69,12 @@ class Checkpoint:
                     raise DamagedCheckpoint(f"{name} has {size} bytes instead of {expected['bytes']}")
                 if _sha256(path / name) != expected["sha256"]:
                     raise DamagedCheckpoint(f"the hash of {name} differs from the manifest")
-            checkpoint = cls(path, json.loads((path / STATE).read_text()))
+            checkpoint, written = cls(path, json.loads((path / STATE).read_text())), manifest["format"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedCheckpoint(f"{type(error).__name__}: {error}") from error
-        if manifest["format"] != FORMAT:
+        if written != FORMAT:
             raise ValueError(
-                f"{path} has format {manifest['format']}, but this version of the trainer reads {FORMAT}; continue the "
+                f"{path} has format {written}, but this version of the trainer reads {FORMAT}; continue the "
                 "run with the version that wrote it, or start it again in another folder."
             )
         return checkpoint
@@ -99,8 +99,8 @@ def save_checkpoint(
         for unfinished in folder.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
         raise ValueError(
-            f"the checkpoint of step {state['step']} cannot be written to {folder}: {error}. Make space, and continue "
-            "from the checkpoint before it."
+            f"the checkpoint of step {state['step']} cannot be written to {folder}: {error}. Free some space and "
+            "continue from the previous checkpoint."
         ) from error
 
 

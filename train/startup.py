@@ -4,7 +4,6 @@ Mistakes are reported here, before anything is computed.
 """
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from diffusers import UNet2DConditionModel
 
 from realcustom import RealCustomAdapter, RealCustomPipeline
 
+from .arguments import ensure_writable
 from .checkpoint import Checkpoint, damaged_checkpoints, has_checkpoint, newest_checkpoint
 from .config import ModelConfig, PreviewConfig, TrainConfig
 from .data.features import open_features
@@ -62,9 +62,7 @@ def create_folder(out: Path) -> None:
         ValueError: it cannot be created or written to, or what the run writes would replace something else.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError("there is no permission to write")
+        ensure_writable(out)
         if (out / CHECKPOINTS).exists() and not (out / CHECKPOINTS).is_dir():
             raise NotADirectoryError(f"{CHECKPOINTS} in it is not a folder")
         if (out / ADAPTER).is_dir():

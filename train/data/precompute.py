@@ -7,7 +7,6 @@ epochs share a feature if they share image, size and crop.
 import json
 import logging
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..arguments import ensure_writable
 from .features import FeatureStore
 from .kinds import NAMES, Kind
 from .loader import batches
@@ -102,15 +102,13 @@ def precompute(
 
 
 def create_folder(folder: Path) -> None:
-    """Create the folder of the features, and check that files can be written to it.
+    """Create the folder of the features.
 
     Raises:
         ValueError: it cannot be created or written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        ensure_writable(folder)
     except OSError as error:
         raise ValueError(
             f"--out is {folder}, which is not a folder that can be written to ({error}); choose another one."

@@ -53,16 +53,16 @@ class Case:
         ]
         views = [make_reference(rng, (instance,), on_scene=0.0) for instances in candidates for instance in instances]
         right = tuple(instances[0] for instances in candidates)
-        # An image of both instances shows them in random order.
-        order = rng.choice([1, -1]) if task == "One2Many" else 1
-        shown = [right[::order]] if task == "One2Many" else [(instance,) for instance in right]
+        # An image of both instances shows them in random order; `sides` are their places in it.
+        sides = (0, 1)[:: rng.choice([1, -1])] if task == "One2Many" else ()
+        shown = [tuple(right[side] for side in sides)] if sides else [(instance,) for instance in right]
         views += [make_reference(rng, instances, on_scene=0.0) for instances in shown]
         views.append(compose(rng, right, scene_background(rng, self.scene)))
         images = iter(render_views(views))
         self.references = [[next(images) for _ in instances] for instances in candidates]
         given = [next(images) for _ in shown]
-        self.given = given * num_subjects if task == "One2Many" else given
-        self.cropped = [crop_subject(given[0], side) for side in (0, 1)[::order]] if task == "One2Many" else given
+        self.given = given * num_subjects if sides else given
+        self.cropped = [crop_subject(given[0], side) for side in sides] if sides else given
         self.truth = next(images)
 
     @property

@@ -17,7 +17,6 @@ from ..arguments import at_least, torch_device
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "mini"
 STAGES = ("sprites", "start", "tokenizer", "vae", "base", "vision", "classifiers", "evaluate", "export")
-MODEL_INDEX, TRAINING = "model_index.json", "training.json"  # as in export.py, which imports torch
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -92,6 +91,8 @@ def check_inputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
                     "npm package @lobehub/fluent-emoji-3d."
                 )
     if args.stage in ("start", "evaluate") or (args.stage == "vision" and args.keep):
+        from .export import MODEL_INDEX, TRAINING
+
         name = TRAINING if args.stage == "start" else MODEL_INDEX
         if not (args.model / name).is_file():
             parser.error(
